@@ -1,0 +1,199 @@
+"""Where documents begin and rows end in a piece, and how to cut such a piece into equal blocks.
+
+Every op treats a row as a run of segments: the continued document of the entry state first, if there is one, then each
+document that starts inside the piece. Cutting every segment into blocks of one size turns ragged, packed rows into one
+dense tensor whose blocks depend on each other only along a segment, so that nothing can leak between documents.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Boundaries:
+    """Document starts and row lengths of a piece of shape (B, L), both on the CPU.
+
+    Args:
+        starts: (B, L) bool, True at the first token of each document that starts inside the piece; None for nowhere.
+        lengths: (B,) int64, valid tokens of each row, the rest of the row being padding; None for all.
+    """
+
+    starts: Tensor | None = None
+    lengths: Tensor | None = None
+
+    def valid(self, length: int) -> Tensor:
+        """(B, L) bool, False at padding."""
+        if self.lengths is None:
+            assert self.starts is not None
+            return torch.ones_like(self.starts)
+        return torch.arange(length) < self.lengths[:, None]
+
+    def since_start(self, entry: Tensor, length: int) -> Tensor:
+        """Tokens before each token in its document.
+
+        Args:
+            entry: (B,) int64, tokens of the continued document before the piece.
+            length: L.
+
+        Returns:
+            (B, L) int64 on the CPU.
+        """
+        steps = torch.arange(length)
+        position = entry[:, None] + steps
+        if self.starts is None:
+            return position
+        begin = torch.where(self.starts, steps, -1).cummax(1).values
+        return torch.where(begin >= 0, steps - begin, position)
+
+    def exit_position(self, entry: Tensor, length: int) -> Tensor:
+        """(B,) int64: tokens of the last document of each row up to the end of the piece."""
+        lengths = torch.full_like(entry, length) if self.lengths is None else self.lengths
+        if length == 0:
+            return entry
+        last = self.since_start(entry, length).gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0] + 1
+        return torch.where(lengths > 0, last, entry)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A piece of shape (B, L) cut into M blocks of T slots; every field is on the device of the piece.
+
+    A block holds tokens of one segment. Blocks of a segment follow each other; segments of a row too.
+    """
+
+    index: Tensor | None  # (M, T) token b * L + t in each slot, -1 for an empty slot; None: rows cut evenly
+    place: Tensor | None  # (B, L) slot m * T + s of each token, -1 for padding; None as above
+    first: Tensor  # (M,) bool, the block begins its segment
+    carries: Tensor  # (M,) bool, the block begins a segment that continues the entry state
+    row: Tensor  # (M,)
+    segment: Tensor  # (M,)
+    last: Tensor  # (B,) last block of each row, -1 for a row without tokens
+    used: Tensor  # (B,) slots up to and with the last token of the row in its last block
+    size: int
+    longest: int  # blocks in the longest segment
+    shape: tuple[int, int]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(B, L, ...) to (M, T, ...), zero in empty slots."""
+        batch, length = self.shape
+        if self.index is None:
+            padding = -length % self.size
+            if padding:
+                x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, padding))
+            return x.reshape(-1, self.size, *x.shape[2:])
+        return _take(x.reshape(batch * length, *x.shape[2:]), self.index)
+
+    def scatter(self, y: Tensor) -> Tensor:
+        """(M, T, ...) to (B, L, ...), zero at padding."""
+        batch, length = self.shape
+        if self.place is None:
+            return y.reshape(batch, -1, *y.shape[2:])[:, :length]
+        return _take(y.reshape(-1, *y.shape[2:]), self.place)
+
+    def tail(self, x: Tensor) -> Tensor:
+        """(B, T, ...): the tokens of each row's last block moved to the end of the block, zeros before them."""
+        blocks = self.gather(x)
+        slots = torch.arange(self.size, device=x.device) - (self.size - self.used)[:, None]
+        index = torch.where((slots >= 0) & (self.last >= 0)[:, None], self.last[:, None] * self.size + slots, -1)
+        return _take(blocks.reshape(-1, *blocks.shape[2:]), index)
+
+    def carry(self, totals: Tensor, entry: Tensor | None, decay: Tensor | None = None) -> Tensor:
+        """State at the entry of each block: e_m = decay * e_{m-1} + totals_{m-1} inside a segment.
+
+        Args:
+            totals: (M, ...), what each block adds to a state that was zero at its entry.
+            entry: (B, ...) state at the entry of the piece, or None for zero.
+            decay: (...) factor over one whole block, or None for 1.
+
+        Returns:
+            (M, ...), by recursive doubling in log2(longest segment) steps.
+        """
+        shape = (-1,) + (1,) * (totals.dim() - 1)
+        state = torch.cat([torch.zeros_like(totals[:1]), totals[:-1]])
+        state = torch.where(self.first.view(shape), torch.zeros_like(state), state)
+        if entry is not None:
+            state = state + torch.where(self.carries.view(shape), entry[self.row], torch.zeros_like(state))
+        step = 1
+        while step < self.longest:
+            same = (self.segment[step:] == self.segment[:-step]).view(shape)
+            before = state[:-step] if decay is None else decay * state[:-step]
+            state = torch.cat([state[:step], state[step:] + torch.where(same, before, torch.zeros_like(before))])
+            step *= 2
+            if decay is not None:
+                decay = decay * decay
+        return state
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """x[index] along the first dimension, zero where index is negative."""
+    taken = x[index.clamp(min=0)]
+    return torch.where((index >= 0).view(*index.shape, *(1,) * (x.dim() - 1)), taken, torch.zeros_like(taken))
+
+
+def cut_into_blocks(
+    batch: int,
+    length: int,
+    size: int,
+    boundaries: Boundaries | None,
+    device: torch.device,
+    offset: Tensor | None = None,
+) -> Blocks:
+    """Cut a piece into blocks of one size, aligned to the start of each segment.
+
+    Args:
+        batch: B.
+        length: L.
+        size: slots in a block.
+        boundaries: of the piece.
+        device: where the result lives.
+        offset: (B,) int64 on the CPU, slots already taken in the first block of a continued segment; None for none.
+    """
+    if boundaries is None and offset is None:
+        per_row = -(-length // size)
+        row = torch.arange(batch, device=device).repeat_interleave(per_row)
+        first = (torch.arange(batch * per_row, device=device) % max(per_row, 1)) == 0
+        last = torch.arange(1, batch + 1, device=device) * per_row - 1
+        used = torch.full((batch,), length - (per_row - 1) * size, device=device)
+        return Blocks(None, None, first, first, row, row, last, used, size, per_row, (batch, length))
+
+    boundaries = boundaries or Boundaries()
+    lengths = torch.full((batch,), length) if boundaries.lengths is None else boundaries.lengths
+    offset = torch.zeros(batch, dtype=torch.int64) if offset is None else offset
+    steps = torch.arange(length).expand(batch, length)
+    valid = steps < lengths[:, None]
+    started = torch.zeros(batch, length, dtype=torch.bool) if boundaries.starts is None else boundaries.starts & valid
+    begins = started.clone()
+    begins[:, :1] |= valid[:, :1]
+    rows, at = begins.nonzero(as_tuple=True)
+    continued = ~started[rows, at]
+    ends = torch.cat([at[1:], at.new_zeros(1)])[: len(at)]
+    row_ends = torch.cat([rows[1:] != rows[:-1], rows.new_ones(1, dtype=torch.bool)])[: len(rows)]
+    ends = torch.where(row_ends, lengths[rows], ends)
+    shift = torch.where(continued, offset[rows], 0)
+    blocks_of = -(-(shift + ends - at) // size)
+    base = blocks_of.cumsum(0) - blocks_of
+    count = int(blocks_of.sum())
+
+    segment_of = (begins.flatten().cumsum(0) - 1).clamp(min=0).view(batch, length)
+    if len(at):
+        slot = steps - at[segment_of] + shift[segment_of] + base[segment_of] * size
+    else:
+        slot = torch.full((batch, length), -1)
+    place = torch.where(valid, slot, -1)
+    index = torch.full((count * size,), -1)
+    tokens = torch.arange(batch * length).view(batch, length)
+    index[place[valid]] = tokens[valid]
+
+    segment = torch.arange(len(at)).repeat_interleave(blocks_of)
+    first = torch.zeros(count, dtype=torch.bool)
+    first[base] = True
+    carries = torch.zeros(count, dtype=torch.bool)
+    carries[base[continued]] = True
+    end_place = place.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0] if length else torch.full((batch,), -1)
+    last = torch.where(lengths > 0, end_place // size, -1)
+    used = torch.where(lengths > 0, end_place % size + 1, 0)
+    moved = [t.to(device) for t in (index.view(count, size), place, first, carries, rows[segment], segment, last, used)]
+    return Blocks(*moved, size, int(blocks_of.max()) if len(at) else 0, (batch, length))

@@ -1,0 +1,111 @@
+"""CEMA, the complex exponential moving average: a diagonal state space model per channel.
+
+The portable path is the block form: inside a block of T tokens the average is a Toeplitz matrix product, and only the
+state at the entry of each block travels. No tensor of size L x D x N, no FFT, no loop over tokens.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .boundaries import Boundaries, cut_into_blocks
+
+BLOCK_SIZE = 64
+
+
+def cema_coefficients(alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Coefficients of the recurrence, in float32 or better whatever the parameters' type.
+
+    Args:
+        alpha, delta: (D, N, 1).
+        theta: (D, 1, 1).
+        gamma: (D, N, 2), real and imaginary parts.
+
+    Returns:
+        p (D, N) real, q (D, N) complex with |q| < 1, g (D, N) complex.
+    """
+    dtype = torch.promote_types(alpha.dtype, torch.float32)
+    alpha, delta, theta, gamma = (t.to(dtype) for t in (alpha, delta, theta, gamma))
+    ndim = alpha.shape[1]
+    p = torch.sigmoid(alpha).squeeze(-1)
+    wave = torch.arange(1, ndim + 1, dtype=dtype, device=alpha.device) * (2 * math.pi / ndim)
+    phi = torch.sigmoid(theta).squeeze(-1) * wave
+    q = torch.polar(1 - p * torch.sigmoid(delta).squeeze(-1), phi)
+    g = torch.view_as_complex((gamma / math.sqrt(ndim)).contiguous())
+    return p, q, g
+
+
+def cema(
+    x: Tensor,
+    p: Tensor,
+    q: Tensor,
+    g: Tensor,
+    omega: Tensor,
+    state: Tensor | None = None,
+    boundaries: Boundaries | None = None,
+) -> tuple[Tensor, Tensor]:
+    """h_t = q h_{t-1} + p x_t; y_t = Re(sum_n g_n h_{t,n}) + omega x_t.
+
+    Args:
+        x: (B, L, D).
+        p: (D, N) real.
+        q: (D, N) complex.
+        g: (D, N) complex.
+        omega: (D,).
+        state: (B, D, N, 2) h at the entry as real pairs, or None for zero.
+        boundaries: documents restart from zero; padding yields 0 and leaves h alone.
+
+    Returns:
+        y (B, L, D) in the type of x, and h at the exit (B, D, N, 2) in the precision of the coefficients.
+    """
+    batch, length, dim = x.shape
+    ndim = p.shape[1]
+    size = min(BLOCK_SIZE, length)
+    blocks = cut_into_blocks(batch, length, size, boundaries, x.device)
+    xs = x.to(p.dtype)
+
+    powers = _powers(q, size)  # (T + 1, D, N): q^0 .. q^T
+    kernel = (p * g * powers[:size]).sum(-1).real  # (T, D)
+    lag = torch.arange(size, device=x.device)
+    lag = lag[:, None] - lag  # (T, T): token minus source
+    toeplitz = torch.where((lag >= 0)[..., None], kernel[lag.clamp(min=0)], 0).permute(2, 0, 1)
+    absorb = _pairs(p * powers[:size].flip(0))  # (T, D, 2N): source to the state at the end of the block
+    emit = g * powers[1:]  # entry state to token t
+    emit = torch.cat([emit.real, -emit.imag], -1).transpose(0, 1)  # (D, T, 2N)
+
+    xb = blocks.gather(xs).permute(2, 1, 0)  # (D, T, M)
+    totals = torch.bmm(absorb.permute(1, 2, 0), xb)  # (D, 2N, M)
+    entry = None if state is None else _complex(torch.cat([state[..., 0], state[..., 1]], -1).to(p.dtype))
+    entries = blocks.carry(_complex(totals.permute(2, 0, 1)), entry, powers[size])  # (M, D, N)
+    y = torch.bmm(toeplitz, xb) + torch.bmm(emit, _pairs(entries).permute(1, 2, 0))  # (D, T, M)
+    y = blocks.scatter(y.permute(2, 1, 0)) + omega.to(p.dtype) * xs
+    if boundaries is not None and boundaries.lengths is not None:
+        y = torch.where(boundaries.valid(length)[..., None].to(x.device), y, 0)
+
+    added = _complex(torch.einsum("tdn,btd->bdn", absorb, blocks.tail(xs)))
+    leaving = powers[blocks.used] * entries[blocks.last.clamp(min=0)] + added
+    if (boundaries is not None) and (boundaries.lengths is not None):
+        before = torch.zeros_like(leaving) if entry is None else entry
+        leaving = torch.where((blocks.last >= 0).view(-1, 1, 1), leaving, before)
+    assert leaving.shape == (batch, dim, ndim)
+    return y.to(x.dtype), torch.view_as_real(leaving)
+
+
+def _powers(q: Tensor, highest: int) -> Tensor:
+    """(highest + 1, D, N): q^0 .. q^highest by repeated doubling, without a logarithm that |q| = 0 would break."""
+    powers = torch.stack([torch.ones_like(q), q])
+    while len(powers) <= highest:
+        powers = torch.cat([powers, powers[1:] * powers[-1]])
+    return powers[: highest + 1]
+
+
+def _pairs(z: Tensor) -> Tensor:
+    """(..., N) complex to (..., 2N) real: all real parts, then all imaginary ones."""
+    return torch.cat([z.real, z.imag], -1)
+
+
+def _complex(pairs: Tensor) -> Tensor:
+    """The inverse of _pairs."""
+    real, imag = pairs.chunk(2, -1)
+    return torch.complex(real.contiguous(), imag.contiguous())

@@ -1,0 +1,157 @@
+"""The shortest correct definition of every op: the ground truth of the tests.
+
+One token after another, one document after another, nothing clever. Every function takes the same arguments as its
+fast counterpart and returns the same values; run it in float64. Source: Ma et al. 2024 (arXiv 2404.08801) and the
+authors' released code; docs/model.md lists where the two differ.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .boundaries import Boundaries
+from .chunk_attention import KeyValueCache
+from .timestep_norm import NormState
+
+
+def _row(boundaries: Boundaries | None, row: int, length: int) -> tuple[int, list[bool]]:
+    """Number of valid tokens of a row and, for each of them, whether a document starts there."""
+    if boundaries is None:
+        return length, [False] * length
+    valid = length if boundaries.lengths is None else int(boundaries.lengths[row])
+    starts = [False] * valid if boundaries.starts is None else boundaries.starts[row, :valid].tolist()
+    return valid, starts
+
+
+def cema_coefficients(alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """p (D, N) real, q and g (D, N) complex from alpha, delta (D, N, 1), theta (D, 1, 1), gamma (D, N, 2)."""
+    dim, ndim, _ = alpha.shape
+    p, q, g = [], [], []
+    for d in range(dim):
+        for n in range(ndim):
+            a, s = torch.sigmoid(alpha[d, n, 0]), torch.sigmoid(delta[d, n, 0])
+            phi = (n + 1) * torch.sigmoid(theta[d, 0, 0]) * 2 * math.pi / ndim
+            p.append(a)
+            q.append(torch.polar(1 - a * s, phi))
+            g.append(torch.complex(gamma[d, n, 0], gamma[d, n, 1]) / math.sqrt(ndim))
+    return tuple(torch.stack(c).view(dim, ndim) for c in (p, q, g))  # type: ignore[return-value]
+
+
+def cema(
+    x: Tensor,
+    p: Tensor,
+    q: Tensor,
+    g: Tensor,
+    omega: Tensor,
+    state: Tensor | None = None,
+    boundaries: Boundaries | None = None,
+) -> tuple[Tensor, Tensor]:
+    """h_t = q h_{t-1} + p x_t; y_t = Re(sum_n g_n h_{t,n}) + omega x_t."""
+    batch, length, dim = x.shape
+    rows, exits = [], []
+    for b in range(batch):
+        valid, starts = _row(boundaries, b, length)
+        h = torch.view_as_complex(state[b]) if state is not None else torch.zeros_like(q)
+        ys = []
+        for t in range(valid):
+            if starts[t]:
+                h = torch.zeros_like(q)
+            h = q * h + p * x[b, t, :, None]
+            ys.append((g * h).sum(-1).real + omega * x[b, t])
+        ys += [torch.zeros_like(x[b, 0])] * (length - valid)
+        rows.append(torch.stack(ys))
+        exits.append(torch.view_as_real(h))
+    return torch.stack(rows), torch.stack(exits)
+
+
+def timestep_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float = 1e-5,
+    state: NormState | None = None,
+    boundaries: Boundaries | None = None,
+) -> tuple[Tensor, NormState]:
+    """Merge each token's group moments, as one token, into the running ones; normalise with the merged ones."""
+    batch, length, dim = x.shape
+    zero = torch.zeros(num_groups, dtype=torch.float64)
+    rows, counts, means, variances = [], [], [], []
+    for b in range(batch):
+        valid, starts = _row(boundaries, b, length)
+        n, m1, m2 = (0, zero, zero) if state is None else (int(state.count[b]), state.mean[b], state.var[b])
+        ys = []
+        for t in range(valid):
+            if starts[t]:
+                n, m1, m2 = 0, zero, zero
+            token = x[b, t].view(num_groups, -1)
+            gm, gv = token.mean(-1).double(), token.var(-1, unbiased=False).double()
+            n += 1
+            d = gm - m1
+            m1 = m1 + d / n
+            m2 = (n - 1) / n * m2 + gv / n + (n - 1) / n**2 * d**2
+            y = (token - m1[:, None]) / torch.sqrt(m2[:, None] + eps)
+            ys.append((y.reshape(dim) * (weight + 1) + bias).to(x.dtype))
+        ys += [torch.zeros_like(x[b, 0])] * (length - valid)
+        rows.append(torch.stack(ys))
+        counts.append(n)
+        means.append(m1)
+        variances.append(m2)
+    return torch.stack(rows), NormState(torch.tensor(counts), torch.stack(means), torch.stack(variances))
+
+
+def rope(x: Tensor, slot: int, base: float) -> Tensor:
+    """Rotate the adjacent pairs (2i, 2i+1) of x (H, d) by slot * base^(-2i/d)."""
+    d = x.shape[-1]
+    pairs = []
+    for i in range(d // 2):
+        angle = slot * base ** (-2 * i / d)
+        even, odd = x[:, 2 * i], x[:, 2 * i + 1]
+        pairs += [even * math.cos(angle) - odd * math.sin(angle), even * math.sin(angle) + odd * math.cos(angle)]
+    return torch.stack(pairs, -1)
+
+
+def chunk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_size: int,
+    rope_base: float,
+    cache: KeyValueCache | None = None,
+    boundaries: Boundaries | None = None,
+) -> tuple[Tensor, KeyValueCache]:
+    """A token sees the tokens of its own chunk up to itself; chunks and RoPE restart at each document."""
+    batch, length = q.shape[:2]
+    rows, keys, values, fills = [], [], [], []
+    for b in range(batch):
+        valid, starts = _row(boundaries, b, length)
+        seen_k: list[Tensor] = []
+        seen_v: list[Tensor] = []
+        if cache is not None:
+            seen_k, seen_v = (list(c[b, : int(cache.fill[b])]) for c in (cache.keys, cache.values))
+        out = []
+        for t in range(valid):
+            if starts[t] or len(seen_k) == chunk_size:
+                seen_k, seen_v = [], []
+            slot = len(seen_k)
+            seen_k.append(rope(k[b, t], slot, rope_base))
+            seen_v.append(v[b, t])
+            query = rope(q[b, t], slot, rope_base)
+            scores = torch.einsum("hd,shd->hs", query, torch.stack(seen_k))
+            out.append(torch.einsum("hs,she->he", scores.softmax(-1), torch.stack(seen_v)))
+        out += [torch.zeros_like(v[b, 0])] * (length - valid)
+        rows.append(torch.stack(out))
+        if len(seen_k) == chunk_size:
+            seen_k, seen_v = [], []
+        empty = chunk_size - len(seen_k)
+        keys.append(torch.stack(seen_k + [torch.zeros_like(k[b, 0])] * empty))
+        values.append(torch.stack(seen_v + [torch.zeros_like(v[b, 0])] * empty))
+        fills.append(len(seen_k))
+    return torch.stack(rows), KeyValueCache(torch.stack(keys), torch.stack(values), torch.tensor(fills))
+
+
+def head_rms_norm(z: Tensor, num_heads: int, eps: float = 1e-5) -> Tensor:
+    """Divide each head's slice of the last dimension by its root mean square; no scale."""
+    heads = [h / torch.sqrt((h * h).mean(-1, keepdim=True) + eps) for h in z.chunk(num_heads, -1)]
+    return torch.cat(heads, -1)

@@ -1,0 +1,100 @@
+"""TimestepNorm: cumulative group normalisation over time.
+
+The statistics are sums of shifted moments, in float64 and with the shift at the mean where the piece begins, so that
+neither a large mean nor ten million tokens wear them down.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .boundaries import Boundaries, cut_into_blocks
+
+BLOCK_SIZE = 64
+
+
+class NormState(NamedTuple):
+    """Running statistics of B rows and G groups: tokens seen (B,) int64, mean and variance (B, G) float64."""
+
+    count: Tensor
+    mean: Tensor
+    var: Tensor
+
+
+def timestep_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float = 1e-5,
+    state: NormState | None = None,
+    boundaries: Boundaries | None = None,
+) -> tuple[Tensor, NormState]:
+    """Normalise each token with the mean and variance of all scalars of its group so far, itself included.
+
+    Args:
+        x: (B, L, D), L at least 1.
+        weight: (D,), stored as an offset from 1.
+        bias: (D,).
+        num_groups: G, a divisor of D.
+        eps: added to the variance.
+        state: statistics at the entry, or None for none.
+        boundaries: documents restart from nothing; padding yields 0 and leaves the statistics alone.
+
+    Returns:
+        y (B, L, D) in the type of x, and the statistics at the exit.
+    """
+    batch, length, dim = x.shape
+    blocks = cut_into_blocks(batch, length, min(BLOCK_SIZE, length), boundaries, x.device)
+    groups = x.to(torch.promote_types(x.dtype, torch.float32)).view(batch, length, num_groups, -1)
+    token_mean = groups.mean(-1, keepdim=True)
+    token_var = (groups - token_mean).square().mean(-1).double()
+    means = blocks.gather(token_mean.squeeze(-1).double())  # (M, T, G)
+
+    # Moments are taken about the entry mean, or about the first token of a document that starts here.
+    shift = means[:, 0].detach()
+    began = torch.where(blocks.first, torch.arange(len(shift), device=x.device), 0).cummax(0).values
+    shift = shift[began]  # (M, G)
+    before = torch.zeros(len(shift), dtype=torch.float64, device=x.device)  # tokens before the piece
+    if state is not None:
+        continued = blocks.carries[began]
+        before = torch.where(continued, state.count[blocks.row], 0).double()
+        shift = torch.where((before > 0)[:, None], state.mean[blocks.row], shift)
+
+    ones = torch.ones(batch, length, 1, dtype=torch.float64, device=x.device)
+    taken = blocks.gather(ones)  # (M, T, 1): 1 in used slots
+    offset = (means - shift[:, None]) * taken
+    moments = torch.cat([offset, offset.square() + blocks.gather(token_var), taken], -1).cumsum(1)
+    moments = moments + blocks.carry(moments[:, -1], None)[:, None]
+    first, second, count = moments.split([num_groups, num_groups, 1], -1)
+    count = count + before[:, None, None]
+    if state is not None:
+        second = second + (before[:, None] * state.var[blocks.row])[:, None]
+    drift = first / count.clamp(min=1)
+    mean = shift[:, None] + drift
+    var = (second / count.clamp(min=1) - drift.square()).clamp(min=0)
+
+    statistics = blocks.scatter(torch.cat([mean, (var + eps).rsqrt()], -1)).to(groups.dtype)
+    centre, scale = (s.unsqueeze(-1) for s in statistics.chunk(2, -1))
+    y = ((groups - centre) * scale).view(batch, length, dim) * (weight + 1) + bias
+    if boundaries is not None and boundaries.lengths is not None:
+        y = torch.where(boundaries.valid(length)[..., None].to(x.device), y, 0)
+
+    at = (blocks.last.clamp(min=0), blocks.used.clamp(min=1) - 1)
+    leaving = NormState(count[at].squeeze(-1).round().long(), mean[at], var[at])
+    if boundaries is not None and boundaries.lengths is not None:
+        empty = blocks.last < 0
+        entry = state if state is not None else empty_norm_state(batch, num_groups, x.device)
+        leaving = NormState(
+            torch.where(empty, entry.count, leaving.count),
+            torch.where(empty[:, None], entry.mean, leaving.mean),
+            torch.where(empty[:, None], entry.var, leaving.var),
+        )
+    return y.to(x.dtype), leaving
+
+
+def empty_norm_state(batch: int, num_groups: int, device: torch.device | None = None) -> NormState:
+    """Statistics of nothing."""
+    zero = torch.zeros(batch, num_groups, dtype=torch.float64, device=device)
+    return NormState(torch.zeros(batch, dtype=torch.int64, device=device), zero, zero.clone())
