@@ -1,0 +1,216 @@
+"""ModelConfig: every choice of the architecture, the published sizes by name, and what a model of that size costs."""
+
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+InitMode = Literal["he", "bert", "xavier"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture of one Megalodon decoder. Symbols in brackets are those of docs/model.md.
+
+    Raises:
+        ValueError: naming the value, the rule it breaks and the remedy.
+    """
+
+    vocab_size: int = 32_000
+    """Tokens in the vocabulary."""
+    num_layers: int = 12
+    """Blocks."""
+    model_dim: int = 1024
+    """Width of the residual stream [D]."""
+    num_heads: int = 1
+    """Attention heads [H]."""
+    z_dim: int = 256
+    """Width of the shared query and key representation, all heads together [Z]."""
+    value_dim: int = 2048
+    """Width of the values and the gate, all heads together [V]."""
+    ffn_hidden_dim: int = 2560
+    """Width inside the feed-forward network [F]."""
+    cema_ndim: int = 16
+    """Complex states per channel of CEMA [N]."""
+    chunk_size: int = 2048
+    """Tokens in an attention chunk [c]."""
+    norm_num_groups: int = 32
+    """Groups of TimestepNorm [G]."""
+    norm_eps: float = 1e-5
+    """Added to variances and mean squares by every norm."""
+    rope_base: float = 10_000.0
+    """Base of the rotary frequencies."""
+    swiglu: bool = False
+    """Feed-forward with a gate (SwiGLU) instead of plain silu."""
+    rescale_nffn: bool = False
+    """Trainable per-feature scale on the feed-forward output, 0.1 * 0.5^layer at the start."""
+    scale_emb: bool = False
+    """Multiply embeddings by sqrt(D)."""
+    share_emb: bool = False
+    """Tie the output head to the embedding."""
+    init_mode: InitMode = "he"
+    """Initialisation of the linear weights."""
+    dropout: float = 0.0
+    """On the embedding and on both branches before they join the residual stream."""
+    hidden_dropout: float = 0.0
+    """On the CEMA branch, the gated attention output and inside the feed-forward network."""
+    attention_dropout: float = 0.0
+    """On the attention weights."""
+    drop_keys: bool = False
+    """Apply attention_dropout to the scores before the softmax (DropKey), as the authors' fused kernel does."""
+
+    def __post_init__(self) -> None:
+        for field, kind in get_type_hints(type(self)).items():
+            _check_type(field, getattr(self, field), kind)
+        for field in ("vocab_size", "num_layers", "model_dim", "num_heads", "z_dim", "value_dim", "ffn_hidden_dim",
+                      "cema_ndim", "chunk_size", "norm_num_groups"):  # fmt: skip
+            _require(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1")
+        for field, whole in (("norm_num_groups", "model_dim"), ("num_heads", "z_dim"), ("num_heads", "value_dim")):
+            part, total = getattr(self, field), getattr(self, whole)
+            near = next(n for n in range(min(part, total), 0, -1) if total % n == 0)
+            _require(total % part == 0, field, part, f"must divide {whole} = {total}; {near} does")
+        head = self.z_dim // self.num_heads
+        _require(head % 2 == 0, "z_dim", self.z_dim,
+                 f"gives heads of width {head}, but rotary positions need an even width; use {self.z_dim + self.num_heads}")  # fmt: skip
+        for field in ("dropout", "hidden_dropout", "attention_dropout"):
+            value = getattr(self, field)
+            _require(0 <= value < 1, field, value, "is a probability and must be at least 0 and below 1")
+        for field in ("norm_eps", "rope_base"):
+            value = getattr(self, field)
+            _require(value > 0 and math.isfinite(value), field, value, "must be positive and finite")
+
+    @classmethod
+    def named(cls, name: str, **changes: Any) -> "ModelConfig":
+        """The configuration of a named size, with single choices changed.
+
+        Raises:
+            ValueError: unknown name; the message lists the known ones.
+        """
+        if name not in SIZES:
+            raise ValueError(f"unknown size {name!r}{_nearest(name, SIZES)}; known sizes: {', '.join(SIZES)}")
+        return cls.from_dict({**SIZES[name], **changes})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
+        """From plain values, as read from TOML or JSON; an unknown key is refused with the nearest known one."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ValueError(f"unknown key {key!r} in the model configuration{_nearest(key, known)}")
+        hints = get_type_hints(cls)
+        as_float = {k: float(v) for k, v in values.items() if hints[k] is float and type(v) is int}
+        return cls(**{**values, **as_float})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, every key."""
+        return dataclasses.asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write as TOML or JSON, by the ending of the path."""
+        path = Path(path)
+        if path.suffix == ".toml":
+            lines = [f"{k} = {json.dumps(v)}" for k, v in self.to_dict().items()]
+            text = "\n".join(lines)
+        else:
+            text = json.dumps(self.to_dict(), indent=2)
+        path.write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ModelConfig":
+        """Read from TOML or JSON, by the ending of the path.
+
+        Raises:
+            ValueError: missing or malformed file, unknown key, wrong value.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+            values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        except OSError as error:
+            raise ValueError(f"cannot read the model configuration {path}: {error.strerror}") from None
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid {path.suffix.lstrip('.').upper()}: {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold a table of model choices, not {type(values).__name__}")
+        return cls.from_dict(values)
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable scalars, tied weights counted once."""
+        d, n, z, v = self.model_dim, self.cema_ndim, self.z_dim, self.value_dim
+        cema = 4 * d * n + 2 * d
+        attention = (d * z + z) + 2 * (d * v + v) + (d * d + d) + v * d + 4 * z
+        norms = 2 * d + d + 2 * d
+        ffn = (3 if self.swiglu else 2) * d * self.ffn_hidden_dim + (d if self.rescale_nffn else 0)
+        embeddings = (1 if self.share_emb else 2) * self.vocab_size * d
+        return self.num_layers * (cema + attention + norms + ffn) + 2 * d + embeddings
+
+    def flops_per_token(self, backward: bool = False) -> int:
+        """Floating point operations per token, a multiply and an add as two, at the mean attention span of full chunks.
+
+        Args:
+            backward: count forward and backward (three times the forward) instead of forward alone.
+        """
+        d, z, v = self.model_dim, self.z_dim, self.value_dim
+        linear = d * z + 2 * d * v + d * d + v * d + (3 if self.swiglu else 2) * d * self.ffn_hidden_dim
+        attention = (self.chunk_size + 1) / 2 * (z + v)
+        cema = 8 * d * self.cema_ndim  # complex multiply, input and output: about 8 multiply-adds a state
+        forward = 2 * (self.num_layers * (linear + attention + cema) + self.vocab_size * d)
+        return round(forward * (3 if backward else 1))
+
+    def state_bytes(self, batch: int = 1, cache_bytes: int = 4) -> int:
+        """Size of the State in memory.
+
+        Args:
+            batch: rows.
+            cache_bytes: bytes of a cached key or value: 4 for float32, 2 for bf16.
+        """
+        norm = 8 + 2 * 8 * self.norm_num_groups
+        cema = self.model_dim * self.cema_ndim * 2 * 4
+        cache = self.chunk_size * (self.z_dim + self.value_dim) * cache_bytes + 8
+        return batch * (self.num_layers * (norm + cema + cache) + norm + 8)
+
+
+def _require(holds: bool, field: str, value: Any, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{field} = {value!r} {rule}")
+
+
+def _check_type(field: str, value: Any, kind: Any) -> None:
+    if get_origin(kind) is Literal:
+        choices = get_args(kind)
+        _require(value in choices, field, value, f"must be one of {', '.join(map(repr, choices))}")
+    else:
+        fits = isinstance(value, kind) and not (kind is not bool and isinstance(value, bool))
+        fits = fits or (kind is float and type(value) is int)
+        _require(fits, field, value, f"must be of type {kind.__name__}, not {type(value).__name__}")
+
+
+def _nearest(word: str, known: Any) -> str:
+    match = difflib.get_close_matches(word, list(known), 1, 0.4)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+_PG19 = dict(num_layers=24, model_dim=2048, num_heads=2, z_dim=512, value_dim=4096, norm_num_groups=64)
+_7B = dict(num_layers=32, model_dim=4096, num_heads=4, z_dim=1024, value_dim=8192, norm_num_groups=64)
+
+SIZES: dict[str, dict[str, Any]] = {
+    # Published: the presets of the authors' code, and the 7B of the paper.
+    "mega200M": {},
+    "mega1.3B": dict(_PG19, ffn_hidden_dim=4864),
+    "mega1.3B_pg19": dict(_PG19, ffn_hidden_dim=3584, swiglu=True, scale_emb=True, share_emb=True),
+    "mega7.1B": dict(_7B, ffn_hidden_dim=11264),
+    "mega7.3B": dict(_7B, ffn_hidden_dim=8192, swiglu=True),
+    "paper7B": dict(_7B, ffn_hidden_dim=8192, swiglu=True, chunk_size=4096, rope_base=100_000.0),
+    # Small ones, for a CPU and bytes: the model of the tests, of the quickstart, and of the speed comparison.
+    "tiny": dict(vocab_size=259, num_layers=2, model_dim=64, z_dim=32, value_dim=128, ffn_hidden_dim=128,
+                 cema_ndim=8, chunk_size=64, norm_num_groups=4, swiglu=True),
+    "small": dict(vocab_size=259, num_layers=6, model_dim=256, z_dim=128, value_dim=512, ffn_hidden_dim=512,
+                  chunk_size=512, norm_num_groups=8, swiglu=True),
+    "bench22M": dict(vocab_size=256, num_layers=6, model_dim=512, num_heads=2, z_dim=256, value_dim=1024,
+                     ffn_hidden_dim=1024, chunk_size=1024, norm_num_groups=16, swiglu=True),
+}  # fmt: skip

@@ -1,0 +1,188 @@
+"""Megalodon, the language model: embedding, blocks, final norm and head."""
+
+import math
+import weakref
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..config import ModelConfig
+from ..layers.block import Block
+from ..layers.initialization import init_embedding
+from ..layers.norms import TimestepNorm
+from ..ops.boundaries import Boundaries
+from ..ops.timestep_norm import NormState
+from ..state import State
+
+
+class Head(nn.Module):
+    """Final TimestepNorm, with a running state of its own, and the linear map to the vocabulary."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.final_norm = TimestepNorm(config.model_dim, config.norm_num_groups, config.norm_eps)
+        self.output = nn.utils.skip_init(nn.Linear, config.model_dim, config.vocab_size, bias=False)
+        init_embedding(self.output.weight)
+
+
+class Megalodon(nn.Module):
+    """A decoder without a context limit.
+
+    `logits, state = model(tokens)`, then `logits, state = model(more, state)`: the pieces may have any length and give
+    what the whole would give.
+
+    Args:
+        config: the architecture; see ModelConfig.named.
+        activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, config: ModelConfig, activation_checkpointing: bool = False):
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = activation_checkpointing
+        self.embed = nn.utils.skip_init(nn.Embedding, config.vocab_size, config.model_dim)
+        init_embedding(self.embed.weight)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        self.output = Head(config)
+        if config.share_emb:
+            self.output.output.weight = self.embed.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        *,
+        document_starts: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """Logits of the next token after each token, and the state after the last.
+
+        Args:
+            tokens: (B, L) int64; L may be anything from 0.
+            state: what came before, or None for nothing.
+            document_starts: (B, L) bool, True at the first token of each document packed into the rows: statistics,
+                CEMA, attention and rotary positions restart there.
+            mask: (B, L) bool, False at padding, which may stand anywhere; its logits are meaningless and it leaves no
+                trace in the state.
+
+        Returns:
+            logits (B, L, vocabulary) in float32 (float64 for a float64 model), and the State.
+
+        Raises:
+            ValueError: tokens outside the vocabulary, wrong shapes, or a state of another model or batch.
+        """
+        hidden, state = self.features(tokens, state, document_starts=document_starts, mask=mask)
+        return self.logits(hidden), state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) features to (..., vocabulary) logits in float32 or better."""
+        logits = self.output.output(hidden)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def features(
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        *,
+        document_starts: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """As forward, but the normalised (B, L, D) input of the head instead of logits."""
+        self._check(tokens, state, document_starts, mask)
+        batch, length = tokens.shape
+        if mask is None:
+            return self._run(tokens, state, document_starts, None)
+        # Padding moves to the end of each row, where causality hides it, and back afterwards.
+        lengths = mask.sum(1).cpu()
+        width = int(lengths.max()) if batch and length else 0
+        order = (~mask).to(torch.int8).argsort(1, stable=True)
+        packed_starts = None if document_starts is None else document_starts.gather(1, order)[:, :width]
+        hidden, state = self._run(tokens.gather(1, order)[:, :width], state, packed_starts, lengths)
+        hidden = F.pad(hidden, (0, 0, 0, length - width))
+        back = order.argsort(1)[..., None].expand(-1, -1, hidden.shape[-1])
+        return hidden.gather(1, back), state
+
+    def _run(
+        self, tokens: Tensor, state: State | None, starts: Tensor | None, lengths: Tensor | None
+    ) -> tuple[Tensor, State]:
+        config = self.config
+        batch, length = tokens.shape
+        x = self.embed(tokens)
+        if length == 0:
+            return x, state or self._empty_state(batch, x)
+        if config.scale_emb:
+            x = x * math.sqrt(config.model_dim)
+        x = F.dropout(x, config.dropout, self.training)
+        boundaries = None
+        if starts is not None or (lengths is not None and bool((lengths < length).any())):
+            boundaries = Boundaries(None if starts is None else starts.cpu(), lengths)
+        layers = []
+        for i, block in enumerate(self.layers):
+            entry = None if state is None else state.layers[i]
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x, leaving = checkpoint(block, x, entry, boundaries, use_reentrant=False)
+            else:
+                x, leaving = block(x, entry, boundaries)
+            layers.append(leaving)
+        norm_entry: NormState | None = None if state is None else state.norm
+        x, norm = self.output.final_norm(x, norm_entry, boundaries)
+        position = torch.zeros(batch, dtype=torch.int64) if state is None else state.position
+        position = (boundaries or Boundaries()).exit_position(position, length)
+        return x, State(tuple(layers), norm, position, weakref.ref(self))
+
+    def _empty_state(self, batch: int, x: Tensor) -> State:
+        state = State.empty(self.config, batch, x.device, x.dtype)
+        return State(state.layers, state.norm, state.position, weakref.ref(self))
+
+    def _check(self, tokens: Tensor, state: State | None, starts: Tensor | None, mask: Tensor | None) -> None:
+        if tokens.dim() != 2 or tokens.dtype != torch.int64:
+            raise ValueError(f"tokens must be int64 of shape (B, L), not {tokens.dtype} of {tuple(tokens.shape)}")
+        if tokens.device.type == "cpu" and tokens.numel():
+            low, high = (int(t) for t in tokens.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                wrong = low if low < 0 else high
+                raise ValueError(
+                    f"token {wrong} is outside the vocabulary of {self.config.vocab_size}; "
+                    "encode the text with the tokenizer of this model"
+                )
+        for name, t in (("document_starts", starts), ("mask", mask)):
+            if t is not None and (t.shape != tokens.shape or t.dtype != torch.bool):
+                raise ValueError(
+                    f"{name} must be bool of shape {tuple(tokens.shape)} like the tokens, "
+                    f"not {t.dtype} of {tuple(t.shape)}"
+                )
+        if state is not None:
+            made_here = state.model is not None and state.model() is self
+            if not made_here or state.batch_size != len(tokens):
+                state.check(self.config, len(tokens))
+
+    def fingerprint(self) -> str:
+        """Identifies the configuration and the weights: a hash of both, of a fixed sample of each weight for speed."""
+        from .checkpoint import fingerprint
+
+        return fingerprint(self)
+
+    def save(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors into a folder, each atomically."""
+        from .checkpoint import save_model
+
+        save_model(self, folder)
+
+    @classmethod
+    def load(cls, folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> "Megalodon":
+        """Read what `save` wrote.
+
+        Args:
+            folder: with config.json and model.safetensors.
+            device: where the weights go.
+            dtype: of the weights; None for the stored one.
+
+        Raises:
+            ValueError: missing, truncated or mismatched files, by name.
+        """
+        from .checkpoint import load_model
+
+        return load_model(cls, folder, device, dtype)

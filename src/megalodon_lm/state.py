@@ -1,0 +1,265 @@
+"""State: everything that crosses a cut in a sequence, as one value of fixed size.
+
+A sequence may be cut anywhere, to stream it, to train on it in steps, to spread it over ranks or to pause it for a
+month, and the result is the same: `logits, state = model(tokens, state)`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from .files import write_atomically
+from .ops.chunk_attention import KeyValueCache
+from .ops.timestep_norm import NormState, empty_norm_state
+
+if TYPE_CHECKING:
+    from .config import ModelConfig
+    from .model.decoder import Megalodon
+
+FORMAT = "megalodon-state-1"
+
+
+class LayerState(NamedTuple):
+    """What one block carries: running norm statistics, CEMA states (B, D, N, 2), and the unfinished chunk."""
+
+    norm: NormState
+    cema: Tensor
+    attention: KeyValueCache
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """The state of B sequences after some tokens.
+
+    Attributes:
+        layers: one LayerState a block.
+        norm: statistics of the final norm.
+        position: (B,) int64 on the CPU, tokens read since each row's document began.
+        model: weak reference to the model that made it; None once moved to another process.
+    """
+
+    layers: tuple[LayerState, ...]
+    norm: NormState
+    position: Tensor
+    model: "weakref.ref[Megalodon] | None" = None
+
+    @classmethod
+    def empty(
+        cls, config: "ModelConfig", batch: int = 1, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "State":
+        """The state before the first token.
+
+        Args:
+            config: of the model.
+            batch: rows.
+            device: of everything but positions.
+            dtype: of the cached keys and values; CEMA states are float32 or better.
+        """
+        device = torch.device(device)
+        heads, c = config.num_heads, config.chunk_size
+        precise = torch.promote_types(dtype, torch.float32)
+
+        def layer() -> LayerState:
+            keys = torch.zeros(batch, c, heads, config.z_dim // heads, device=device, dtype=dtype)
+            values = torch.zeros(batch, c, heads, config.value_dim // heads, device=device, dtype=dtype)
+            return LayerState(
+                empty_norm_state(batch, config.norm_num_groups, device),
+                torch.zeros(batch, config.model_dim, config.cema_ndim, 2, device=device, dtype=precise),
+                KeyValueCache(keys, values, torch.zeros(batch, dtype=torch.int64)),
+            )
+
+        layers = tuple(layer() for _ in range(config.num_layers))
+        norm = empty_norm_state(batch, config.norm_num_groups, device)
+        return cls(layers, norm, torch.zeros(batch, dtype=torch.int64))
+
+    @property
+    def batch_size(self) -> int:
+        """Rows."""
+        return len(self.position)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors; independent of how much was read."""
+        return sum(t.nbytes for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor under its name."""
+        return dict(_named(self))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "State":
+        """The state with `change` applied to every tensor; rows are the first dimension of each."""
+        return State(*(_rebuild(part, change) for part in (self.layers, self.norm, self.position)), model=self.model)
+
+    def select(self, rows: Sequence[int] | Tensor) -> "State":
+        """Choose, repeat or reorder rows; `state.select([0] * 8)` forks a conversation eight times."""
+        index = torch.as_tensor(rows, dtype=torch.int64)
+        return self.map(lambda t: t[index.to(t.device)])
+
+    @staticmethod
+    def cat(states: Sequence["State"]) -> "State":
+        """Join states of one model along the batch."""
+        if not states:
+            raise ValueError("State.cat needs at least one state")
+        columns = [s.tensors() for s in states]
+        if any({n: t.shape[1:] for n, t in c.items()} != {n: t.shape[1:] for n, t in columns[0].items()} for c in columns):
+            raise ValueError("State.cat got states of different models; their shapes differ")
+        joined = iter([torch.cat([c[name] for c in columns]) for name in columns[0]])
+        return states[0].map(lambda _: next(joined))
+
+    def split(self) -> list["State"]:
+        """One state a row."""
+        return [self.select([row]) for row in range(self.batch_size)]
+
+    def detach(self) -> "State":
+        """Cut the gradient here: truncated back-propagation through time."""
+        return self.map(Tensor.detach)
+
+    def clone(self) -> "State":
+        """An independent copy, gradients kept."""
+        return self.map(Tensor.clone)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "State":
+        """Move to a device; change the type of the cached keys and values.
+
+        Statistics and CEMA states keep their precision, and positions stay on the CPU.
+        """
+
+        def move(path: str, t: Tensor) -> Tensor:
+            if _on_cpu(path):
+                return t
+            cast = dtype if path.endswith(("keys", "values")) else None
+            return t.to(device=device, dtype=cast)
+
+        moved = iter([move(name, t) for name, t in _named(self)])
+        return self.map(lambda _: next(moved))
+
+    def check(self, config: "ModelConfig", batch: int) -> None:
+        """Refuse a state that cannot belong to a model of this configuration, or to this many rows.
+
+        Raises:
+            ValueError: with the first difference.
+        """
+        if self.batch_size != batch:
+            raise ValueError(
+                f"the state has {self.batch_size} rows but the tokens have {batch}; use state.select to match them"
+            )
+        expected = State.empty(config, 1, "meta").tensors()
+        found = self.tensors()
+        for name in expected.keys() | found.keys():
+            shapes = [tuple(t[name].shape[1:]) if name in t else None for t in (found, expected)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"the state belongs to another model: {name} has shape {shapes[0]} a row and this model needs "
+                    f"{shapes[1]}; start from an empty state"
+                )
+
+    def save(self, path: str | Path, model: "Megalodon | None" = None) -> None:
+        """Write as safetensors, atomically, with the fingerprint of its model and a checksum.
+
+        Only used slots of the unfinished chunk are stored.
+
+        Args:
+            path: of the file.
+            model: the model it belongs to; needed only if the model that made the state is gone.
+        """
+        model = model or (self.model() if self.model is not None else None)
+        if model is None:
+            raise ValueError("the model of this state is gone; call state.save(path, model)")
+        longest = int(self.layers[0].attention.fill.max()) if self.batch_size else 0
+        stored = {n: _trim(n, t, longest).detach().cpu().contiguous() for n, t in self.tensors().items()}
+        stored = {n: t.clone() for n, t in stored.items()}
+        metadata = {
+            "format": FORMAT,
+            "fingerprint": model.fingerprint(),
+            "checksum": _checksum(stored),
+            "position": json.dumps(self.position.tolist()),
+        }
+        write_atomically(path, save(stored, metadata))
+
+    @classmethod
+    def load(cls, path: str | Path, model: "Megalodon") -> "State":
+        """Read a state for this model, onto its device.
+
+        Raises:
+            ValueError: missing, truncated or altered file, or a state of another model.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise ValueError(f"no state file at {path}") from None
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is not a readable state file ({error}); it may be truncated") from None
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path} is not a state file of this version (it says {metadata.get('format')!r})")
+        if metadata.get("fingerprint") != model.fingerprint():
+            raise ValueError(f"{path} is a state of another model or of other weights; read the text again with this one")
+        if metadata.get("checksum") != _checksum(stored):
+            raise ValueError(f"{path} was altered after it was written: its checksum does not match")
+        batch = len(stored["position"])
+        template = cls.empty(model.config, batch, "meta")
+        filled = iter([_untrim(name, stored[name], t) for name, t in template.tensors().items()])
+        state = dataclasses.replace(template.map(lambda _: next(filled)), model=weakref.ref(model))
+        return state.to(next(model.parameters()).device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "model": None}
+
+
+def _named(state: State) -> Iterator[tuple[str, Tensor]]:
+    for i, layer in enumerate(state.layers):
+        for part, value in zip(layer._fields, layer, strict=True):
+            if isinstance(value, Tensor):
+                yield f"layers.{i}.{part}", value
+            else:
+                yield from ((f"layers.{i}.{part}.{n}", t) for n, t in zip(value._fields, value, strict=True))
+    yield from ((f"norm.{n}", t) for n, t in zip(state.norm._fields, state.norm, strict=True))
+    yield "position", state.position
+
+
+def _rebuild(part: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Nested tuples of tensors with every tensor changed, in the order of _named."""
+    if isinstance(part, Tensor):
+        return change(part)
+    items = (_rebuild(p, change) for p in part)
+    return type(part)(*items) if hasattr(part, "_fields") else tuple(items)
+
+
+def _on_cpu(name: str) -> bool:
+    return name.endswith("fill") or name == "position"
+
+
+def _is_cache(name: str) -> bool:
+    return name.endswith(("attention.keys", "attention.values"))
+
+
+def _trim(name: str, t: Tensor, longest: int) -> Tensor:
+    return t[:, :longest] if _is_cache(name) else t
+
+
+def _untrim(name: str, stored: Tensor, template: Tensor) -> Tensor:
+    if not _is_cache(name):
+        return stored
+    full = stored.new_zeros(template.shape)
+    full[:, : stored.shape[1]] = stored
+    return full
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        t = tensors[name]
+        digest.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
+        digest.update(t.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b"")
+    return digest.hexdigest()
