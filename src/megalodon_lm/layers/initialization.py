@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from ..config import InitMode
@@ -28,7 +29,7 @@ def init_embedding(weight: Tensor) -> None:
 
 def linear(fan_in: int, fan_out: int, bias: bool, mode: InitMode) -> nn.Linear:
     """A linear layer with that initialisation and a zero bias."""
-    layer = nn.utils.skip_init(nn.Linear, fan_in, fan_out, bias=bias)
+    layer = nn.utils.skip_init(nn.Linear, fan_in, fan_out, bias=bias, device=torch.get_default_device())
     init_linear(layer.weight, mode)
     if bias:
         nn.init.zeros_(layer.bias)

@@ -24,7 +24,9 @@ class Head(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.final_norm = TimestepNorm(config.model_dim, config.norm_num_groups, config.norm_eps)
-        self.output = nn.utils.skip_init(nn.Linear, config.model_dim, config.vocab_size, bias=False)
+        self.output = nn.utils.skip_init(
+            nn.Linear, config.model_dim, config.vocab_size, bias=False, device=torch.get_default_device()
+        )
         init_embedding(self.output.weight)
 
 
@@ -43,7 +45,9 @@ class Megalodon(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
-        self.embed = nn.utils.skip_init(nn.Embedding, config.vocab_size, config.model_dim)
+        self.embed = nn.utils.skip_init(
+            nn.Embedding, config.vocab_size, config.model_dim, device=torch.get_default_device()
+        )
         init_embedding(self.embed.weight)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.output = Head(config)
