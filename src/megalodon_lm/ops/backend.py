@@ -21,7 +21,8 @@ def cema(
     boundaries: Boundaries | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See megalodon_lm.ops.cema.cema."""
-    return _cema.cema(x, p, q, g, omega, state, boundaries)
+    with torch.autocast(x.device.type, enabled=False):  # coefficients and states stay float32 or better
+        return _cema.cema(x, p, q, g, omega, state, boundaries)
 
 
 def timestep_norm(
@@ -34,7 +35,8 @@ def timestep_norm(
     boundaries: Boundaries | None = None,
 ) -> tuple[Tensor, NormState]:
     """See megalodon_lm.ops.timestep_norm.timestep_norm."""
-    return _timestep_norm.timestep_norm(x, weight, bias, num_groups, eps, state, boundaries)
+    with torch.autocast(x.device.type, enabled=False):
+        return _timestep_norm.timestep_norm(x, weight, bias, num_groups, eps, state, boundaries)
 
 
 def chunk_attention(

@@ -1,0 +1,1 @@
+"""Text: tokenizers, the bundled novels, and batches for training."""

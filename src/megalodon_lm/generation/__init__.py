@@ -1,0 +1,1 @@
+"""Reading a prompt of any length and writing on from it."""

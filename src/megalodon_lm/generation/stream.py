@@ -1,0 +1,65 @@
+"""Reading in pieces and writing token by token."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..model.decoder import Megalodon
+from ..state import State
+from .sampling import check_sampling, sample
+
+PIECE = 4096  # tokens read at a time
+
+
+@torch.inference_mode()
+def read(model: Megalodon, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    """Read a prompt of any length in constant memory.
+
+    Args:
+        model: in evaluation mode.
+        tokens: (B, L) int64, L at least 1.
+        state: what came before.
+
+    Returns:
+        logits after the last token (B, vocabulary), and the state.
+    """
+    if tokens.shape[1] == 0:
+        raise ValueError("the prompt is empty; give at least one token, such as the begin token")
+    for piece in tokens.split(PIECE, dim=1):
+        hidden, state = model.features(piece, state)
+    assert state is not None
+    return model.logits(hidden[:, -1]), state
+
+
+def generate(
+    model: Megalodon,
+    tokens: Tensor,
+    max_tokens: int,
+    state: State | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[Tensor]:
+    """Continue a prompt.
+
+    Args:
+        model: the model; its dropout is left as it is, call model.eval() first.
+        tokens: (B, L) int64 prompt, L at least 1.
+        max_tokens: tokens to write.
+        state: what was read before the prompt.
+        temperature, top_k, top_p: see sampling.sample.
+        seed: of the draws.
+
+    Yields:
+        (B,) int64 tokens, as they are drawn.
+    """
+    check_sampling(temperature, top_k, top_p)
+    generator = torch.Generator().manual_seed(seed)
+    logits, state = read(model, tokens, state)
+    for count in range(max_tokens):
+        token = sample(logits, temperature, top_k, top_p, generator).to(tokens.device)
+        yield token
+        if count + 1 < max_tokens:
+            logits, state = read(model, token[:, None], state)

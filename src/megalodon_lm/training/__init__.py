@@ -1,0 +1,1 @@
+"""Training: recipes, precision, loss, optimiser and the trainer."""

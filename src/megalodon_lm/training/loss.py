@@ -1,0 +1,71 @@
+"""Next-token loss that never holds the logits of all tokens at once."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+CHUNK_LOGITS = 1 << 24  # logits in memory at a time
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of hidden @ weight.T, chunk by chunk; both gradients are computed along with the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        chunk = max(1, CHUNK_LOGITS // len(weight))
+        compute = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            dtype = compute or torch.promote_types(hidden.dtype, weight.dtype)
+            w, h = weight.to(dtype), hidden.to(dtype)
+            precise = torch.promote_types(dtype, torch.float32)
+            need_h, need_w = ctx.needs_input_grad[:2]
+            losses = torch.empty(len(h), dtype=precise, device=h.device)
+            grad_h = torch.empty_like(h) if need_h else None
+            grad_w = torch.zeros(w.shape, dtype=precise, device=w.device) if need_w else None
+            for at in range(0, len(h), chunk):
+                rows, answer = h[at : at + chunk], targets[at : at + chunk, None]
+                log_probs = (rows @ w.T).to(precise).log_softmax(-1)
+                losses[at : at + chunk] = -log_probs.gather(1, answer)[:, 0]
+                if need_h or need_w:
+                    grad = log_probs.exp_().scatter_add_(1, answer, -torch.ones_like(answer, dtype=precise)).to(dtype)
+                    if grad_h is not None:
+                        grad_h[at : at + chunk] = grad @ w
+                    if grad_w is not None:
+                        grad_w += grad.T @ rows
+        ctx.grads = (grad_h, grad_w)
+        ctx.count = len(h)
+        ctx.types = (hidden.dtype, weight.dtype)
+        return losses.mean()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> Any:
+        scale = grads[0] / ctx.count  # type: ignore[attr-defined]
+        grad_h, grad_w = ctx.grads  # type: ignore[attr-defined]
+        types = ctx.types  # type: ignore[attr-defined]
+        return (
+            None if grad_h is None else (grad_h * scale).to(types[0]),
+            None if grad_w is None else (grad_w * scale).to(types[1]),
+            None,
+        )
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of the targets under softmax(hidden @ weight.T).
+
+    Args:
+        hidden: (..., D).
+        weight: (vocabulary, D).
+        targets: (...) int64.
+
+    Returns:
+        A scalar in float32 or better. Differentiable once, with respect to hidden and weight.
+    """
+    return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten())
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """(B, L) negative log likelihoods in nats from logits (B, L, vocabulary) and targets (B, L)."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)

@@ -1,0 +1,28 @@
+"""Mixed precision, decided in one place: bf16 matrix products over float32 weights where the processor has them."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+
+Precision = Literal["auto", "bf16", "float32"]
+
+
+def choose_precision(requested: Precision, device: torch.device) -> Literal["bf16", "float32"]:
+    """Resolve "auto": bf16 where the device multiplies bf16 matrices natively, float32 elsewhere."""
+    if requested != "auto":
+        return requested
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if device.type == "cpu":
+        features = torch.cpu.get_capabilities()
+        native = any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        return "bf16" if native else "float32"
+    return "float32"
+
+
+def autocast(precision: Literal["bf16", "float32"], device: torch.device) -> AbstractContextManager[object]:
+    """The context in which a model runs at that precision; weights, statistics and CEMA stay float32 or better."""
+    if precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()

@@ -1,0 +1,165 @@
+"""Recipes: everything that defines a training run, as one TOML file."""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config import ModelConfig
+from .precision import Precision
+
+
+@dataclass
+class DataRecipe:
+    """The text."""
+
+    train: list[str] = field(default_factory=lambda: ["bundled:train"])
+    """Training documents: text files, folders of .txt files, or bundled:train."""
+    validation: list[str] = field(default_factory=lambda: ["bundled:validation"])
+    """Validation documents."""
+
+
+@dataclass
+class TrainingRecipe:
+    """The optimisation."""
+
+    length: int = 1024
+    """Tokens a row reads in a step."""
+    batch_size: int = 2
+    """Rows."""
+    carry_state: bool = True
+    """Continue each row's document from the state of the step before (truncated back-propagation through time)."""
+    steps: int = 1000
+    """Steps of the whole run."""
+    minutes: float = 0.0
+    """End after this many minutes of training instead of `steps`, with the schedule stretched to fit; 0 for steps."""
+    learning_rate: float = 2e-3
+    """At the peak."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    final_learning_rate: float = 0.02
+    """At the end of the cosine, as a fraction of the peak."""
+    weight_decay: float = 0.1
+    """Decoupled, on every weight."""
+    beta1: float = 0.9
+    """Of AdamW."""
+    beta2: float = 0.95
+    """Of AdamW."""
+    clip: float = 1.0
+    """Largest gradient norm."""
+    precision: Precision = "auto"
+    """bf16 or float32 matrix products; auto takes bf16 where the processor has it."""
+    activation_checkpointing: bool = False
+    """Recompute blocks in the backward pass to save memory."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between checkpoints."""
+    seed: int = 0
+    """Of the initial weights, the order of documents and dropout."""
+
+
+@dataclass
+class Recipe:
+    """A training run."""
+
+    model: ModelConfig
+    data: DataRecipe = field(default_factory=DataRecipe)
+    training: TrainingRecipe = field(default_factory=TrainingRecipe)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Recipe":
+        """From plain values; an unknown key is refused with the nearest known one.
+
+        The table [model] may name a size, `size = "small"`, and change single choices of it.
+        """
+        _known("recipe", values, ["model", "data", "training"])
+        model = dict(_table(values, "model"))
+        size = model.pop("size", None)
+        config = ModelConfig.from_dict(model) if size is None else ModelConfig.named(size, **model)
+        recipe = cls(
+            config, _fill(DataRecipe, "data", _table(values, "data")), _fill(TrainingRecipe, "training", _table(values, "training"))
+        )
+        recipe.check()
+        return recipe
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Recipe":
+        """Read a TOML file.
+
+        Raises:
+            ValueError: missing or malformed file, unknown key, wrong value.
+        """
+        try:
+            with open(path, "rb") as file:
+                values = tomllib.load(file)
+        except OSError as error:
+            raise ValueError(f"cannot read the recipe {path}: {error.strerror}") from None
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"the recipe {path} is not valid TOML: {error}") from None
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def to_toml(self) -> str:
+        """The whole recipe, defaults included, as TOML."""
+        lines = []
+        for name, part in (("model", self.model), ("data", self.data), ("training", self.training)):
+            lines += [f"[{name}]", *(f"{k} = {json.dumps(v)}" for k, v in dataclasses.asdict(part).items()), ""]
+        return "\n".join(lines)
+
+    def check(self) -> None:
+        """Refuse values that cannot be trained with.
+
+        Raises:
+            ValueError: naming the key, the value and the rule.
+        """
+        t = self.training
+        for key in ("length", "batch_size", "steps"):
+            _rule(getattr(t, key) >= 1, key, getattr(t, key), "must be at least 1")
+        for key in ("learning_rate", "clip", "checkpoint_minutes"):
+            _rule(getattr(t, key) > 0, key, getattr(t, key), "must be positive")
+        for key in ("minutes", "warmup_steps", "weight_decay"):
+            _rule(getattr(t, key) >= 0, key, getattr(t, key), "must not be negative")
+        for key in ("beta1", "beta2", "final_learning_rate"):
+            _rule(0 <= getattr(t, key) <= 1, key, getattr(t, key), "must be between 0 and 1")
+
+
+def _table(values: dict[str, Any], name: str) -> dict[str, Any]:
+    table = values.get(name, {})
+    if not isinstance(table, dict):
+        raise ValueError(f"{name} must be a table, [{name}], not {table!r}")
+    return table
+
+
+def _known(where: str, values: dict[str, Any], known: list[str]) -> None:
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, 0.4)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
+            raise ValueError(f"unknown key {key!r} in the {where}{hint}")
+
+
+def _fill(kind: Any, name: str, values: dict[str, Any]) -> Any:
+    """A recipe part from its table, with every value of the type of its default."""
+    defaults = {f.name: getattr(kind(), f.name) for f in dataclasses.fields(kind)}
+    _known(f"table [{name}]", values, list(defaults))
+    choices = {"precision": ("auto", "bf16", "float32")}
+    for key, value in values.items():
+        default = defaults[key]
+        if isinstance(default, float) and type(value) is int:
+            values[key] = float(value)
+        elif type(value) is not type(default):
+            raise ValueError(f"{name}.{key} = {value!r} must be of type {type(default).__name__}")
+        if key in choices:
+            _rule(value in choices[key], key, value, f"must be one of {', '.join(choices[key])}")
+        if isinstance(default, list) and not all(isinstance(v, str) for v in value):
+            raise ValueError(f"{name}.{key} = {value!r} must be a list of strings")
+    return kind(**values)
+
+
+def _rule(holds: bool, key: str, value: Any, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"training.{key} = {value!r} {rule}")
