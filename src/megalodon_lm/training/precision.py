@@ -1,7 +1,7 @@
 """Mixed precision, decided in one place: bf16 matrix products over float32 weights where the processor has them."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -26,3 +26,15 @@ def autocast(precision: Literal["bf16", "float32"], device: torch.device) -> Abs
     if precision == "bf16":
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()
+
+
+def check_precision(value: str) -> Precision:
+    """Refuse an unknown precision.
+
+    Raises:
+        ValueError: naming the value and the choices.
+    """
+    for known in get_args(Precision):
+        if value == known:
+            return known
+    raise ValueError(f"precision = {value!r} must be one of {', '.join(get_args(Precision))}")

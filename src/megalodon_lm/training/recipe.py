@@ -12,6 +12,14 @@ from ..config import ModelConfig
 from .precision import Precision
 
 
+_BUNDLED = Path(__file__).parent.parent / "recipes"
+
+
+def bundled_recipes() -> list[str]:
+    """Names of the recipes inside the package."""
+    return sorted(p.stem for p in _BUNDLED.glob("*.toml"))
+
+
 @dataclass
 class DataRecipe:
     """The text."""
@@ -86,16 +94,20 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path) -> "Recipe":
-        """Read a TOML file.
+        """Read a TOML file, or a recipe of the package by its name.
 
         Raises:
             ValueError: missing or malformed file, unknown key, wrong value.
         """
+        if str(path) in bundled_recipes():
+            path = _BUNDLED / f"{path}.toml"
         try:
             with open(path, "rb") as file:
                 values = tomllib.load(file)
         except OSError as error:
-            raise ValueError(f"cannot read the recipe {path}: {error.strerror}") from None
+            raise ValueError(
+                f"cannot read the recipe {path}: {error.strerror}; recipes of the package: {', '.join(bundled_recipes())}"
+            ) from None
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"the recipe {path} is not valid TOML: {error}") from None
         try:

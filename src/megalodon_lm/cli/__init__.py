@@ -1,0 +1,1 @@
+"""The command `megalodon`: one file a command, thin: parse, call the library, show."""

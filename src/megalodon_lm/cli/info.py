@@ -1,0 +1,64 @@
+"""megalodon info"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+
+@dataclass
+class Info:
+    """Parameters, operations, state size and memory of a named size, a configuration file or a saved model."""
+
+    name: Positional[str] = ""
+    """A size such as paper7B, a .toml or .json file, or a model folder; nothing for a table of all sizes."""
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> None:
+        """Carry out the command."""
+        import json
+
+        from rich.console import Console
+        from rich.table import Table
+
+        from ..config import SIZES, ModelConfig
+
+        configs = {self.name: _config(self.name)} if self.name else {n: ModelConfig.named(n) for n in SIZES}
+        figures = {name: _figures(config) for name, config in configs.items()}
+        if self.json:
+            print(json.dumps(figures[self.name] if self.name else figures, indent=2))
+            return
+        table = Table("", *configs, title=None if self.name else "Named sizes")
+        for key in next(iter(figures.values())):
+            table.add_row(key.replace("_", " "), *(f"{f[key]:,}" for f in figures.values()))
+        if self.name:
+            for key, value in configs[self.name].to_dict().items():
+                table.add_row(key, str(value))
+        Console(width=None if self.name else 200).print(table)
+
+
+def _config(name: str) -> "ModelConfig":  # type: ignore[name-defined]  # noqa: F821
+    from ..config import ModelConfig
+
+    path = Path(name)
+    if path.is_dir():
+        return ModelConfig.load(path / "config.json")
+    if path.suffix in (".toml", ".json"):
+        return ModelConfig.load(path)
+    return ModelConfig.named(name)
+
+
+def _figures(config: "ModelConfig") -> dict[str, int]:  # type: ignore[name-defined]  # noqa: F821
+    """Counts and bytes; memory for training is weights, gradients and two moments in float32, without activations."""
+    parameters = config.num_parameters
+    return {
+        "parameters": parameters,
+        "flops_per_token": config.flops_per_token(),
+        "training_flops_per_token": config.flops_per_token(backward=True),
+        "state_bytes": config.state_bytes(),
+        "state_bytes_bf16_cache": config.state_bytes(cache_bytes=2),
+        "weight_bytes_float32": 4 * parameters,
+        "weight_bytes_bf16": 2 * parameters,
+        "training_bytes_without_activations": 16 * parameters,
+    }

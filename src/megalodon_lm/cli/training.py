@@ -1,0 +1,34 @@
+"""Showing a training run, for the commands that train."""
+
+from ..training.trainer import StepMetrics, Trainer
+from .progress import console, progress_bar
+
+
+def train_with_progress(trainer: Trainer) -> tuple[bool, list[tuple[int, float]]]:
+    """Train to the end with a bar.
+
+    Returns:
+        Whether the end was reached, and the curve (bytes read, bits per byte smoothed over steps).
+    """
+    config = trainer.recipe.model
+    console.print(
+        f"training {config.num_parameters:,} parameters on {trainer.device} in {trainer.precision}, into {trainer.folder}",
+        highlight=False,
+    )
+    curve: list[tuple[int, float]] = []
+    loss = speed = 0.0
+
+    with progress_bar("train", 1.0) as move:
+
+        def watch(m: StepMetrics) -> None:
+            nonlocal loss, speed
+            fresh = max(0.02, 1 / m.step)
+            loss += fresh * (m.bits_per_token - loss)
+            speed += fresh * (m.tokens_per_second - speed)
+            curve.append((m.tokens, loss))
+            move(m.progress, f"step {m.step}  {loss:.3f} bits/token  {speed:,.0f} tokens/s")
+
+        finished = trainer.train(watch)
+    if not finished:
+        console.print(f"interrupted after {trainer.tokens:,} tokens; the weights are saved in {trainer.folder}")
+    return finished, curve

@@ -1,0 +1,63 @@
+"""What the quickstart measures: the whole text, the effect of context, the compressors, and a sample."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from ..data.tokenizer import ByteTokenizer
+from ..generation.stream import generate
+from ..ops import backend
+from ..training.precision import autocast
+from ..training.trainer import Trainer
+from .perplexity import bits_per_byte, by_position, compressors, score
+from .report import Report
+
+STRETCH_WINDOWS = 4  # windows of the longest context that the contexts are compared on
+
+
+def measure(
+    trainer: Trainer, text: bytes, prompt: str, watch: Callable[[float, str], None] = lambda done, note: None
+) -> Report:
+    """Evaluate a trained model.
+
+    Args:
+        trainer: after training.
+        text: the validation text.
+        prompt: the beginning of the sample.
+        watch: called with the fraction done and a note.
+    """
+    model, tokenizer, length = trainer.model.eval(), ByteTokenizer(), trainer.recipe.training.length
+    tokens = torch.from_numpy(tokenizer.encode(text))
+    contexts = [c for c in (length // 16, length // 4, length, 4 * length, 16 * length, 64 * length) if c <= len(tokens)]
+    stretch = tokens[: min(len(tokens), STRETCH_WINDOWS * 64 * length)]
+    work = len(tokens) + len(contexts) * len(stretch)
+    done = 0
+
+    def run(part: torch.Tensor, context: int | None) -> np.ndarray:
+        def count(scored: int) -> None:
+            nonlocal done
+            done += scored
+            watch(min(1.0, done / work), "whole text" if context is None else f"context {context:,}")
+
+        return score(model, part, tokenizer.begin, context, trainer.precision, count)
+
+    losses = {context: run(stretch, context) for context in contexts}
+    whole = run(tokens, None)
+    sample_tokens = torch.from_numpy(tokenizer.encode(prompt, begin=True))[None].to(trainer.device)
+    with autocast(trainer.precision, trainer.device):
+        written = [int(t) for t in generate(model, sample_tokens, 600, temperature=0.8, top_p=0.95)]
+    return Report(
+        parameters=trainer.recipe.model.num_parameters,
+        train_bytes=trainer.tokens,
+        train_seconds=trainer.seconds,
+        total_seconds=0.0,
+        bits_per_byte=bits_per_byte(whole, len(text)),
+        bits_per_byte_by_context={c: bits_per_byte(x, len(stretch)) for c, x in losses.items()},
+        baselines=compressors(text),
+        training_length=length,
+        bits_per_byte_by_position=by_position(losses[contexts[-1]], contexts[-1]),
+        precision=trainer.precision,
+        implementation=backend.describe(trainer.device),
+        sample=prompt + tokenizer.decode(written),
+    )
