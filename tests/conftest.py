@@ -1,0 +1,23 @@
+"""Fixtures shared by all tests."""
+
+import pytest
+import torch
+
+from megalodon_lm import Megalodon, ModelConfig
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Megalodon:
+    """An untrained byte model."""
+    torch.manual_seed(0)
+    return Megalodon(ModelConfig.named("tiny")).eval()
+
+
+@pytest.fixture(scope="session")
+def saved(tiny, tmp_path_factory):
+    """Its folder."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny.save(folder)
+    return folder

@@ -1,0 +1,115 @@
+"""The commands as real processes."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megalodon_lm import ModelConfig
+
+ROOT = Path(__file__).parent.parent
+
+
+def megalodon(*arguments, cwd=None, **options):
+    command = [sys.executable, "-m", "megalodon_lm.cli.main", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False, **options)
+
+
+def refused(*arguments, cwd=None, says):
+    result = megalodon(*arguments, cwd=cwd)
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    line = result.stderr.strip()
+    assert re.search(says, line), line
+    assert line.count("\n") == 0
+
+
+@pytest.mark.parametrize("command", ["quickstart", "train", "generate", "evaluate", "info"])
+def test_help_teaches(command):
+    result = megalodon(command, "--help")
+    assert result.returncode == 0
+    assert len(result.stdout) > 400
+
+
+def test_quickstart_end_to_end(tmp_path):
+    result = megalodon("quickstart", "--minutes", 0.03, "--evaluate-bytes", 2000, "--out", "run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "run"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["parameters"] == ModelConfig.load(folder / "config.json").num_parameters
+    assert report["train_bytes"] > 0
+    assert set(report["baselines"]) == {"gzip", "xz", "bzip2"}
+    assert 0 < report["bits_per_byte"] < 12
+    assert report["bits_per_byte_by_context"].keys() >= {"64", "256", "1024"}
+    assert report["total_seconds"] > report["train_seconds"] > 0
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json", "metrics.jsonl", "model.safetensors", "recipe.toml", "report.json", "report.md", "report.png",
+    }  # fmt: skip
+    refused("quickstart", "--out", "run", cwd=tmp_path, says="not empty")
+    written = megalodon("generate", folder, "--prompt", "Once", "--max-tokens", 5)
+    assert written.returncode == 0
+    assert written.stdout.startswith("Once")
+
+
+def test_generate_reads_a_file_and_standard_input(saved, tmp_path):
+    (tmp_path / "prompt.txt").write_text("A prompt")
+    options = ("--max-tokens", 8, "--seed", 3)
+    by_file = megalodon("generate", saved, "--prompt-file", tmp_path / "prompt.txt", *options)
+    by_stdin = megalodon("generate", saved, "--prompt-file", "-", *options, input="A prompt")
+    by_option = megalodon("generate", saved, "--prompt", "A prompt", *options)
+    assert by_file.stdout == by_stdin.stdout == by_option.stdout != ""
+
+
+def test_evaluate_perplexity_writes_its_figures(saved, tmp_path):
+    (tmp_path / "text.txt").write_text("some words " * 50)
+    out = tmp_path / "figures.json"
+    result = megalodon("evaluate", "perplexity", saved, tmp_path / "text.txt", "--contexts", 16, 0, "--json", out)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(out.read_text())
+    assert list(figures["bits_per_byte_by_context"]) == ["16", "550"]
+
+
+def test_info_prints_json():
+    found = json.loads(megalodon("info", "mega7.3B", "--json").stdout)
+    assert found["parameters"] == 7_385_817_088
+    assert found["state_bytes"] > 0
+    assert found["flops_per_token"] > 2 * (7_385_817_088 - 32_000 * 4096) * 0.99
+
+
+def test_bad_input_ends_in_one_line(saved, tmp_path):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "wrong.toml").write_text("[training]\nlearning_rat = 1.0\n")
+    (tmp_path / "broken.toml").write_text("[training\n")
+    truncated = tmp_path / "truncated"
+    truncated.mkdir()
+    (truncated / "config.json").write_bytes((saved / "config.json").read_bytes())
+    (truncated / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes()[:-100])
+    refused("info", "mega7B", says="unknown size 'mega7B'.*did you mean")
+    refused("train", "missing.toml", cwd=tmp_path, says="cannot read the recipe missing.toml")
+    refused("train", "wrong.toml", cwd=tmp_path, says="did you mean 'learning_rate'")
+    refused("train", "broken.toml", cwd=tmp_path, says="not valid TOML")
+    refused("generate", tmp_path, says="config.json is missing")
+    refused("generate", truncated, says="model.safetensors.*truncated")
+    refused("evaluate", "perplexity", saved, "missing.txt", cwd=tmp_path, says="no such file: missing.txt")
+    refused("evaluate", "perplexity", saved, tmp_path / "empty.txt", says="is empty")
+    refused("generate", saved, "--temperature", "-1", says="temperature")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_readme_shows_the_two_commands_first():
+    text = (ROOT / "README.md").read_text()
+    commands = [line.strip() for block in re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.S) for line in block.splitlines()]
+    assert commands[:2] == ["pip install . && megalodon quickstart", 'pip install ".[test]" && pytest']
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))])
+def test_documented_commands_and_links_exist(page):
+    """Every `megalodon ...` line parses up to its options, and every relative link leads somewhere."""
+    text = (ROOT / page).read_text()
+    for line in re.findall(r"^\s*(?:\$ )?megalodon ([a-z]+)", text, re.M):
+        assert line in {"quickstart", "train", "generate", "evaluate", "info"}, line
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        assert ((ROOT / page).parent / link).exists(), link

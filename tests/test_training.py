@@ -1,0 +1,154 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megalodon_lm import Megalodon
+from megalodon_lm.training import loss as loss_module
+from megalodon_lm.training.loss import linear_cross_entropy
+from megalodon_lm.training.optimizer import learning_rate
+from megalodon_lm.training.recipe import Recipe, TrainingRecipe, bundled_recipes
+from megalodon_lm.training.trainer import Trainer
+
+TEXT = b"the quick brown fox jumps over the lazy dog. " * 200
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(TEXT)
+    return str(path)
+
+
+def recipe(text, **training):
+    return Recipe.from_dict(
+        {
+            "model": {"size": "tiny"},
+            "data": {"train": [text], "validation": [text]},
+            "training": {"length": 64, "batch_size": 2, "steps": 3, "warmup_steps": 1, **training},
+        }
+    )
+
+
+@pytest.mark.parametrize("chunk_logits", [1 << 24, 37])
+def test_linear_cross_entropy_equals_pytorch(chunk_logits, monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", chunk_logits)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 5, 8).double().requires_grad_(), torch.randn(11, 8).double().requires_grad_()
+    targets = torch.randint(0, 11, (2, 5))
+    actual = linear_cross_entropy(hidden, weight, targets)
+    expected = F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+    for a, e in zip(*(torch.autograd.grad(3 * loss, (hidden, weight)) for loss in (actual, expected)), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-14)
+
+
+def test_linear_cross_entropy_under_autocast_is_close():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(64, 32, requires_grad=True), torch.randn(50, 32, requires_grad=True)
+    targets = torch.randint(0, 50, (64,))
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = linear_cross_entropy(hidden, weight, targets)
+    expected = F.cross_entropy(hidden @ weight.T, targets)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=0)
+    grads = torch.autograd.grad(actual, (hidden, weight))
+    assert [g.dtype for g in grads] == [torch.float32, torch.float32]
+
+
+def test_learning_rate_warms_up_and_falls():
+    t = TrainingRecipe(learning_rate=1.0, warmup_steps=10, final_learning_rate=0.1)
+    assert learning_rate(t, 0, 0.0) == pytest.approx(0.1)
+    assert learning_rate(t, 9, 0.0) == pytest.approx(1.0)
+    assert learning_rate(t, 100, 0.5) == pytest.approx(0.55)
+    assert learning_rate(t, 200, 1.0) == pytest.approx(0.1)
+
+
+def test_trains_and_leaves_a_run_folder(text, tmp_path):
+    trainer = Trainer(recipe(text, steps=30, learning_rate=5e-3), tmp_path / "run")
+    seen = []
+    assert trainer.train(seen.append)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 31))
+    assert lines[-1]["bits_per_token"] < 0.7 * lines[0]["bits_per_token"]
+    assert lines[-1]["tokens"] == 30 * 128
+    loaded = Megalodon.load(tmp_path / "run")
+    for a, b in zip(loaded.parameters(), trainer.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert Recipe.load(tmp_path / "run" / "recipe.toml") == trainer.recipe
+
+
+def test_carried_state_is_what_the_whole_document_gives(text, tmp_path):
+    """With a learning rate of nearly nothing, the loss of the third step is that of its place in the document."""
+    trainer = Trainer(recipe(text, learning_rate=1e-30, precision="float32", batch_size=1), tmp_path / "run")
+    losses = []
+    trainer.train(lambda m: losses.append(m.bits_per_token))
+    tokens = torch.from_numpy(trainer.batches.tokens.astype("int64"))[None]
+    logits, _ = trainer.model(tokens[:, :192])
+    whole = F.cross_entropy(logits[0], tokens[0, 1:193], reduction="none").view(3, 64).mean(1) / math.log(2)
+    torch.testing.assert_close(torch.tensor(losses), whole.detach(), rtol=1e-4, atol=0)
+
+
+def test_used_run_folder_is_refused(text, tmp_path):
+    (tmp_path / "precious").write_text("data")
+    with pytest.raises(ValueError, match="not empty"):
+        Trainer(recipe(text), tmp_path)
+    assert (tmp_path / "precious").read_text() == "data"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"trainin": {}}, "did you mean 'training'"),
+        ({"training": {"learning_rat": 1.0}}, "did you mean 'learning_rate'"),
+        ({"model": {"sise": 1}}, "unknown key 'sise' in the model configuration; did you mean"),
+        ({"model": {"size": "smal"}}, "did you mean 'small'"),
+        ({"training": {"steps": "many"}}, "must be of type int"),
+        ({"training": {"steps": 0}}, "must be at least 1"),
+        ({"training": {"precision": "fp8"}}, "must be one of auto, bf16, float32"),
+        ({"data": {"train": [1]}}, "list of strings"),
+        ({"data": 3}, "must be a table"),
+    ],
+)
+def test_wrong_recipes_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe.from_dict(values)
+
+
+@pytest.mark.parametrize("name", bundled_recipes())
+def test_every_recipe_runs_two_steps_when_shrunk(name, text, tmp_path):
+    loaded = Recipe.load(name)
+    shrunk = loaded.model.to_dict() | {"num_layers": 1, "model_dim": 32, "z_dim": 16, "value_dim": 32,
+                                       "ffn_hidden_dim": 32, "norm_num_groups": 4, "chunk_size": 16}  # fmt: skip
+    loaded.model = type(loaded.model).from_dict(shrunk)
+    loaded.training.length, loaded.training.minutes, loaded.training.steps = 32, 0.0, 2
+    loaded.data.train = [text]
+    steps = []
+    assert Trainer(loaded, tmp_path / "run").train(steps.append)
+    assert len(steps) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_leaves_a_usable_checkpoint(number, text, tmp_path):
+    """A real process, interrupted in the middle of a long run."""
+    path = tmp_path / "long.toml"
+    path.write_text(recipe(text, steps=10**6).to_toml())
+    command = [sys.executable, "-m", "megalodon_lm.cli.main", "train", str(path), "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "the weights are saved" in " ".join(errors.split())
+    assert "Traceback" not in errors
+    Megalodon.load(tmp_path / "run")
