@@ -101,7 +101,8 @@ def test_bad_input_ends_in_one_line(saved, tmp_path):
 
 def test_readme_shows_the_two_commands_first():
     text = (ROOT / "README.md").read_text()
-    commands = [line.strip() for block in re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.S) for line in block.splitlines()]
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.DOTALL)
+    commands = [line.strip() for block in blocks for line in block.splitlines()]
     assert commands[:2] == ["pip install . && megalodon quickstart", 'pip install ".[test]" && pytest']
 
 
@@ -109,7 +110,7 @@ def test_readme_shows_the_two_commands_first():
 def test_documented_commands_and_links_exist(page):
     """Every `megalodon ...` line parses up to its options, and every relative link leads somewhere."""
     text = (ROOT / page).read_text()
-    for line in re.findall(r"^\s*(?:\$ )?megalodon ([a-z]+)", text, re.M):
+    for line in re.findall(r"^\s*(?:\$ )?megalodon ([a-z]+)", text, re.MULTILINE):
         assert line in {"quickstart", "train", "generate", "evaluate", "info"}, line
     for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
         assert ((ROOT / page).parent / link).exists(), link

@@ -73,5 +73,5 @@ def test_empty_text_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is empty"):
         read_documents([str(tmp_path / "empty.txt")])
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ValueError, match="holds no .txt file"):
+    with pytest.raises(ValueError, match=r"holds no \.txt file"):
         read_documents([str(tmp_path / "folder")])

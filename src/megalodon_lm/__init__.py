@@ -1,10 +1,10 @@
 """Megalodon: language models without a context limit.
 
-    from megalodon_lm import Megalodon, ModelConfig, State
+from megalodon_lm import Megalodon, ModelConfig, State
 
-    model = Megalodon(ModelConfig.named("small"))
-    logits, state = model(tokens)         # tokens (B, L) int64, logits (B, L, vocabulary)
-    logits, state = model(more, state)    # cut anywhere, the result is the same
+model = Megalodon(ModelConfig.named("small"))
+logits, state = model(tokens)         # tokens (B, L) int64, logits (B, L, vocabulary)
+logits, state = model(more, state)    # cut anywhere, the result is the same
 """
 
 from typing import TYPE_CHECKING, Any

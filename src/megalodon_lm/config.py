@@ -74,8 +74,9 @@ class ModelConfig:
             near = next(n for n in range(min(part, total), 0, -1) if total % n == 0)
             _require(total % part == 0, field, part, f"must divide {whole} = {total}; {near} does")
         head = self.z_dim // self.num_heads
-        _require(head % 2 == 0, "z_dim", self.z_dim,
-                 f"gives heads of width {head}, but rotary positions need an even width; use {self.z_dim + self.num_heads}")  # fmt: skip
+        even = self.z_dim + self.num_heads
+        rule = f"gives heads of width {head}, but rotary positions need an even width; use {even}"
+        _require(head % 2 == 0, "z_dim", self.z_dim, rule)
         for field in ("dropout", "hidden_dropout", "attention_dropout"):
             value = getattr(self, field)
             _require(0 <= value < 1, field, value, "is a probability and must be at least 0 and below 1")

@@ -55,7 +55,11 @@ class State:
 
     @classmethod
     def empty(
-        cls, config: "ModelConfig", batch: int = 1, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        config: "ModelConfig",
+        batch: int = 1,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> "State":
         """The state before the first token.
 
@@ -98,7 +102,8 @@ class State:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "State":
         """The state with `change` applied to every tensor; rows are the first dimension of each."""
-        return State(*(_rebuild(part, change) for part in (self.layers, self.norm, self.position)), model=self.model)
+        layers, norm, position = (_rebuild(part, change) for part in (self.layers, self.norm, self.position))
+        return State(layers, norm, position, self.model)
 
     def select(self, rows: Sequence[int] | Tensor) -> "State":
         """Choose, repeat or reorder rows; `state.select([0] * 8)` forks a conversation eight times."""
@@ -111,7 +116,8 @@ class State:
         if not states:
             raise ValueError("State.cat needs at least one state")
         columns = [s.tensors() for s in states]
-        if any({n: t.shape[1:] for n, t in c.items()} != {n: t.shape[1:] for n, t in columns[0].items()} for c in columns):
+        shapes = [{name: t.shape[1:] for name, t in column.items()} for column in columns]
+        if any(s != shapes[0] for s in shapes):
             raise ValueError("State.cat got states of different models; their shapes differ")
         joined = iter([torch.cat([c[name] for c in columns]) for name in columns[0]])
         return states[0].map(lambda _: next(joined))
@@ -204,7 +210,7 @@ class State:
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} is not a state file of this version (it says {metadata.get('format')!r})")
         if metadata.get("fingerprint") != model.fingerprint():
-            raise ValueError(f"{path} is a state of another model or of other weights; read the text again with this one")
+            raise ValueError(f"{path} is a state of another model or of other weights; read the text again")
         if metadata.get("checksum") != _checksum(stored):
             raise ValueError(f"{path} was altered after it was written: its checksum does not match")
         batch = len(stored["position"])
@@ -219,11 +225,10 @@ class State:
 
 def _named(state: State) -> Iterator[tuple[str, Tensor]]:
     for i, layer in enumerate(state.layers):
-        for part, value in zip(layer._fields, layer, strict=True):
-            if isinstance(value, Tensor):
-                yield f"layers.{i}.{part}", value
-            else:
-                yield from ((f"layers.{i}.{part}.{n}", t) for n, t in zip(value._fields, value, strict=True))
+        yield from ((f"layers.{i}.norm.{n}", t) for n, t in zip(layer.norm._fields, layer.norm, strict=True))
+        yield f"layers.{i}.cema", layer.cema
+        cache = layer.attention
+        yield from ((f"layers.{i}.attention.{n}", t) for n, t in zip(cache._fields, cache, strict=True))
     yield from ((f"norm.{n}", t) for n, t in zip(state.norm._fields, state.norm, strict=True))
     yield "position", state.position
 

@@ -31,7 +31,7 @@ it write. Then train on your own text with `megalodon train RECIPE`.
 def main(arguments: list[str] | None = None) -> None:
     """Parse and run; wrong input ends in one line and exit code 2."""
     command: Any = tyro.cli(
-        Annotated[Command, arg(name="")],  # type: ignore[arg-type]
+        Annotated[Command, arg(name="")],
         prog="megalodon",
         description=DESCRIPTION,
         args=arguments,

@@ -41,7 +41,7 @@ class Quickstart:
         if self.minutes <= 0:
             raise ValueError(f"--minutes {self.minutes} must be positive")
         if self.evaluate_bytes < 0:
-            raise ValueError(f"--evaluate-bytes {self.evaluate_bytes} must be at least 0; 0 measures on all of the text")
+            raise ValueError(f"--evaluate-bytes {self.evaluate_bytes} must be at least 0; 0 measures on all")
         recipe = Recipe.load("quickstart")
         recipe.training.minutes = self.minutes
         folder = self.out or free_run_folder(Path("runs") / "quickstart")

@@ -12,7 +12,7 @@ def train_with_progress(trainer: Trainer) -> tuple[bool, list[tuple[int, float]]
     """
     config = trainer.recipe.model
     console.print(
-        f"training {config.num_parameters:,} parameters on {trainer.device} in {trainer.precision}, into {trainer.folder}",
+        f"training {config.num_parameters:,} parameters on {trainer.device} in {trainer.precision}; {trainer.folder}",
         highlight=False,
     )
     curve: list[tuple[int, float]] = []

@@ -29,7 +29,7 @@ class Stream:
         order = np.random.default_rng(seed).permutation(len(documents))
         tokens = np.concatenate([tokenizer.encode(documents[i], begin=True) for i in order])
         if len(tokens) <= length:
-            raise ValueError(f"the text has {len(tokens)} tokens; a step of length {length} needs at least {length + 1}")
+            raise ValueError(f"the text has {len(tokens)} tokens; length {length} needs at least {length + 1}")
         self.tokens = tokens.astype(np.int16)
         self.begin = tokenizer.begin
         self.length = length

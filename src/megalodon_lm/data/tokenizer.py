@@ -1,6 +1,7 @@
 """Byte-level tokenizer: every file is valid input, one token a byte, and a few special tokens above them."""
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 import numpy as np
 
@@ -12,7 +13,7 @@ class ByteTokenizer:
 
     vocab_size = 259
     begin, end, pad = BEGIN, END, PAD
-    specials = {"<|begin|>": BEGIN, "<|end|>": END, "<|pad|>": PAD}
+    specials: ClassVar[dict[str, int]] = {"<|begin|>": BEGIN, "<|end|>": END, "<|pad|>": PAD}
 
     def encode(self, text: str | bytes, begin: bool = False) -> np.ndarray:
         """Text to int64 tokens (L,).

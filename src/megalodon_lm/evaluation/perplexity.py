@@ -1,4 +1,4 @@
-"""Loss against context: how well a model predicts a text when it may look back 64 tokens, 1,024, or to the beginning."""
+"""Loss against context: how well a model predicts a text when it may look back 64 tokens, 1,024, or to its start."""
 
 import bz2
 import gzip

@@ -29,7 +29,7 @@ def measure(
     """
     model, tokenizer, length = trainer.model.eval(), ByteTokenizer(), trainer.recipe.training.length
     tokens = torch.from_numpy(tokenizer.encode(text))
-    contexts = [c for c in (length // 16, length // 4, length, 4 * length, 16 * length, 64 * length) if c <= len(tokens)]
+    contexts = [c for c in (length * 4**k // 16 for k in range(6)) if 1 <= c <= len(tokens)]
     stretch = tokens[: min(len(tokens), STRETCH_WINDOWS * 64 * length)]
     work = len(tokens) + len(contexts) * len(stretch)
     done = 0

@@ -10,7 +10,7 @@ from .norms import LayerNorm
 
 
 class FeedForward(nn.Module):
-    """fc2(silu(fc1(n)) * fc3(n)) with n = LayerNorm(y), or without the gate fc3, added to a residual given from outside.
+    """fc2(silu(fc1(n)) * fc3(n)) with n = LayerNorm(y), or without the gate fc3, added to a residual from outside.
 
     The optional per-feature scale `alpha` (rescale_nffn) starts at 0.1 * 0.5^layer.
     """

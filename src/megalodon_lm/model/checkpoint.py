@@ -21,7 +21,7 @@ _SAMPLE = 512  # values of each weight that enter the fingerprint
 
 
 def fingerprint(model: "Megalodon") -> str:
-    """Hash of the configuration and of evenly spaced values of every weight, in float32: any training step changes it."""
+    """Hash of the configuration and of evenly spaced values of every weight: any training step changes it."""
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for name, weight in model.named_parameters():
         flat = weight.detach().reshape(-1)

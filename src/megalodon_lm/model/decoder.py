@@ -102,7 +102,7 @@ class Megalodon(nn.Module):
         # Padding moves to the end of each row, where causality hides it, and back afterwards.
         lengths = mask.sum(1).cpu()
         width = int(lengths.max()) if batch and length else 0
-        order = (~mask).to(torch.int8).argsort(1, stable=True)
+        order = (~mask).to(torch.int8).argsort(dim=1, stable=True)
         packed_starts = None if document_starts is None else document_starts.gather(1, order)[:, :width]
         hidden, state = self._run(tokens.gather(1, order)[:, :width], state, packed_starts, lengths)
         hidden = F.pad(hidden, (0, 0, 0, length - width))
@@ -176,7 +176,9 @@ class Megalodon(nn.Module):
         save_model(self, folder)
 
     @classmethod
-    def load(cls, folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> "Megalodon":
+    def load(
+        cls, folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> "Megalodon":
         """Read what `save` wrote.
 
         Args:

@@ -51,9 +51,7 @@ def chunk_attention(
     drop_keys: bool = False,
 ) -> tuple[Tensor, KeyValueCache]:
     """See megalodon_lm.ops.chunk_attention.chunk_attention."""
-    return _chunk_attention.chunk_attention(
-        q, k, v, chunk_size, rope_base, cache, boundaries, dropout, drop_keys
-    )
+    return _chunk_attention.chunk_attention(q, k, v, chunk_size, rope_base, cache, boundaries, dropout, drop_keys)
 
 
 def describe(device: torch.device) -> str:

@@ -195,5 +195,16 @@ def cut_into_blocks(
     end_place = place.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0] if length else torch.full((batch,), -1)
     last = torch.where(lengths > 0, end_place // size, -1)
     used = torch.where(lengths > 0, end_place % size + 1, 0)
-    moved = [t.to(device) for t in (index.view(count, size), place, first, carries, rows[segment], segment, last, used)]
-    return Blocks(*moved, size, int(blocks_of.max()) if len(at) else 0, (batch, length))
+    return Blocks(
+        index=index.view(count, size).to(device),
+        place=place.to(device),
+        first=first.to(device),
+        carries=carries.to(device),
+        row=rows[segment].to(device),
+        segment=segment.to(device),
+        last=last.to(device),
+        used=used.to(device),
+        size=size,
+        longest=int(blocks_of.max()) if len(at) else 0,
+        shape=(batch, length),
+    )

@@ -68,7 +68,8 @@ def chunk_attention(
         return torch.zeros_like(v), cache or _empty_cache(k, v, chunk_size, leaving_fill)
     kb, vb = keys_in.gather(k), keys_in.gather(v)
     if cache is not None:
-        kept = keys_in.carries[:, None] & (torch.arange(chunk_size, device=q.device) < fill.to(q.device)[keys_in.row, None])
+        taken = torch.where(keys_in.carries, fill.to(q.device)[keys_in.row], 0)
+        kept = torch.arange(chunk_size, device=q.device) < taken[:, None]
         kb = torch.where(kept[..., None, None], cache.keys[keys_in.row].to(kb.dtype), kb)
         vb = torch.where(kept[..., None, None], cache.values[keys_in.row].to(vb.dtype), vb)
 
@@ -162,7 +163,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, drop
         stop = min(start + TILE_SIZE, queries)
         at = torch.arange(before + start, before + stop, device=q.device)
         visible = torch.arange(before + stop, device=q.device) <= at[:, None]
-        rows.append(_attend(q[:, start:stop], k[:, : before + stop], v[:, : before + stop], visible, dropout, drop_keys))
+        seen = slice(0, before + stop)
+        rows.append(_attend(q[:, start:stop], k[:, seen], v[:, seen], visible, dropout, drop_keys))
     return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
 
 

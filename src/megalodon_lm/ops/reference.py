@@ -48,7 +48,7 @@ def cema(
     boundaries: Boundaries | None = None,
 ) -> tuple[Tensor, Tensor]:
     """h_t = q h_{t-1} + p x_t; y_t = Re(sum_n g_n h_{t,n}) + omega x_t."""
-    batch, length, dim = x.shape
+    batch, length, _ = x.shape
     rows, exits = [], []
     for b in range(batch):
         valid, starts = _row(boundaries, b, length)

@@ -17,7 +17,7 @@ BLOCK_SIZE = 64
 class NormState(NamedTuple):
     """Running statistics of B rows and G groups: tokens seen (B,) int64, mean and variance (B, G) float64."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     mean: Tensor
     var: Tensor
 

@@ -16,8 +16,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         chunk = max(1, CHUNK_LOGITS // len(weight))
-        compute = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
-        with torch.autocast(hidden.device.type, enabled=False):
+        device = hidden.device.type
+        compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        with torch.autocast(device, enabled=False):
             dtype = compute or torch.promote_types(hidden.dtype, weight.dtype)
             w, h = weight.to(dtype), hidden.to(dtype)
             precise = torch.promote_types(dtype, torch.float32)

@@ -11,7 +11,6 @@ from typing import Any
 from ..config import ModelConfig
 from .precision import Precision
 
-
 _BUNDLED = Path(__file__).parent.parent / "recipes"
 
 
@@ -86,9 +85,8 @@ class Recipe:
         model = dict(_table(values, "model"))
         size = model.pop("size", None)
         config = ModelConfig.from_dict(model) if size is None else ModelConfig.named(size, **model)
-        recipe = cls(
-            config, _fill(DataRecipe, "data", _table(values, "data")), _fill(TrainingRecipe, "training", _table(values, "training"))
-        )
+        data = _fill(DataRecipe, "data", _table(values, "data"))
+        recipe = cls(config, data, _fill(TrainingRecipe, "training", _table(values, "training")))
         recipe.check()
         return recipe
 
@@ -106,7 +104,8 @@ class Recipe:
                 values = tomllib.load(file)
         except OSError as error:
             raise ValueError(
-                f"cannot read the recipe {path}: {error.strerror}; recipes of the package: {', '.join(bundled_recipes())}"
+                f"cannot read the recipe {path}: {error.strerror}; "
+                f"recipes of the package: {', '.join(bundled_recipes())}"
             ) from None
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"the recipe {path} is not valid TOML: {error}") from None

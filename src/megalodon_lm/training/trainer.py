@@ -137,7 +137,7 @@ class Trainer:
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a flag, so that a step is never cut in half; the second one is immediate."""
+    """Turn the first Ctrl-C or SIGTERM into a flag, so that no step is cut in half; the second one is immediate."""
     seen: list[int] = []
 
     def note(number: int, frame: object) -> None:
