@@ -1,5 +1,8 @@
 """Which implementation of each op runs: the native CPU kernels where they apply, portable PyTorch elsewhere."""
 
+import os
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,31 @@ from . import timestep_norm as _timestep_norm
 from .boundaries import Boundaries
 from .chunk_attention import KeyValueCache
 from .timestep_norm import NormState
+
+Backend = Literal["auto", "portable"]
+
+_chosen: Backend = "auto"
+
+
+def set_backend(name: Backend) -> None:
+    """Choose for the whole process: "auto" takes native kernels where they apply, "portable" never.
+
+    The environment variable MEGALODON_BACKEND sets the initial choice.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    global _chosen
+    if name not in get_args(Backend):
+        raise ValueError(f"backend {name!r} must be one of {', '.join(get_args(Backend))}")
+    _chosen = name
+
+
+set_backend(os.environ.get("MEGALODON_BACKEND", "auto"))  # type: ignore[arg-type]
+
+
+def _native(x: Tensor) -> bool:
+    return _chosen == "auto" and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
 
 
 def cema(
@@ -22,6 +50,10 @@ def cema(
 ) -> tuple[Tensor, Tensor]:
     """See megalodon_lm.ops.cema.cema."""
     with torch.autocast(x.device.type, enabled=False):  # coefficients and states stay float32 or better
+        if _native(x) and p.dtype == torch.float32:
+            from .cpu import cema as native
+
+            return native.cema(x, p, q, g, omega, state, boundaries)
         return _cema.cema(x, p, q, g, omega, state, boundaries)
 
 
@@ -56,4 +88,6 @@ def chunk_attention(
 
 def describe(device: torch.device) -> str:
     """One line for reports: the implementation in use on a device."""
+    if _chosen == "auto" and device.type == "cpu":
+        return f"native CPU kernels on {torch.get_num_threads()} threads"
     return f"portable PyTorch on {device}"
