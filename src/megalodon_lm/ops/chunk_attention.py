@@ -132,7 +132,7 @@ def _even(
     whole = (length - at) // chunk_size * chunk_size
     if whole:
         qs, ks, vs = (t[:, at : at + whole].unflatten(1, (-1, chunk_size)).flatten(0, 1) for t in (q, k, v))
-        out.append(causal_attention(qs, ks, vs, dropout, drop_keys).view(len(q), whole, *v.shape[2:]))
+        out.append(causal_attention(qs, ks, vs, dropout, drop_keys).reshape(len(q), whole, *v.shape[2:]))
         at += whole
     if at < length:
         open_k, open_v = k[:, at:], v[:, at:]

@@ -1,0 +1,278 @@
+"""What chunk attention does between its matrix products: planning, softmax and its gradient, one query, moving rows.
+
+`slots` (B, L) says it all about a piece: the place of each token in its chunk, counted on from the entry cache, and -1
+at padding. A chunk so far, or what of it lies in the piece, is a run of slots that rise by one.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from .scalars import exp, load, maximum, rounded
+from .team import share
+
+_LANES = 64  # vectorised loops run over whole multiples of this
+_OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract"}}
+_SUM: dict[str, Any] = {**_OPTIONS, "fastmath": {"contract", "reassoc", "nsz"}}
+
+
+@njit(**_OPTIONS)
+def plan_groups(slots: Any, most: int, ends: Any, groups: Any) -> int:
+    """Cut rows into groups: one chunk, or several whole chunks of together no more than `most` keys.
+
+    Args:
+        slots: (B, L).
+        most: keys.
+        ends: (B, L), out: end of the run of each token.
+        groups: (B * L, 4), out: row, first and last token, cached keys before them.
+
+    Returns:
+        Number of groups.
+    """
+    count = 0
+    for b in range(slots.shape[0]):
+        at, room = 0, 0
+        while at < slots.shape[1] and slots[b, at] >= 0:
+            end = at + 1
+            while end < slots.shape[1] and slots[b, end] == slots[b, end - 1] + 1:
+                end += 1
+            ends[b, at:end] = end
+            keys = slots[b, at] + end - at
+            if keys <= room:
+                groups[count - 1, 2] = end
+                room -= keys
+            else:
+                groups[count, 0], groups[count, 1], groups[count, 2], groups[count, 3] = b, at, end, slots[b, at]
+                count += 1
+                room = most - keys
+            at = end
+    return count
+
+
+@njit(**_SUM)
+def _sum_exp(x: Any, highest: Any, out: Any) -> Any:
+    total = np.float32(0)
+    for i in range(len(x)):
+        out[i] = exp(x[i] - highest)
+        total += out[i]
+    return total
+
+
+@njit(**_OPTIONS)
+def _softmax_rows(first: int, last: int, scores: Any, slots: Any, before: int, start: int, sums: Any) -> None:
+    heads, rows, width = scores.shape
+    x = np.empty(width + _LANES, np.float32)
+    for task in range(first, last):
+        h, r = task // rows, task % rows
+        row = scores[h, r]
+        high = before + start + r + 1
+        low = high - 1 - slots[start + r]
+        begin = low // _LANES * _LANES
+        end = -(-high // _LANES) * _LANES
+        x[begin:low] = -np.inf
+        x[high:end] = -np.inf
+        highest = np.float32(-np.inf)
+        seen, kept = row[low:high], x[low:high]
+        for i in range(len(seen)):
+            value = load(seen[i])
+            kept[i] = value
+            highest = maximum(highest, value)
+        total = _sum_exp(x[begin:end], highest, x[begin:end])
+        scale = np.float32(1) / total
+        row[:low] = 0
+        for i in range(len(seen)):
+            seen[i] = rounded(kept[i] * scale, row)
+        row[high:] = 0
+        sums[h, start + r] = highest + np.log(total)
+
+
+@njit(**_OPTIONS)
+def softmax(threads: int, scores: Any, slots: Any, before: int, start: int, sums: Any) -> None:
+    """Softmax of a tile of rows in place, 0 where a query sees no key.
+
+    Args:
+        scores: (H, T, before + start + T): of the tokens from `start` of a group.
+        slots: (n,) of the group.
+        before: cached keys before the group.
+        sums: (H, n) float32, out: logarithm of the sum of the exponentials.
+    """
+    share(_softmax_rows, threads, scores.shape[0] * scores.shape[1], (scores, slots, before, start, sums))
+
+
+@njit(**_OPTIONS)
+def _weight_gradients(scores: Any, grads: Any, sums: Any, deltas: Any) -> None:
+    for i in range(len(scores)):
+        weight = exp(load(scores[i]) - sums[i])
+        grad = weight * (load(grads[i]) - deltas[i])
+        scores[i] = rounded(weight, scores)
+        grads[i] = rounded(grad, grads)
+
+
+@njit(**_OPTIONS)
+def _gradient_rows(
+    first: int, last: int, scores: Any, grads: Any, ends: Any, before: int, start: int, query: int, sums: Any, deltas: Any
+) -> None:
+    heads, rows, width = scores.shape
+    for task in range(first, last):
+        h, r = task // rows, task % rows
+        token = start + r - before
+        low = max(token, 0) - query
+        high = ends[max(token, 0)] - query
+        begin = low // _LANES * _LANES
+        end = min(-(-high // _LANES) * _LANES, width)
+        row, grad = scores[h, r], grads[h, r]
+        _weight_gradients(row[begin:end], grad[begin:end], sums[h, query:][begin:end], deltas[h, query:][begin:end])
+        row[:low] = 0
+        row[high:] = 0
+        grad[:low] = 0
+        grad[high:] = 0
+
+
+@njit(**_OPTIONS)
+def weight_gradients(
+    threads: int, scores: Any, grads: Any, ends: Any, before: int, start: int, query: int, sums: Any, deltas: Any
+) -> None:
+    """Scores to weights and gradients of weights to gradients of scores, in place; keys are rows, queries columns.
+
+    Args:
+        scores, grads: (H, T, n - query): the keys from `start` against the queries from `query` of a group.
+        ends: (n,) end of the run of each token of the group.
+        before: cached keys before the group.
+        sums, deltas: (H, n) float32: from softmax; of the products of output and its gradient.
+    """
+    tasks = scores.shape[0] * scores.shape[1]
+    share(_gradient_rows, threads, tasks, (scores, grads, ends, before, start, query, sums, deltas))
+
+
+@njit(**_SUM)
+def _dot(a: Any, b: Any) -> Any:
+    total = np.float32(0)
+    for i in range(len(a)):
+        total += load(a[i]) * load(b[i])
+    return total
+
+
+@njit(**_OPTIONS)
+def _delta_rows(first: int, last: int, grad: Any, out: Any, row: int, begin: int, packed: Any, deltas: Any) -> None:
+    n = packed.shape[1]
+    for task in range(first, last):
+        h, i = task // n, task % n
+        source = grad[row, begin + i, h]
+        deltas[h, i] = _dot(source, out[row, begin + i, h])
+        packed[h, i] = source
+
+
+@njit(**_OPTIONS)
+def pack_gradient(threads: int, grad: Any, out: Any, row: int, begin: int, packed: Any, deltas: Any) -> None:
+    """Gradient of the output of a group by heads, and its products with the output.
+
+    Args:
+        grad, out: (B, L, H, dv).
+        row, begin: first token of the group.
+        packed: (H, n, dv), out.
+        deltas: (H, n) float32, out.
+    """
+    share(_delta_rows, threads, packed.shape[0] * packed.shape[1], (grad, out, row, begin, packed, deltas))
+
+
+@njit(**_OPTIONS)
+def _few_scores(
+    first: int, last: int, q: Any, k: Any, keys: Any, slots: Any, groups: Any, scores: Any, blocks: int
+) -> None:
+    heads = q.shape[2]
+    for task in range(first, last):
+        h, block = task // blocks % heads, task % blocks
+        g = task // blocks // heads
+        row, begin, end, before = groups[g]
+        for t in range(begin, end):
+            high = before + t - begin + 1
+            low = high - 1 - slots[row, t]
+            for key in range(max(low, block * _LANES), min(high, (block + 1) * _LANES)):
+                source = keys[row, key, h] if key < before else k[row, begin + key - before, h]
+                scores[g, h, t - begin, key] = _dot(q[row, t, h], source)
+
+
+@njit(**_OPTIONS)
+def _add_row(weight: Any, source: Any, target: Any) -> None:
+    for i in range(len(target)):
+        target[i] += weight * load(source[i])
+
+
+@njit(**_OPTIONS)
+def _add_rows(weights: Any, sources: Any, target: Any) -> None:
+    a, b, c, d = sources[0], sources[1], sources[2], sources[3]
+    w, x, y, z = weights[0], weights[1], weights[2], weights[3]
+    for i in range(len(target)):
+        target[i] += w * load(a[i]) + x * load(b[i]) + y * load(c[i]) + z * load(d[i])
+
+
+@njit(**_OPTIONS)
+def _few_outputs(
+    first: int, last: int, v: Any, values: Any, slots: Any, groups: Any, scores: Any, out: Any, sums: Any, size: int
+) -> None:
+    heads, width = v.shape[2], v.shape[3]
+    blocks = -(-width // size)
+    weights = np.empty(scores.shape[3] + _LANES, np.float32)
+    total = np.empty(size, np.float32)
+    for task in range(first, last):
+        h, block = task // blocks % heads, task % blocks
+        g = task // blocks // heads
+        row, begin, end, before = groups[g]
+        left, right = block * size, min(block * size + size, width)
+        for t in range(begin, end):
+            high = before + t - begin + 1
+            low = high - 1 - slots[row, t]
+            seen = scores[g, h, t - begin, low:high]
+            highest = np.float32(-np.inf)
+            for i in range(len(seen)):
+                highest = maximum(highest, seen[i])
+            padded = -(-len(seen) // _LANES) * _LANES
+            weights[: len(seen)] = seen
+            weights[len(seen) : padded] = -np.inf
+            share_of = _sum_exp(weights[:padded], highest, weights[:padded])
+            acc = total[: right - left]
+            acc[:] = 0
+            key = low
+            while key < high:
+                if key + 4 <= before:
+                    _add_rows(weights[key - low :], values[row, key : key + 4, h, left:right], acc)
+                    key += 4
+                elif key >= before and key + 4 <= high:
+                    at = begin + key - before
+                    _add_rows(weights[key - low :], v[row, at : at + 4, h, left:right], acc)
+                    key += 4
+                else:
+                    if key < before:
+                        _add_row(weights[key - low], values[row, key, h, left:right], acc)
+                    else:
+                        _add_row(weights[key - low], v[row, begin + key - before, h, left:right], acc)
+                    key += 1
+            target = out[row, t, h, left:right]
+            scale = np.float32(1) / share_of
+            for i in range(len(target)):
+                target[i] = rounded(acc[i] * scale, out)
+            if block == 0:
+                sums[heads * (row * slots.shape[1] + begin) + h * (end - begin) + t - begin] = highest + np.log(share_of)
+
+
+@njit(**_OPTIONS)
+def attend_few(
+    threads: int, q: Any, k: Any, v: Any, keys: Any, values: Any, slots: Any, groups: Any, scores: Any, out: Any, sums: Any
+) -> None:
+    """Whole attention of groups of few queries, where matrix products would cost more to start than to do.
+
+    Args:
+        q, k, v: (B, L, H, d).
+        keys, values: (B, c, H, d), the entry cache.
+        slots: (B, L).
+        groups: (M, 4).
+        scores: (M, H, most queries, most keys) float32, scratch.
+        out: (B, L, H, dv), out.
+        sums: (B * L * H,) float32, out: as from softmax, (H, n) for each group in turn.
+    """
+    blocks = -(-scores.shape[3] // _LANES)
+    tasks = groups.shape[0] * q.shape[2]
+    size = max(_LANES, v.shape[3] // 4)
+    share(_few_scores, threads, tasks * blocks, (q, k, keys, slots, groups, scores, blocks))
+    share(_few_outputs, threads, tasks * -(-v.shape[3] // size), (v, values, slots, groups, scores, out, sums, size))

@@ -1,0 +1,95 @@
+"""float32 and bf16 scalars inside compiled loops that LLVM vectorises: conversions, exponential, maximum.
+
+NumPy has no bf16: arrays of it travel as uint16.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+from torch import Tensor
+
+
+def array_of(t: Tensor) -> np.ndarray:
+    """The memory of a contiguous CPU tensor in its shape; bf16 as uint16."""
+    t = t.detach().contiguous()
+    return (t.view(torch.uint16) if t.dtype == torch.bfloat16 else t).numpy()
+
+
+@intrinsic
+def _float_of_bits(typingctx: Any, bits: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.uint32), codegen
+
+
+@intrinsic
+def _bits_of_float(typingctx: Any, value: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.uint32(types.float32), codegen
+
+
+@intrinsic
+def maximum(typingctx: Any, a: Any, b: Any) -> Any:
+    """The larger of two float32; either one if one is NaN. Loops over it vectorise, those over `max` do not."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        function = ir.FunctionType(ir.FloatType(), [ir.FloatType(), ir.FloatType()])
+        larger = cgutils.get_or_insert_function(builder.module, function, "llvm.maxnum.f32")
+        return builder.call(larger, args, fastmath=("nnan", "nsz"))
+
+    return types.float32(types.float32, types.float32), codegen
+
+
+def load(element):  # type: ignore[no-untyped-def]
+    """An element of a float32 or bf16 array as float32."""
+    raise NotImplementedError
+
+
+@overload(load)
+def _load(element):  # type: ignore[no-untyped-def]
+    if isinstance(element, types.Integer):
+        return lambda element: _float_of_bits(np.uint32(element) << np.uint32(16))
+    return lambda element: element
+
+
+def rounded(value, array):  # type: ignore[no-untyped-def]
+    """A float32 as an element of `array`: bf16 rounds to nearest even, and a NaN that arithmetic made stays one."""
+    raise NotImplementedError
+
+
+@overload(rounded)
+def _rounded(value, array):  # type: ignore[no-untyped-def]
+    if isinstance(array.dtype, types.Integer):
+
+        def nearest_even(value, array):  # type: ignore[no-untyped-def]
+            bits = _bits_of_float(value)
+            up = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+            return np.uint16((bits + up) >> np.uint32(16))
+
+        return nearest_even
+    return lambda value, array: value
+
+
+_LOG2_E = np.float32(1.4426950408889634)
+_SHIFTER = np.float32(1.5 * 2**23)  # adding it rounds to an integer and leaves that in the low bits
+_TAYLOR = tuple(np.float32(np.log(2) ** n / np.prod(np.arange(1.0, n + 1))) for n in range(7))
+
+
+@njit(fastmath={"contract"})
+def exp(x: Any) -> Any:
+    """e^x of a float32 x up to 88, to 4e-7 relative near 0 and 4e-6 near -87; below that 1e-38."""
+    y = maximum(x * _LOG2_E, np.float32(-126))
+    shifted = y + _SHIFTER
+    f = y - (shifted - _SHIFTER)
+    power = _TAYLOR[6]
+    for n in range(5, -1, -1):
+        power = power * f + _TAYLOR[n]
+    return _float_of_bits(_bits_of_float(power) + (_bits_of_float(shifted) << np.uint32(23)))

@@ -1,0 +1,128 @@
+"""Tasks of a compiled kernel shared among the threads that PyTorch itself computes with.
+
+PyTorch's OpenMP threads keep spinning for milliseconds after each of its operations, so that threads of any other pool
+find the processors taken: measured on two of them, a second pool after a matrix product gained nothing, while OpenMP's
+own threads halve the time and start in a microsecond. So compiled code calls the OpenMP runtime that PyTorch has loaded.
+Where there is none with GCC's entry point, or after a fork, which no OpenMP team survives, other means stand in.
+"""
+
+import ctypes
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from .threads import parallel_for
+
+_PIECES_PER_THREAD = 4
+_SYMBOL = "megalodon_run_on_team"
+_INT = ir.IntType(64)
+_POINTER = ir.IntType(8).as_pointer()
+_BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_RUN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+
+_forked = False
+
+
+def num_threads() -> int:
+    """Threads that a kernel may use now."""
+    return 1 if _forked else torch.get_num_threads()
+
+
+@intrinsic
+def share(typingctx: Any, kernel: Any, threads: Any, num_tasks: Any, args: Any) -> Any:
+    """Run the tasks 0..num_tasks - 1 of a kernel on several threads; only inside compiled code.
+
+    Threads take ranges of tasks as they become free. Tasks must not share what they write: then the result is bitwise
+    the same for every number of threads.
+
+    Args:
+        kernel: compiled function, called as kernel(first, last, *args) for the tasks first..last - 1. An exception in
+            it is lost: compile it with error_model="numpy".
+        threads: from num_threads().
+        num_tasks: 0 is allowed.
+        args: tuple.
+    """
+    called = typingctx.resolve_function_type(kernel, (types.int64, types.int64, *args), {})
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        compiled = kernel.dispatcher.get_compile_result(called)
+        context.active_code_library.add_linking_library(compiled.library)
+        _, threads, num_tasks, arguments = values
+        pieces = builder.mul(threads, _INT(_PIECES_PER_THREAD))
+        pieces = builder.select(builder.icmp_signed("<", pieces, num_tasks), pieces, num_tasks)
+        fields = [_INT(0), pieces, num_tasks, arguments]  # the first one counts pieces taken
+        shared = cgutils.pack_struct(builder, fields)
+        pointer = cgutils.alloca_once_value(builder, shared)
+
+        function = ir.FunctionType(ir.VoidType(), [_POINTER])
+        body = ir.Function(builder.module, function, builder.module.get_unique_name("team_body"))
+        body.linkage = "internal"
+        inner = ir.IRBuilder(body.append_basic_block())
+        own = inner.bitcast(body.args[0], pointer.type)
+        taken = cgutils.gep_inbounds(inner, own, 0, 0)
+        total, tasks, inputs = (inner.load(cgutils.gep_inbounds(inner, own, 0, i)) for i in (1, 2, 3))
+        loop, work, leave = (body.append_basic_block() for _ in range(3))
+        inner.branch(loop)
+        inner.position_at_end(loop)
+        piece = inner.atomic_rmw("add", taken, _INT(1), "monotonic")
+        inner.cbranch(inner.icmp_signed("<", piece, total), work, leave)
+        inner.position_at_end(work)
+        first = inner.sdiv(inner.mul(tasks, piece), total)
+        last = inner.sdiv(inner.mul(tasks, inner.add(piece, _INT(1))), total)
+        unpacked = [inner.extract_value(inputs, i) for i in range(len(args))]
+        context.call_internal_no_propagate(inner, compiled.fndesc, called, [first, last, *unpacked])
+        inner.branch(loop)
+        inner.position_at_end(leave)
+        inner.ret_void()
+
+        unsigned = ir.IntType(32)
+        run = ir.FunctionType(ir.VoidType(), [_POINTER, _POINTER, unsigned, unsigned])
+        operands = [builder.bitcast(body, _POINTER), builder.bitcast(pointer, _POINTER)]
+        operands += [builder.trunc(threads, unsigned), unsigned(0)]
+        builder.call(cgutils.get_or_insert_function(builder.module, run, _SYMBOL), operands)
+        return context.get_dummy_value()
+
+    return types.void(kernel, types.int64, types.int64, args), codegen
+
+
+@_RUN
+def _run_on_pool(body: int, shared: int, threads: int, _: int) -> None:
+    """Stand-in for OpenMP: the first thread to come takes what it finds."""
+    work = _BODY(body)
+    parallel_for(lambda first, last: work(shared), threads)
+
+
+def _openmp_libraries() -> Iterator[ctypes.CDLL]:
+    yield ctypes.CDLL(None) if os.name == "posix" else ctypes.CDLL("kernel32")
+    for path in (Path(torch.__file__).parent / "lib").glob("lib*omp*"):
+        try:
+            yield ctypes.CDLL(str(path))
+        except OSError:
+            continue
+
+
+def _connect() -> None:
+    """Bind the symbol that compiled kernels call, GCC's GOMP_parallel(body, data, threads, flags) if it exists."""
+    found = (getattr(library, "GOMP_parallel", None) for library in _openmp_libraries())
+    run = next((entry for entry in found if entry is not None), _run_on_pool)
+    address = ctypes.cast(run, ctypes.c_void_p).value
+    assert address is not None
+    llvm.add_symbol(_SYMBOL, address)
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+_connect()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
