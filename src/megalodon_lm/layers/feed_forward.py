@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
+from ..ops import backend
 from .initialization import linear
 from .norms import LayerNorm
 
@@ -28,9 +29,7 @@ class FeedForward(nn.Module):
     def forward(self, y: Tensor, residual: Tensor) -> Tensor:
         """y, residual (B, L, D) to (B, L, D)."""
         n = self.norm(y)
-        hidden = F.silu(self.fc1(n))
-        if self.fc3 is not None:
-            hidden = hidden * self.fc3(n)
+        hidden = F.silu(self.fc1(n)) if self.fc3 is None else backend.silu_gate(self.fc1(n), self.fc3(n))
         out = self.fc2(F.dropout(hidden, self.config.hidden_dropout, self.training))
         out = F.dropout(out, self.config.dropout, self.training)
         return residual + (out if self.alpha is None else self.alpha * out)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from ..ops import backend
 from ..ops.boundaries import Boundaries
+from ..ops.norms import head_rms_norm
 from ..state import LayerState
 from .complex_ema import ComplexEMA
 from .initialization import linear
@@ -53,15 +54,15 @@ class GatedAttention(nn.Module):
         attention, cache_out = backend.chunk_attention(
             q, k, v, c.chunk_size, c.rope_base, cache_in, boundaries, dropout, c.drop_keys
         )
-        gated = F.dropout(attention.flatten(-2) * F.silu(self.wr(mx)), c.hidden_dropout, self.training)
+        gated = backend.silu_gate(self.wr(mx), attention.flatten(-2))
+        gated = F.dropout(gated, c.hidden_dropout, self.training)
         h = self.wh1(mx) + self.wh2(gated)
         return x + F.dropout(h, c.dropout, self.training), LayerState(norm_out, cema_out, cache_out)
 
     def _queries_and_keys(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Normalise z (B, L, Z) per head, then one affine map each: two tensors (B, L, H, Z/H)."""
         heads = self.config.num_heads
-        z = z.unflatten(-1, (heads, -1))
-        normed = F.rms_norm(z, z.shape[-1:], eps=self.config.norm_eps)
-        scale = ((self.gamma + 1) / math.sqrt(z.shape[-1])).to(z.dtype).unflatten(-1, (heads, -1))
-        shift = self.beta.to(z.dtype).unflatten(-1, (heads, -1))
-        return normed * scale[0] + shift[0], normed * scale[1] + shift[1]
+        normed = head_rms_norm(z, heads, self.config.norm_eps)
+        scale = ((self.gamma + 1) / math.sqrt(z.shape[-1] // heads)).to(z.dtype)
+        q, k = (torch.addcmul(self.beta[i].to(z.dtype), normed, scale[i]) for i in range(2))
+        return q.unflatten(-1, (heads, -1)), k.unflatten(-1, (heads, -1))

@@ -1,7 +1,6 @@
 """Normalisations. Every scale is stored as an offset from 1, so that weight decay pulls it to 1."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import backend
@@ -18,7 +17,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], (self.weight + 1).to(x.dtype), self.eps)
+        return backend.rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -31,7 +30,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], (self.weight + 1).to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return backend.layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class TimestepNorm(nn.Module):

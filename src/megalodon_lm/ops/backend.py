@@ -8,6 +8,8 @@ from torch import Tensor
 
 from . import cema as _cema
 from . import chunk_attention as _chunk_attention
+from . import gates as _gates
+from . import norms as _norms
 from . import timestep_norm as _timestep_norm
 from .boundaries import Boundaries
 from .chunk_attention import KeyValueCache
@@ -33,6 +35,12 @@ def set_backend(name: Backend) -> None:
 
 
 set_backend(os.environ.get("MEGALODON_BACKEND", "auto"))  # type: ignore[arg-type]
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Type in which matrix products take x: that of autocast, if it is on, else that of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _native(x: Tensor) -> bool:
@@ -67,8 +75,47 @@ def timestep_norm(
     boundaries: Boundaries | None = None,
 ) -> tuple[Tensor, NormState]:
     """See megalodon_lm.ops.timestep_norm.timestep_norm."""
+    out_dtype = compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
-        return _timestep_norm.timestep_norm(x, weight, bias, num_groups, eps, state, boundaries)
+        if _native(x):
+            from .cpu import timestep_norm as native
+
+            return native.timestep_norm(x, weight, bias, num_groups, eps, state, boundaries, out_dtype)
+        return _timestep_norm.timestep_norm(x, weight, bias, num_groups, eps, state, boundaries, out_dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See megalodon_lm.ops.norms.rms_norm."""
+    out_dtype = compute_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        if _native(x):
+            from .cpu import norms as native
+
+            if native.fits(x):
+                return native.rms_norm(x, weight, eps, out_dtype)
+        return _norms.rms_norm(x, weight, eps, out_dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """See megalodon_lm.ops.norms.layer_norm."""
+    out_dtype = compute_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        if _native(x):
+            from .cpu import norms as native
+
+            if native.fits(x):
+                return native.layer_norm(x, weight, bias, eps, out_dtype)
+        return _norms.layer_norm(x, weight, bias, eps, out_dtype)
+
+
+def silu_gate(gate: Tensor, x: Tensor) -> Tensor:
+    """See megalodon_lm.ops.gates.silu_gate."""
+    if _native(x) and gate.dtype == x.dtype:
+        from .cpu import gates as native
+
+        if native.fits(x):
+            return native.silu_gate(gate, x)
+    return _gates.silu_gate(gate, x)
 
 
 def chunk_attention(
@@ -83,7 +130,15 @@ def chunk_attention(
     drop_keys: bool = False,
 ) -> tuple[Tensor, KeyValueCache]:
     """See megalodon_lm.ops.chunk_attention.chunk_attention."""
-    return _chunk_attention.chunk_attention(q, k, v, chunk_size, rope_base, cache, boundaries, dropout, drop_keys)
+    rope = _chunk_attention.rope
+    if _native(q):
+        from .cpu import rope as native
+
+        if native.fits(q):
+            rope = native.rope
+    return _chunk_attention.chunk_attention(
+        q, k, v, chunk_size, rope_base, cache, boundaries, dropout, drop_keys, rope
+    )
 
 
 def describe(device: torch.device) -> str:

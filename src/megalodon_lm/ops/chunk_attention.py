@@ -4,6 +4,7 @@ The softmax has scale 1: queries and keys come normalised. The scores are comput
 because values are wider than queries here, and the fused attention of PyTorch is slow for that.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from .boundaries import Blocks, Boundaries, cut_into_blocks
 
 TILE_SIZE = 256
+Rotate = Callable[[Tensor, Tensor, float, int], Tensor]
 
 
 class KeyValueCache(NamedTuple):
@@ -37,6 +39,7 @@ def chunk_attention(
     boundaries: Boundaries | None = None,
     dropout: float = 0.0,
     drop_keys: bool = False,
+    rotate: "Rotate | None" = None,
 ) -> tuple[Tensor, KeyValueCache]:
     """Each token attends to the tokens of its own chunk up to itself.
 
@@ -50,18 +53,22 @@ def chunk_attention(
         dropout: probability, already 0 outside training.
         drop_keys: drop scores before the softmax (DropKey, the authors' fused kernel) and not weights after it. A
             token's own key is never dropped.
+        rotate: another implementation of rope.
 
     Returns:
         (B, L, H, dv), and the unfinished chunk at the exit.
     """
+    rotate = rotate or rope
     batch, length = q.shape[:2]
     fill = torch.zeros(batch, dtype=torch.int64) if cache is None else cache.fill
     if boundaries is None and bool((fill == fill[0]).all()):
-        return _even(q, k, v, chunk_size, rope_base, cache, int(fill[0]), dropout, drop_keys)
+        slots = (int(fill[0]) + torch.arange(length, device=q.device)) % chunk_size
+        q, k = rotate(q, slots, rope_base, chunk_size), rotate(k, slots, rope_base, chunk_size)
+        return _even(q, k, v, chunk_size, cache, int(fill[0]), dropout, drop_keys)
 
     boundaries = boundaries or Boundaries()
     slots = (boundaries.since_start(fill, length) % chunk_size).to(q.device)
-    q, k = rope(q, slots, rope_base, chunk_size), rope(k, slots, rope_base, chunk_size)
+    q, k = rotate(q, slots, rope_base, chunk_size), rotate(k, slots, rope_base, chunk_size)
     keys_in = cut_into_blocks(batch, length, chunk_size, boundaries, q.device, fill)
     leaving_fill = boundaries.exit_position(fill, length) % chunk_size
     if len(keys_in.row) == 0:
@@ -110,7 +117,6 @@ def _even(
     k: Tensor,
     v: Tensor,
     chunk_size: int,
-    rope_base: float,
     cache: KeyValueCache | None,
     fill: int,
     dropout: float,
@@ -118,8 +124,6 @@ def _even(
 ) -> tuple[Tensor, KeyValueCache]:
     """All rows stand at the same slot and run on: finish the open chunk, take the whole ones, begin the next."""
     length = q.shape[1]
-    slots = (fill + torch.arange(length, device=q.device)) % chunk_size
-    q, k = rope(q, slots, rope_base, chunk_size), rope(k, slots, rope_base, chunk_size)
     out = []
     open_k, open_v = k[:, :0], v[:, :0]
     if cache is not None and fill:
@@ -202,13 +206,13 @@ def rope(x: Tensor, slots: Tensor, base: float, highest: int) -> Tensor:
         The rotated tensor in the type of x.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = (t[slots].unsqueeze(-2) for t in _rotations(highest, x.shape[-1], base, dtype, x.device))
+    cos, sin = (t[slots].unsqueeze(-2) for t in rotations(highest, x.shape[-1], base, dtype, x.device))
     even, odd = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
 
 
 @lru_cache(maxsize=16)
-def _rotations(highest: int, dim: int, base: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotations(highest: int, dim: int, base: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin of all positions, (highest, dim / 2)."""
     with torch.inference_mode(False):
         frequency = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)

@@ -30,6 +30,7 @@ def timestep_norm(
     eps: float = 1e-5,
     state: NormState | None = None,
     boundaries: Boundaries | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, NormState]:
     """Normalise each token with the mean and variance of all scalars of its group so far, itself included.
 
@@ -41,9 +42,10 @@ def timestep_norm(
         eps: added to the variance.
         state: statistics at the entry, or None for none.
         boundaries: documents restart from nothing; padding yields 0 and leaves the statistics alone.
+        out_dtype: type of y; that of x by default.
 
     Returns:
-        y (B, L, D) in the type of x, and the statistics at the exit.
+        y (B, L, D), and the statistics at the exit.
     """
     batch, length, dim = x.shape
     blocks = cut_into_blocks(batch, length, min(BLOCK_SIZE, length), boundaries, x.device)
@@ -91,7 +93,7 @@ def timestep_norm(
             torch.where(empty[:, None], entry.mean, leaving.mean),
             torch.where(empty[:, None], entry.var, leaving.var),
         )
-    return y.to(x.dtype), leaving
+    return y.to(out_dtype or x.dtype), leaving
 
 
 def empty_norm_state(batch: int, num_groups: int, device: torch.device | None = None) -> NormState:

@@ -51,11 +51,13 @@ def plan_groups(slots: Any, most: int, ends: Any, groups: Any) -> int:
 
 
 @njit(**_SUM)
-def _sum_exp(x: Any, highest: Any, out: Any) -> Any:
+def _sum_exp(x: Any, highest: Any) -> Any:
+    """Sum of e^(x - highest), which replaces x."""
     total = np.float32(0)
     for i in range(len(x)):
-        out[i] = exp(x[i] - highest)
-        total += out[i]
+        power = exp(x[i] - highest)
+        x[i] = power
+        total += power
     return total
 
 
@@ -78,7 +80,7 @@ def _softmax_rows(first: int, last: int, scores: Any, slots: Any, before: int, s
             value = load(seen[i])
             kept[i] = value
             highest = maximum(highest, value)
-        total = _sum_exp(x[begin:end], highest, x[begin:end])
+        total = _sum_exp(x[begin:end], highest)
         scale = np.float32(1) / total
         row[:low] = 0
         for i in range(len(seen)):
@@ -177,31 +179,29 @@ def pack_gradient(threads: int, grad: Any, out: Any, row: int, begin: int, packe
 
 
 @njit(**_OPTIONS)
+def _place(cached: Any, piece: Any, group: Any, key: int, h: int) -> Any:
+    """Key or value `key` of a group and head: from the entry cache at first, then from the piece."""
+    row, begin, _, before = group
+    return cached[row, key, h] if key < before else piece[row, begin + key - before, h]
+
+
+@njit(**_OPTIONS)
 def _few_scores(
     first: int, last: int, q: Any, k: Any, keys: Any, slots: Any, groups: Any, scores: Any, blocks: int
 ) -> None:
     heads = q.shape[2]
     for task in range(first, last):
-        h, block = task // blocks % heads, task % blocks
-        g = task // blocks // heads
+        g, h, block = task // blocks // heads, task // blocks % heads, task % blocks
         row, begin, end, before = groups[g]
         for t in range(begin, end):
             high = before + t - begin + 1
             low = high - 1 - slots[row, t]
             for key in range(max(low, block * _LANES), min(high, (block + 1) * _LANES)):
-                source = keys[row, key, h] if key < before else k[row, begin + key - before, h]
-                scores[g, h, t - begin, key] = _dot(q[row, t, h], source)
+                scores[g, h, t - begin, key] = _dot(q[row, t, h], _place(keys, k, groups[g], key, h))
 
 
 @njit(**_OPTIONS)
-def _add_row(weight: Any, source: Any, target: Any) -> None:
-    for i in range(len(target)):
-        target[i] += weight * load(source[i])
-
-
-@njit(**_OPTIONS)
-def _add_rows(weights: Any, sources: Any, target: Any) -> None:
-    a, b, c, d = sources[0], sources[1], sources[2], sources[3]
+def _add_rows(weights: Any, a: Any, b: Any, c: Any, d: Any, target: Any) -> None:
     w, x, y, z = weights[0], weights[1], weights[2], weights[3]
     for i in range(len(target)):
         target[i] += w * load(a[i]) + x * load(b[i]) + y * load(c[i]) + z * load(d[i])
@@ -214,11 +214,11 @@ def _few_outputs(
     heads, width = v.shape[2], v.shape[3]
     blocks = -(-width // size)
     weights = np.empty(scores.shape[3] + _LANES, np.float32)
-    total = np.empty(size, np.float32)
+    mixed = np.empty(size, np.float32)
     for task in range(first, last):
-        h, block = task // blocks % heads, task % blocks
-        g = task // blocks // heads
-        row, begin, end, before = groups[g]
+        g, h, block = task // blocks // heads, task // blocks % heads, task % blocks
+        group = groups[g]
+        row, begin, end, before = group
         left, right = block * size, min(block * size + size, width)
         for t in range(begin, end):
             high = before + t - begin + 1
@@ -230,30 +230,20 @@ def _few_outputs(
             padded = -(-len(seen) // _LANES) * _LANES
             weights[: len(seen)] = seen
             weights[len(seen) : padded] = -np.inf
-            share_of = _sum_exp(weights[:padded], highest, weights[:padded])
-            acc = total[: right - left]
-            acc[:] = 0
-            key = low
-            while key < high:
-                if key + 4 <= before:
-                    _add_rows(weights[key - low :], values[row, key : key + 4, h, left:right], acc)
-                    key += 4
-                elif key >= before and key + 4 <= high:
-                    at = begin + key - before
-                    _add_rows(weights[key - low :], v[row, at : at + 4, h, left:right], acc)
-                    key += 4
-                else:
-                    if key < before:
-                        _add_row(weights[key - low], values[row, key, h, left:right], acc)
-                    else:
-                        _add_row(weights[key - low], v[row, begin + key - before, h, left:right], acc)
-                    key += 1
+            total = _sum_exp(weights[:padded], highest)
+            mixed[:] = 0
+            for key in range(low, high, 4):  # beyond the last key weights are 0, and its value stands in
+                a = _place(values, v, group, key, h)[left:right]
+                b = _place(values, v, group, min(key + 1, high - 1), h)[left:right]
+                c = _place(values, v, group, min(key + 2, high - 1), h)[left:right]
+                d = _place(values, v, group, min(key + 3, high - 1), h)[left:right]
+                _add_rows(weights[key - low :], a, b, c, d, mixed[: right - left])
             target = out[row, t, h, left:right]
-            scale = np.float32(1) / share_of
+            scale = np.float32(1) / total
             for i in range(len(target)):
-                target[i] = rounded(acc[i] * scale, out)
+                target[i] = rounded(mixed[i] * scale, out)
             if block == 0:
-                sums[heads * (row * slots.shape[1] + begin) + h * (end - begin) + t - begin] = highest + np.log(share_of)
+                sums[heads * (row * slots.shape[1] + begin) + h * (end - begin) + t - begin] = highest + np.log(total)
 
 
 @njit(**_OPTIONS)

@@ -8,9 +8,8 @@ gradients in registers. Backward starts each block from its saved entry state.
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-from .simd import LANES, load, splat, store
+from .simd import LANES, compiled, load, splat, store
 
 WIDTH = 2 * LANES
 TOKENS = 64
@@ -18,11 +17,7 @@ _SIZE = TOKENS * WIDTH
 _STEP = 2 * WIDTH  # real parts, then imaginary parts, of one state of a task
 
 
-def _compiled(function: Any) -> Any:
-    return njit(nogil=True, cache=True, error_model="numpy")(function)
-
-
-@_compiled
+@compiled
 def plan_blocks(starts: Any, lengths: Any, edges: Any, resets: Any, counts: Any) -> None:
     """Cut each row at document starts and every TOKENS tokens.
 
@@ -51,7 +46,7 @@ def plan_blocks(starts: Any, lengths: Any, edges: Any, resets: Any, counts: Any)
         counts[b] = m
 
 
-@_compiled
+@compiled
 def _gather(source: Any, offset: int, dim: int, size: int, width: int, block: Any) -> None:
     """`size` tokens of `width` channels into float32 scratch (TOKENS, WIDTH); zero in missing channels."""
     if width == WIDTH:
@@ -67,7 +62,7 @@ def _gather(source: Any, offset: int, dim: int, size: int, width: int, block: An
         store(block, t * WIDTH + LANES, load(some, LANES))
 
 
-@_compiled
+@compiled
 def _scatter(block: Any, target: Any, offset: int, dim: int, size: int, width: int) -> None:
     """The inverse of _gather."""
     if width == WIDTH:
@@ -83,7 +78,7 @@ def _scatter(block: Any, target: Any, offset: int, dim: int, size: int, width: i
             target[offset + t * dim + w] = some[w]
 
 
-@_compiled
+@compiled
 def _enter(states: Any, source: Any, offset: int, ndim: int, width: int) -> None:
     """(width, N, 2) of a state tensor into scratch (N, 2, WIDTH)."""
     states[:] = 0
@@ -92,7 +87,7 @@ def _enter(states: Any, source: Any, offset: int, ndim: int, width: int) -> None
             states[i * WIDTH + w] = source[offset + w * 2 * ndim + i]
 
 
-@_compiled
+@compiled
 def _leave(states: Any, target: Any, offset: int, ndim: int, width: int) -> None:
     """The inverse of _enter."""
     for w in range(width):
@@ -100,7 +95,7 @@ def _leave(states: Any, target: Any, offset: int, ndim: int, width: int) -> None
             target[offset + w * 2 * ndim + i] = states[i * WIDTH + w]
 
 
-@_compiled
+@compiled
 def forward(
     first: int,
     last: int,
@@ -177,7 +172,7 @@ def forward(
         _leave(states, leaving, state_at, ndim, width)
 
 
-@_compiled
+@compiled
 def backward(
     first: int,
     last: int,

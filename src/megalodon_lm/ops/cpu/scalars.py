@@ -60,6 +60,13 @@ def _load(element):  # type: ignore[no-untyped-def]
     return lambda element: element
 
 
+@njit
+def _rounded_bits(value: Any) -> Any:
+    """Bits of a float32 of which the upper half is the nearest bf16."""
+    bits = _bits_of_float(value)
+    return np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
+
+
 def rounded(value, array):  # type: ignore[no-untyped-def]
     """A float32 as an element of `array`: bf16 rounds to nearest even, and a NaN that arithmetic made stays one."""
     raise NotImplementedError
@@ -70,12 +77,38 @@ def _rounded(value, array):  # type: ignore[no-untyped-def]
     if isinstance(array.dtype, types.Integer):
 
         def nearest_even(value, array):  # type: ignore[no-untyped-def]
-            bits = _bits_of_float(value)
-            up = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-            return np.uint16((bits + up) >> np.uint32(16))
+            return np.uint16(_rounded_bits(value) >> np.uint32(16))
 
         return nearest_even
     return lambda value, array: value
+
+
+def pair(word):  # type: ignore[no-untyped-def]
+    """Two adjacent elements, taken as one word of twice the width, as float32; loops over such words vectorise."""
+    raise NotImplementedError
+
+
+@overload(pair)
+def _pair(word):  # type: ignore[no-untyped-def]
+    low, high = np.uint32(0xFFFF), np.uint32(0xFFFF0000)
+    if word.bitwidth == 32:
+        return lambda word: (_float_of_bits((word & low) << np.uint32(16)), _float_of_bits(word & high))
+    return lambda word: (_float_of_bits(np.uint32(word)), _float_of_bits(np.uint32(word >> np.uint64(32))))
+
+
+def paired(first, second, array):  # type: ignore[no-untyped-def]
+    """Two float32 as one word of `array`, the inverse of `pair`; bf16 rounds as in `rounded`."""
+    raise NotImplementedError
+
+
+@overload(paired)
+def _paired(first, second, array):  # type: ignore[no-untyped-def]
+    high = np.uint32(0xFFFF0000)
+    if array.dtype.bitwidth == 32:
+        return lambda first, second, array: (_rounded_bits(first) >> np.uint32(16)) | (_rounded_bits(second) & high)
+    return lambda first, second, array: (
+        np.uint64(_bits_of_float(first)) | (np.uint64(_bits_of_float(second)) << np.uint64(32))
+    )
 
 
 _LOG2_E = np.float32(1.4426950408889634)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core.typing.templates import ConcreteTemplate, infer_global
 from numba.core.typing.templates import signature as typing_signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
@@ -22,6 +22,11 @@ _FLAGS = ("contract", "reassoc", "nsz", "arcp")
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 _WORDS = ir.VectorType(ir.IntType(32), LANES)
 _HALVES = ir.VectorType(ir.IntType(16), LANES)
+
+
+def compiled(function: Any) -> Any:
+    """Compile for use outside the interpreter lock, and keep the result on disk."""
+    return njit(nogil=True, cache=True, error_model="numpy")(function)
 
 
 class Float32x16(types.Type):
@@ -117,6 +122,17 @@ def total(typingctx: Any, value: Any) -> Any:
 
 
 @intrinsic
+def swap_pairs(typingctx: Any, value: Any) -> Any:
+    """Exchange neighbouring lanes 2i and 2i + 1."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        order = ir.Constant(_WORDS, [i ^ 1 for i in range(LANES)])
+        return builder.shuffle_vector(args[0], ir.Constant(_FLOATS, ir.Undefined), order)
+
+    return float32x16(float32x16), codegen
+
+
+@intrinsic
 def exp(typingctx: Any, value: Any) -> Any:
     """e to the power of each lane, to about 2e-7 relative; 0 below -87, largest finite near 88.
 
@@ -128,7 +144,10 @@ def exp(typingctx: Any, value: Any) -> Any:
             return ir.Constant(_FLOATS, [number] * LANES)
 
         def call(name: str, *operands: Any) -> Any:
-            function = builder.module.declare_intrinsic(f"llvm.{name}", [_FLOATS])
+            full = f"llvm.{name}.v{LANES}f32"
+            function = builder.module.globals.get(full)
+            if function is None:
+                function = ir.Function(builder.module, ir.FunctionType(_FLOATS, [_FLOATS] * len(operands)), full)
             return builder.call(function, operands)
 
         x = call("minnum", call("maxnum", args[0], constant(-87.33654)), constant(88.37626))

@@ -1,0 +1,45 @@
+"""Chunk attention on the CPU: the same function as the portable one, out of operators of compiled code."""
+
+import torch
+from torch import Tensor
+
+from .. import chunk_attention as portable
+from ..boundaries import Boundaries
+from ..chunk_attention import KeyValueCache
+from .causal_attention import causal_attention
+from .open_chunk import open_chunk
+from .rotary import rotate
+
+
+def chunk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_size: int,
+    rope_base: float,
+    cache: KeyValueCache | None = None,
+    boundaries: Boundaries | None = None,
+    dropout: float = 0.0,
+    drop_keys: bool = False,
+) -> tuple[Tensor, KeyValueCache]:
+    """As megalodon_lm.ops.chunk_attention.chunk_attention; other types than float32 and bf16, and dropout, go there."""
+    if torch.is_autocast_enabled("cpu"):
+        q, k, v = (t.to(torch.get_autocast_dtype("cpu")) for t in (q, k, v))
+    if dropout or q.dtype not in (torch.float32, torch.bfloat16) or not q.dtype == k.dtype == v.dtype:
+        return portable.chunk_attention(q, k, v, chunk_size, rope_base, cache, boundaries, dropout, drop_keys)
+    batch, length = q.shape[:2]
+    if cache is None:
+        keys, values, fill = None, None, torch.zeros(batch, dtype=torch.int64)
+    else:
+        keys, values, fill = cache.keys.to(k.dtype), cache.values.to(v.dtype), cache.fill
+    places = boundaries or Boundaries()
+    slots = places.since_start(fill, length) % chunk_size
+    stops = torch.full_like(fill, length) if places.lengths is None else places.lengths
+    if places.lengths is not None:
+        slots = torch.where(places.valid(length), slots, -1)
+
+    q, k = rotate(q, slots, rope_base, chunk_size), rotate(k, slots, rope_base, chunk_size)
+    out = causal_attention(q, k, v, keys, values, slots)
+    fill = places.exit_position(fill, length) % chunk_size
+    leaving = (open_chunk(k, keys, stops, fill, chunk_size), open_chunk(v, values, stops, fill, chunk_size))
+    return out, KeyValueCache(*leaving, fill)

@@ -1,0 +1,120 @@
+"""Kernels over independent tokens: norms over features, gated products, rotary positions. All arrays are flat."""
+
+from typing import Any
+
+import numpy as np
+
+from .simd import LANES, compiled, exp, load, splat, store, swap_pairs, total
+
+
+@compiled
+def norm_forward(
+    first: int, last: int, x: Any, dim: int, weight: Any, bias: Any, centred: bool, eps: float, y: Any, saved: Any
+) -> None:
+    """Tokens first..last of a RMS norm or, if centred, a layer norm over D features, D a multiple of 16.
+
+    Args:
+        x: (M, D); weight, with its 1 added, and bias: (D,) float32; y: (M, D), out; saved: (M, 2), mean and scale, out.
+    """
+    for m in range(first, last):
+        at = m * dim
+        mean = np.float32(0)
+        if centred:
+            part = load(x, at)
+            for i in range(at + LANES, at + dim, LANES):
+                part = part + load(x, i)
+            mean = np.float32(total(part) / np.float32(dim))
+        middle = splat(mean)
+        some = load(x, at) - middle
+        square = some * some
+        for i in range(at + LANES, at + dim, LANES):
+            some = load(x, i) - middle
+            square = square + some * some
+        scale = np.float32(1 / np.sqrt(total(square) / np.float32(dim) + np.float32(eps)))
+        saved[2 * m], saved[2 * m + 1] = mean, scale
+        by = splat(scale)
+        for i in range(0, dim, LANES):
+            store(y, at + i, (load(x, at + i) - middle) * by * load(weight, i) + load(bias, i))
+
+
+@compiled
+def norm_backward(
+    first: int,
+    last: int,
+    x: Any,
+    dim: int,
+    weight: Any,
+    centred: bool,
+    saved: Any,
+    tokens: int,
+    size: int,
+    grad_y: Any,
+    grad_x: Any,
+    grad_weight: Any,
+    grad_bias: Any,
+) -> None:
+    """Stretches first..last of `size` tokens: gradients to x (M, D), and per stretch to weight and bias (S, D)."""
+    for stretch in range(first, last):
+        to = stretch * dim
+        grad_weight[to : to + dim] = 0
+        grad_bias[to : to + dim] = 0
+        for m in range(stretch * size, min(tokens, (stretch + 1) * size)):
+            at = m * dim
+            middle, by = splat(saved[2 * m]), splat(saved[2 * m + 1])
+            slope, shift = splat(np.float32(0)), splat(np.float32(0))
+            for i in range(0, dim, LANES):
+                normed = (load(x, at + i) - middle) * by
+                grad = load(grad_y, at + i)
+                store(grad_weight, to + i, load(grad_weight, to + i) + grad * normed)
+                store(grad_bias, to + i, load(grad_bias, to + i) + grad)
+                grad = grad * load(weight, i)
+                slope = slope + grad * normed
+                shift = shift + grad
+            slope = splat(total(slope) / np.float32(dim))
+            shift = splat(total(shift) / np.float32(dim) if centred else np.float32(0))
+            for i in range(0, dim, LANES):
+                normed = (load(x, at + i) - middle) * by
+                store(grad_x, at + i, by * (load(grad_y, at + i) * load(weight, i) - shift - normed * slope))
+
+
+@compiled
+def gate_forward(first: int, last: int, size: int, gate: Any, x: Any, y: Any) -> None:
+    """Stretches first..last of `size` elements, a multiple of 16: y = silu(gate) * x."""
+    one, zero = splat(np.float32(1)), splat(np.float32(0))
+    for i in range(first * size, min(last * size, len(y)), LANES):
+        g = load(gate, i)
+        store(y, i, g / (one + exp(zero - g)) * load(x, i))
+
+
+@compiled
+def gate_backward(
+    first: int, last: int, size: int, gate: Any, x: Any, grad_y: Any, grad_gate: Any, grad_x: Any
+) -> None:
+    """Gradients of gate_forward: d silu(g) / dg = s + g s (1 - s) with s = sigmoid(g)."""
+    one, zero = splat(np.float32(1)), splat(np.float32(0))
+    for i in range(first * size, min(last * size, len(grad_x)), LANES):
+        g, grad = load(gate, i), load(grad_y, i)
+        s = one / (one + exp(zero - g))
+        store(grad_x, i, grad * g * s)
+        store(grad_gate, i, grad * load(x, i) * (s + g * s * (one - s)))
+
+
+@compiled
+def rotate(
+    first: int, last: int, x: Any, heads: int, dim: int, slots: Any, cos: Any, sin: Any, inverse: bool, y: Any
+) -> None:
+    """Tokens first..last: y_i = x_i cos_i + x_j sin_i with j the other of the pair; inverse for the transpose.
+
+    Args:
+        x: (M, H, d), d a multiple of 16; slots: (M,) int64; cos, sin: (c, d), the sine negative in even places.
+    """
+    for m in range(first, last):
+        turn = slots[m] * dim
+        for h in range(heads):
+            at = (m * heads + h) * dim
+            for i in range(0, dim, LANES):
+                v = load(x, at + i)
+                if inverse:
+                    store(y, at + i, v * load(cos, turn + i) + swap_pairs(v * load(sin, turn + i)))
+                else:
+                    store(y, at + i, v * load(cos, turn + i) + swap_pairs(v) * load(sin, turn + i))

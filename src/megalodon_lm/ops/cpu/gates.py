@@ -1,0 +1,68 @@
+"""Gated products on the CPU, as an operator with fake and autograd."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import elementwise_kernels as kernels
+from .simd import LANES, as_numpy
+from .threads import parallel_for
+
+_STRETCH = 256 * LANES
+
+
+def fits(x: Tensor) -> bool:
+    """Whether the kernels take this many elements."""
+    return x.numel() % LANES == 0
+
+
+def silu_gate(gate: Tensor, x: Tensor) -> Tensor:
+    """As megalodon_lm.ops.gates.silu_gate, for float32 or bf16."""
+    keep = torch.is_grad_enabled() and (gate.requires_grad or x.requires_grad)
+    run = silu_gate_forward if keep or torch.compiler.is_compiling() else _forward
+    return run(gate.contiguous(), x.contiguous())
+
+
+def _forward(gate: Tensor, x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    tasks = -(-x.numel() // _STRETCH)
+    parallel_for(kernels.gate_forward, tasks, _STRETCH, *(as_numpy(t) for t in (gate, x, y)))
+    return y
+
+
+@torch.library.custom_op("megalodon::silu_gate_forward", mutates_args=())
+def silu_gate_forward(gate: Tensor, x: Tensor) -> Tensor:
+    """_forward as an operator."""
+    return _forward(gate.detach(), x.detach())
+
+
+@silu_gate_forward.register_fake
+def _(gate: Tensor, x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("megalodon::silu_gate_backward", mutates_args=())
+def silu_gate_backward(gate: Tensor, x: Tensor, grad_y: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients to gate and x."""
+    grad_gate, grad_x = torch.empty_like(gate), torch.empty_like(x)
+    tasks = -(-x.numel() // _STRETCH)
+    arrays = (as_numpy(t) for t in (gate, x, grad_y, grad_gate, grad_x))
+    parallel_for(kernels.gate_backward, tasks, _STRETCH, *arrays)
+    return grad_gate, grad_x
+
+
+@silu_gate_backward.register_fake
+def _(gate: Tensor, x: Tensor, grad_y: Tensor) -> Any:
+    return torch.empty_like(gate), torch.empty_like(x)
+
+
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad_y: Tensor) -> Any:
+    return silu_gate_backward(*ctx.saved_tensors, grad_y.contiguous())
+
+
+silu_gate_forward.register_autograd(_backward, setup_context=_save)

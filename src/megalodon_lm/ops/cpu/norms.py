@@ -1,0 +1,91 @@
+"""RMS norm and layer norm on the CPU, as one operator with fake and autograd."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import elementwise_kernels as kernels
+from .simd import LANES, as_numpy
+from .threads import parallel_for
+
+STRETCH = 64  # tokens whose gradients to the weights are summed together, whatever the number of threads
+
+
+def fits(x: Tensor) -> bool:
+    """Whether the kernels take this width."""
+    return x.shape[-1] % LANES == 0
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype | None = None) -> Tensor:
+    """As megalodon_lm.ops.norms.rms_norm, for x in float32 or bf16."""
+    return _norm(x, weight, torch.zeros_like(weight), False, eps, out_dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype | None = None) -> Tensor:
+    """As megalodon_lm.ops.norms.layer_norm, for x in float32 or bf16."""
+    return _norm(x, weight, bias, True, eps, out_dtype)
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, centred: bool, eps: float, out_dtype: torch.dtype | None) -> Tensor:
+    arguments = (x.contiguous(), weight.float() + 1, bias.float(), centred, eps, out_dtype or x.dtype)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in arguments[:3])
+    return (norm_forward if keep or torch.compiler.is_compiling() else _forward)(*arguments)[0]
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor, centred: bool, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """y and what backward needs: (M, 2) mean and scale of each token."""
+    dim = x.shape[-1]
+    tokens = x.numel() // dim
+    y, saved = torch.empty(x.shape, dtype=out_dtype), torch.empty(tokens, 2)
+    inputs = (as_numpy(x), dim, as_numpy(weight), as_numpy(bias), centred, eps)
+    parallel_for(kernels.norm_forward, tokens, *inputs, as_numpy(y), as_numpy(saved))
+    return y, saved
+
+
+@torch.library.custom_op("megalodon::norm_forward", mutates_args=())
+def norm_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, centred: bool, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """_forward as an operator."""
+    return _forward(x.detach(), weight.detach(), bias.detach(), centred, eps, out_dtype)
+
+
+@norm_forward.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, centred: bool, eps: float, out_dtype: torch.dtype) -> Any:
+    return x.new_empty(x.shape, dtype=out_dtype), x.new_empty(x.numel() // x.shape[-1], 2, dtype=torch.float32)
+
+
+@torch.library.custom_op("megalodon::norm_backward", mutates_args=())
+def norm_backward(
+    x: Tensor, weight: Tensor, saved: Tensor, centred: bool, grad_y: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients to x, weight and bias."""
+    dim = x.shape[-1]
+    tokens = x.numel() // dim
+    stretches = -(-tokens // STRETCH)
+    grad_x = torch.empty_like(x)
+    grad_weight, grad_bias = weight.new_empty(stretches, dim), weight.new_empty(stretches, dim)
+    inputs = (as_numpy(x), dim, as_numpy(weight), centred, as_numpy(saved), tokens, STRETCH)
+    grads = [as_numpy(t) for t in (grad_y, grad_x, grad_weight, grad_bias)]
+    parallel_for(kernels.norm_backward, stretches, *inputs, *grads)
+    return grad_x, grad_weight.sum(0), grad_bias.sum(0)
+
+
+@norm_backward.register_fake
+def _(x: Tensor, weight: Tensor, saved: Tensor, centred: bool, grad_y: Tensor) -> Any:
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+
+
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(inputs[0], inputs[1], output[1])
+    ctx.centred = inputs[3]
+
+
+def _backward(ctx: Any, grad_y: Tensor, _: Tensor) -> Any:
+    return *norm_backward(*ctx.saved_tensors, ctx.centred, grad_y.contiguous()), None, None, None
+
+
+norm_forward.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,112 @@
+"""The unfinished chunk at the exit of a piece, as an operator: rows of the piece and of the entry cache, moved once."""
+
+from typing import Any
+
+import torch
+from numba import njit
+from torch import Tensor
+
+from .scalars import array_of
+from .team import num_threads, share
+
+_OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
+
+
+def open_chunk(piece: Tensor, cached: Tensor | None, stops: Tensor, fill: Tensor, chunk_size: int) -> Tensor:
+    """Keys or values of the unfinished chunks.
+
+    Args:
+        piece: (B, L, H, d).
+        cached: (B, c, H, d) the unfinished chunks at the entry, or None for empty ones.
+        stops: (B,) int64, tokens of each row.
+        fill: (B,) int64, tokens of the unfinished chunk at the exit.
+        chunk_size: c.
+
+    Returns:
+        (B, c, H, d), zero from slot `fill` on.
+    """
+    tracked = torch.is_grad_enabled() and (piece.requires_grad or (cached is not None and cached.requires_grad))
+    run = take_open_chunk if tracked or torch.compiler.is_compiling() else _take
+    return run(piece, cached, stops, fill, chunk_size)
+
+
+@njit(**_OPTIONS)
+def _copy(source: Any, target: Any) -> None:
+    for h in range(target.shape[0]):
+        target[h] = source[h]
+
+
+@njit(**_OPTIONS)
+def _take_rows(first: int, last: int, piece: Any, cached: Any, stops: Any, fill: Any, target: Any) -> None:
+    size = target.shape[1]
+    for task in range(first, last):
+        b, slot = task // size, task % size
+        token = stops[b] - fill[b] + slot
+        if slot >= fill[b]:
+            target[b, slot] = 0
+        elif token >= 0:
+            _copy(piece[b, token], target[b, slot])
+        else:
+            _copy(cached[b, slot], target[b, slot])
+
+
+@njit(**_OPTIONS)
+def _take_all(threads: int, piece: Any, cached: Any, stops: Any, fill: Any, target: Any) -> None:
+    share(_take_rows, threads, target.shape[0] * target.shape[1], (piece, cached, stops, fill, target))
+
+
+@njit(**_OPTIONS)
+def _return_all(grad: Any, stops: Any, fill: Any, piece: Any, cached: Any) -> None:
+    """The transpose of _take_all, into zeros."""
+    for b in range(len(fill)):
+        for slot in range(fill[b]):
+            token = stops[b] - fill[b] + slot
+            if token >= 0:
+                _copy(grad[b, slot], piece[b, token])
+            else:
+                _copy(grad[b, slot], cached[b, slot])
+
+
+def _take(piece: Tensor, cached: Tensor | None, stops: Tensor, fill: Tensor, chunk_size: int) -> Tensor:
+    target = piece.new_empty(len(piece), chunk_size, *piece.shape[2:])
+    source = piece if cached is None else cached
+    _take_all(num_threads(), *(array_of(t) for t in (piece, source, stops, fill, target)))
+    return target
+
+
+@torch.library.custom_op("megalodon::take_open_chunk", mutates_args=())
+def take_open_chunk(piece: Tensor, cached: Tensor | None, stops: Tensor, fill: Tensor, chunk_size: int) -> Tensor:
+    """_take as an operator."""
+    return _take(piece, cached, stops, fill, chunk_size)
+
+
+@take_open_chunk.register_fake
+def _(piece: Tensor, cached: Tensor | None, stops: Tensor, fill: Tensor, chunk_size: int) -> Tensor:
+    return piece.new_empty(piece.shape[0], chunk_size, *piece.shape[2:])
+
+
+@torch.library.custom_op("megalodon::return_open_chunk", mutates_args=())
+def return_open_chunk(grad: Tensor, stops: Tensor, fill: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Gradients to piece and cache."""
+    piece, cached = grad.new_zeros(len(grad), length, *grad.shape[2:]), grad.new_zeros(grad.shape)
+    _return_all(*(array_of(t) for t in (grad, stops, fill, piece, cached)))
+    return piece, cached
+
+
+@return_open_chunk.register_fake
+def _(grad: Tensor, stops: Tensor, fill: Tensor, length: int) -> Any:
+    return grad.new_empty(grad.shape[0], length, *grad.shape[2:]), grad.new_empty(grad.shape)
+
+
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    piece, cached, stops, fill, _ = inputs
+    ctx.save_for_backward(stops, fill)
+    ctx.length, ctx.cached = piece.shape[1], cached is not None
+
+
+def _backward(ctx: Any, grad: Tensor) -> Any:
+    piece, cached = return_open_chunk(grad, *ctx.saved_tensors, ctx.length)
+    return piece, cached if ctx.cached else None, None, None, None
+
+
+take_open_chunk.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,150 @@
+"""TimestepNorm on the CPU: compiled passes over x, as an operator with fake and autograd."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..boundaries import Boundaries
+from ..timestep_norm import NormState, empty_norm_state
+from . import timestep_norm_kernels as kernels
+from .simd import as_numpy
+from .threads import parallel_for
+
+
+def timestep_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float = 1e-5,
+    state: NormState | None = None,
+    boundaries: Boundaries | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, NormState]:
+    """As megalodon_lm.ops.timestep_norm.timestep_norm, for x in float32 or bf16."""
+    batch, length, _ = x.shape
+    out_dtype = out_dtype or x.dtype
+    entry = empty_norm_state(batch, num_groups) if state is None else state
+    lengths = torch.full((batch,), length) if boundaries is None or boundaries.lengths is None else boundaries.lengths
+    where = boundaries or Boundaries()
+    counts = (where.since_start(entry.count, length) + 1).contiguous()
+    inputs = (x.float().contiguous(), weight.float() + 1, bias.float(), entry.mean, entry.var)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    run = timestep_norm_forward if keep or torch.compiler.is_compiling() else _forward
+    y, mean, var, _ = run(*inputs, counts, lengths, num_groups, eps, out_dtype, keep)
+    return y, NormState(where.exit_position(entry.count, length), mean, var)
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    entry_mean: Tensor,
+    entry_var: Tensor,
+    counts: Tensor,
+    lengths: Tensor,
+    num_groups: int,
+    eps: float,
+    out_dtype: torch.dtype,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, the exit mean and variance (B, G), and what backward needs (B, G, L, 3), L = 0 unless `keep`."""
+    batch, length, dim = x.shape
+    y = torch.zeros(x.shape, dtype=out_dtype)
+    mean, var = torch.empty_like(entry_mean), torch.empty_like(entry_var)
+    saved = mean.new_empty(batch, num_groups, length if keep else 0, 3)
+    inputs = [as_numpy(t) for t in (entry_mean.contiguous(), entry_var.contiguous(), counts, lengths)]
+    outputs = [as_numpy(t) for t in (y, mean, var, saved)]
+    features = (as_numpy(x), (length, dim, num_groups, keep), as_numpy(weight), as_numpy(bias), eps)
+    parallel_for(kernels.forward, batch * num_groups, *features, *inputs, *outputs)
+    return y, mean, var, saved
+
+
+@torch.library.custom_op("megalodon::timestep_norm_forward", mutates_args=())
+def timestep_norm_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    entry_mean: Tensor,
+    entry_var: Tensor,
+    counts: Tensor,
+    lengths: Tensor,
+    num_groups: int,
+    eps: float,
+    out_dtype: torch.dtype,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """_forward as an operator."""
+    tensors = [t.detach() for t in (x, weight, bias, entry_mean, entry_var)]
+    return _forward(*tensors, counts, lengths, num_groups, eps, out_dtype, keep)
+
+
+@timestep_norm_forward.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    entry_mean: Tensor,
+    entry_var: Tensor,
+    counts: Tensor,
+    lengths: Tensor,
+    num_groups: int,
+    eps: float,
+    out_dtype: torch.dtype,
+    keep: bool,
+) -> Any:
+    saved = entry_mean.new_empty(x.shape[0], num_groups, x.shape[1] if keep else 0, 3)
+    return x.new_empty(x.shape, dtype=out_dtype), torch.empty_like(entry_mean), torch.empty_like(entry_var), saved
+
+
+@torch.library.custom_op("megalodon::timestep_norm_backward", mutates_args=())
+def timestep_norm_backward(
+    x: Tensor,
+    weight: Tensor,
+    entry_mean: Tensor,
+    counts: Tensor,
+    lengths: Tensor,
+    saved: Tensor,
+    grad_y: Tensor,
+    grad_mean: Tensor,
+    grad_var: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients to x, weight, bias, and the entry mean and variance."""
+    batch, length, dim = x.shape
+    groups = entry_mean.shape[1]
+    grad_x = torch.zeros_like(x)
+    grad_weight, grad_bias = x.new_empty(batch, dim), x.new_empty(batch, dim)
+    to_mean, to_var = torch.empty_like(grad_mean), torch.empty_like(grad_var)
+    inputs = [as_numpy(t) for t in (weight, counts, lengths, saved, entry_mean.contiguous())]
+    grads = [as_numpy(t) for t in (grad_y, grad_mean, grad_var, grad_x, grad_weight, grad_bias, to_mean, to_var)]
+    parallel_for(kernels.backward, batch * groups, as_numpy(x), (length, dim, groups, True), *inputs, *grads)
+    return grad_x, grad_weight.sum(0), grad_bias.sum(0), to_mean, to_var
+
+
+@timestep_norm_backward.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    entry_mean: Tensor,
+    counts: Tensor,
+    lengths: Tensor,
+    saved: Tensor,
+    grad_y: Tensor,
+    grad_mean: Tensor,
+    grad_var: Tensor,
+) -> Any:
+    return tuple(torch.empty_like(t) for t in (x, weight, weight, grad_mean, grad_var))
+
+
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, _, entry_mean, _, counts, lengths = inputs[:7]
+    ctx.save_for_backward(x, weight, entry_mean, counts, lengths, output[3])
+
+
+def _backward(ctx: Any, grad_y: Tensor, grad_mean: Tensor, grad_var: Tensor, _: Tensor) -> Any:
+    grads = timestep_norm_backward(*ctx.saved_tensors, *(g.contiguous() for g in (grad_y, grad_mean, grad_var)))
+    return *grads, *([None] * 6)
+
+
+timestep_norm_forward.register_autograd(_backward, setup_context=_save)

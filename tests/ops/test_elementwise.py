@@ -1,0 +1,109 @@
+"""Norms, gates and rotary positions: portable and native against float64."""
+
+import pytest
+import torch
+
+from megalodon_lm.ops import chunk_attention, gates, norms, reference
+from megalodon_lm.ops.cpu import gates as native_gates
+from megalodon_lm.ops.cpu import norms as native_norms
+from megalodon_lm.ops.cpu import rope as native_rope
+
+from .cases import assert_close, gradients
+
+
+def draw(*shapes):
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(s, generator=g, dtype=torch.float64) for s in shapes]
+
+
+def rms_definition(x, w):
+    return [x / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-5) * (w + 1)]
+
+
+def layer_definition(x, w, b):
+    centred = x - x.mean(-1, keepdim=True)
+    return [centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-5) * (w + 1) + b]
+
+
+def gate_definition(gate, x):
+    return [gate / (1 + torch.exp(-gate)) * x]
+
+
+def rope_definition(x):
+    rows = [[reference.rope(x[b, t], 3 * b + t, 1e4) for t in range(x.shape[1])] for b in range(len(x))]
+    return [torch.stack([torch.stack(r) for r in rows])]
+
+
+SLOTS = torch.arange(70) + 3 * torch.arange(2)[:, None]
+CASES = {
+    "rms": (rms_definition, draw((2, 70, 32), (32,)),
+            [lambda x, w: [m.rms_norm(x, w, 1e-5)] for m in (norms, native_norms)]),
+    "layer": (layer_definition, draw((2, 70, 32), (32,), (32,)),
+              [lambda x, w, b: [m.layer_norm(x, w, b, 1e-5)] for m in (norms, native_norms)]),
+    "gate": (gate_definition, [10 * t for t in draw((3, 16), (3, 16))],
+             [lambda a, x: [m.silu_gate(a, x)] for m in (gates, native_gates)]),
+    "rope": (rope_definition, draw((2, 70, 2, 16)),
+             [lambda x: [m.rope(x, SLOTS, 1e4, 80)] for m in (chunk_attention, native_rope)]),
+}  # fmt: skip
+
+
+def implementation(name, native):
+    modules = {"rms": (norms, native_norms), "layer": (norms, native_norms), "gate": (gates, native_gates),
+               "rope": (chunk_attention, native_rope)}  # fmt: skip
+    m = modules[name][native]
+    return {
+        "rms": lambda x, w: [m.rms_norm(x, w, 1e-5)],
+        "layer": lambda x, w, b: [m.layer_norm(x, w, b, 1e-5)],
+        "gate": lambda a, x: [m.silu_gate(a, x)],
+        "rope": lambda x: [m.rope(x, SLOTS, 1e4, 80)],
+    }[name]
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("native", "dtype", "tolerance"),
+    [
+        (False, torch.float64, 1e-12),
+        (False, torch.float32, 2e-5),
+        (True, torch.float32, 2e-5),
+        (False, torch.bfloat16, 2e-2),
+        (True, torch.bfloat16, 2e-2),
+    ],
+)
+def test_equals_definition_with_all_gradients(name, native, dtype, tolerance):
+    definition, inputs, _ = CASES[name]
+    inputs = [t.to(dtype) for t in inputs]
+    actual = gradients(implementation(name, native), inputs)
+    expected = gradients(definition, [t.double() for t in inputs])
+    assert_close(actual[0], expected[0], tolerance)
+    assert_close(actual[1], expected[1], tolerance)
+
+
+def test_gradcheck():
+    for name, (_, inputs, _) in CASES.items():
+        small = [t[:1, :3] if t.dim() > 2 else t for t in inputs]
+        if name != "rope":
+            run = implementation(name, False)
+            assert torch.autograd.gradcheck(lambda *a: run(*a)[0], [t.clone().requires_grad_() for t in small])  # noqa: B023
+    assert torch.autograd.gradcheck(
+        lambda x: chunk_attention.rope(x, SLOTS[:1, :3], 1e4, 80), draw((1, 3, 2, 16))[0].requires_grad_()
+    )
+    assert torch.autograd.gradcheck(lambda z: norms.head_rms_norm(z, 2, 1e-5), draw((2, 8))[0].requires_grad_())
+
+
+def test_head_rms_norm_equals_reference():
+    z = draw((2, 5, 24))[0]
+    torch.testing.assert_close(norms.head_rms_norm(z, 3, 1e-5), reference.head_rms_norm(z, 3), rtol=1e-12, atol=1e-12)
+
+
+def test_gate_saturates_without_overflow():
+    gate = torch.tensor([-1e4, -100.0, -88.0, 0.0, 88.0, 100.0, 1e4, 1.0] * 2)
+    assert_close([native_gates.silu_gate(gate, torch.ones(16))], [torch.nn.functional.silu(gate)], 1e-6)
+
+
+def test_operators_are_well_formed():
+    x, w, b = (t.float().requires_grad_() for t in draw((2, 5, 32), (32,), (32,)))
+    torch.library.opcheck(native_norms.norm_forward, (x, w, b, True, 1e-5, torch.float32))
+    torch.library.opcheck(native_gates.silu_gate_forward, (x, x.detach().clone().requires_grad_()))
+    slots, table = torch.zeros(2, 5, dtype=torch.int64), torch.ones(3, 16)
+    torch.library.opcheck(native_rope.rotate, (x.detach().view(2, 5, 2, 16).requires_grad_(), slots, table, table, False))
