@@ -130,15 +130,11 @@ def chunk_attention(
     drop_keys: bool = False,
 ) -> tuple[Tensor, KeyValueCache]:
     """See megalodon_lm.ops.chunk_attention.chunk_attention."""
-    rope = _chunk_attention.rope
     if _native(q):
-        from .cpu import rope as native
+        from .cpu import chunk_attention as native
 
-        if native.fits(q):
-            rope = native.rope
-    return _chunk_attention.chunk_attention(
-        q, k, v, chunk_size, rope_base, cache, boundaries, dropout, drop_keys, rope
-    )
+        return native.chunk_attention(q, k, v, chunk_size, rope_base, cache, boundaries, dropout, drop_keys)
+    return _chunk_attention.chunk_attention(q, k, v, chunk_size, rope_base, cache, boundaries, dropout, drop_keys)
 
 
 def describe(device: torch.device) -> str:

@@ -4,7 +4,6 @@ The softmax has scale 1: queries and keys come normalised. The scores are comput
 because values are wider than queries here, and the fused attention of PyTorch is slow for that.
 """
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -15,7 +14,6 @@ from torch import Tensor
 from .boundaries import Blocks, Boundaries, cut_into_blocks
 
 TILE_SIZE = 256
-Rotate = Callable[[Tensor, Tensor, float, int], Tensor]
 
 
 class KeyValueCache(NamedTuple):
@@ -39,7 +37,6 @@ def chunk_attention(
     boundaries: Boundaries | None = None,
     dropout: float = 0.0,
     drop_keys: bool = False,
-    rotate: "Rotate | None" = None,
 ) -> tuple[Tensor, KeyValueCache]:
     """Each token attends to the tokens of its own chunk up to itself.
 
@@ -53,22 +50,20 @@ def chunk_attention(
         dropout: probability, already 0 outside training.
         drop_keys: drop scores before the softmax (DropKey, the authors' fused kernel) and not weights after it. A
             token's own key is never dropped.
-        rotate: another implementation of rope.
 
     Returns:
         (B, L, H, dv), and the unfinished chunk at the exit.
     """
-    rotate = rotate or rope
     batch, length = q.shape[:2]
     fill = torch.zeros(batch, dtype=torch.int64) if cache is None else cache.fill
     if boundaries is None and bool((fill == fill[0]).all()):
         slots = (int(fill[0]) + torch.arange(length, device=q.device)) % chunk_size
-        q, k = rotate(q, slots, rope_base, chunk_size), rotate(k, slots, rope_base, chunk_size)
+        q, k = rope(q, slots, rope_base, chunk_size), rope(k, slots, rope_base, chunk_size)
         return _even(q, k, v, chunk_size, cache, int(fill[0]), dropout, drop_keys)
 
     boundaries = boundaries or Boundaries()
     slots = (boundaries.since_start(fill, length) % chunk_size).to(q.device)
-    q, k = rotate(q, slots, rope_base, chunk_size), rotate(k, slots, rope_base, chunk_size)
+    q, k = rope(q, slots, rope_base, chunk_size), rope(k, slots, rope_base, chunk_size)
     keys_in = cut_into_blocks(batch, length, chunk_size, boundaries, q.device, fill)
     leaving_fill = boundaries.exit_position(fill, length) % chunk_size
     if len(keys_in.row) == 0:

@@ -67,8 +67,8 @@ def _forward(
     heads = q.shape[2]
     num_queries = groups[:, 2] - groups[:, 1]
     everywhere = num_queries.sum() == slots.numel()
-    out = v.new_empty(v.shape) if everywhere else v.new_zeros(v.shape)
-    sums = v.new_empty(slots.numel() * heads, dtype=torch.float32)
+    fresh = v.new_empty if everywhere else v.new_zeros
+    out, sums = fresh(v.shape), fresh(slots.numel() * heads, dtype=torch.float32)
     few = num_queries <= FEW_QUERIES
     if few.any():
         some = groups[few]

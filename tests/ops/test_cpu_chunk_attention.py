@@ -1,0 +1,152 @@
+import pytest
+import torch
+
+from megalodon_lm.ops import reference
+from megalodon_lm.ops.boundaries import Boundaries
+from megalodon_lm.ops.chunk_attention import KeyValueCache
+from megalodon_lm.ops.chunk_attention import chunk_attention as portable
+from megalodon_lm.ops.cpu import causal_attention as tiles
+from megalodon_lm.ops.cpu import open_chunk as exits
+from megalodon_lm.ops.cpu import rotary
+from megalodon_lm.ops.cpu.chunk_attention import chunk_attention
+
+from .cases import BOUNDARIES, assert_close, boundaries, gradients
+
+B, H, DK, DV, C = 3, 2, 4, 6, 16
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+def case(length, dtype=torch.float32, chunk_size=C, dk=DK, dv=DV, seed=0, batch=B):
+    g = torch.Generator().manual_seed(seed)
+    piece = [(batch, length, H, d) for d in (dk, dk, dv)]
+    cache = [(batch, chunk_size, H, d) for d in (dk, dv)]
+    return [torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for s in (*piece, *cache)]
+
+
+def run(op, where, fill, chunk_size=C):
+    def call(q, k, v, keys, values):
+        used = (torch.arange(chunk_size) < fill[:, None])[..., None, None]
+        cache = KeyValueCache(torch.where(used, keys, 0), torch.where(used, values, 0), fill)
+        out, leaving = op(q, k, v, chunk_size, 1e4, cache, where)
+        call.fill = leaving.fill
+        return out, leaving.keys, leaving.values
+
+    return call
+
+
+def compare(where, fill, inputs, chunk_size=C, slow=reference.chunk_attention):
+    fast, slow = run(chunk_attention, where, fill, chunk_size), run(slow, where, fill, chunk_size)
+    actual, expected = gradients(fast, inputs), gradients(slow, [t.double() for t in inputs])
+    for a, e in zip(actual[0] + actual[1], expected[0] + expected[1], strict=True):
+        scale = e.abs().max().clamp(min=1)  # the gradient of the score of a lone key is 0 up to rounding
+        assert ((a - e).abs().max() / scale).item() <= TOLERANCE[inputs[0].dtype]
+    assert all(a.dtype == inputs[0].dtype for a in actual[0] + actual[1])
+    assert torch.equal(fast.fill, slow.fill)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", BOUNDARIES)
+@pytest.mark.parametrize("fill", [(0, 0, 0), (5, 5, 5), (3, 15, 0)])
+@pytest.mark.parametrize("length", [1, 7, 16, 50])
+@pytest.mark.parametrize("few", [0, 8])
+def test_equals_reference_with_all_gradients(kind, fill, length, dtype, few, monkeypatch):
+    monkeypatch.setattr(tiles, "TILE_SIZE", 5)
+    monkeypatch.setattr(tiles, "FEW_QUERIES", few)
+    compare(boundaries(kind, B, length), torch.tensor(fill), case(length, dtype))
+
+
+@pytest.mark.parametrize("kind", BOUNDARIES)
+def test_merged_documents_and_long_chunks_equal_the_portable_path(kind):
+    """Default tiles: several short documents in one, chunks of three tiles, widths that fill no vector."""
+    size = 600
+    fill = torch.tensor([17, 0, 599])
+    compare(boundaries(kind, B, 900), fill, case(900, chunk_size=size, dk=18, dv=34), size, portable)
+
+
+def test_without_cache():
+    q, k, v, _, _ = case(40)
+    out, leaving = chunk_attention(q, k, v, C, 1e4)
+    expected, entry = portable(q.double(), k.double(), v.double(), C, 1e4)
+    assert_close([out, *leaving[:2]], [expected, *entry[:2]], 1e-5)
+    assert leaving.fill.tolist() == [8, 8, 8]
+
+
+def test_short_documents_cost_no_chunk():
+    """400 documents of 10 tokens and one long one: products of tiles of documents, not of whole chunks."""
+    starts = torch.zeros(1, 5000, dtype=torch.bool)
+    starts[0, :4000:10] = True
+    starts[0, 4000] = True
+    slots = Boundaries(starts).since_start(torch.zeros(1, dtype=torch.int64), 5000) % 1024
+    _, groups = tiles._plan(slots)
+    keys = groups[:, 2] - groups[:, 1] + groups[:, 3]
+    assert keys.sum() == 5000
+    assert len(groups) == 4000 // 250 + 1
+    assert keys.max() == 1000
+
+
+def test_holds_nothing_of_chunk_by_chunk():
+    size = 1024
+    inputs = [t.requires_grad_() for t in case(size, torch.bfloat16, size, 16, 16, batch=1)[:3]]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        out, _ = chunk_attention(*inputs, size, 1e4)
+    assert max(saved) <= size * H * 16
+    assert sum(saved) < 6 * size * H * 16
+    out.sum().backward()
+
+
+def test_is_bitwise_repeatable_on_any_number_of_threads():
+    inputs = case(700, torch.float32, 512, 32, 48)
+    call = run(chunk_attention, boundaries("both", B, 700), torch.tensor([3, 15, 0]), 512)
+    once, again = gradients(call, inputs), gradients(call, inputs)
+    for a, b in zip(once[0] + once[1], again[0] + again[1], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_under_autocast_computes_in_bf16():
+    q, k, v, _, _ = case(20)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, leaving = chunk_attention(q, k, v, C, 1e4)
+    assert out.dtype == leaving.keys.dtype == leaving.values.dtype == torch.bfloat16
+
+
+def test_large_scores_stay_finite():
+    q, k, v, _, _ = case(40)
+    out, _ = chunk_attention(1e3 * q, 1e3 * k, v, C, 1e4)
+    expected, _ = portable(1e3 * q, 1e3 * k, v, C, 1e4)
+    assert_close([out], [expected], 1e-3)
+
+
+def test_dropout_takes_the_portable_path():
+    inputs = case(20)[:3]
+    torch.manual_seed(0)
+    out, _ = chunk_attention(*inputs, C, 1e4, dropout=0.5)
+    torch.manual_seed(0)
+    expected, _ = portable(*inputs, C, 1e4, dropout=0.5)
+    assert torch.equal(out, expected)
+
+
+def test_operators_are_well_formed():
+    q, k, v, keys, values = (t.requires_grad_() for t in case(20))
+    fill, slots = torch.tensor([5, 0, 3]), (torch.tensor([[5], [0], [3]]) + torch.arange(20)) % C
+    slots[2, 15:] = -1
+    stops, leaving = torch.tensor([20, 20, 15]), torch.tensor([9, 4, 2])
+    torch.library.opcheck(rotary.rotate_pairs, (q, slots, 1e4, C, False))
+    torch.library.opcheck(tiles.attention_forward, (q, k, v, keys, values, slots))
+    torch.library.opcheck(tiles.attention_forward, (q, k, v, None, None, slots - fill[:, None].clamp(max=0)))
+    torch.library.opcheck(exits.take_open_chunk, (k, keys, stops, leaving, C))
+
+
+@pytest.mark.parametrize("kind", ["none", "both"])
+def test_compiles_as_one_graph(kind):
+    where, fill = boundaries(kind, B, 20), torch.tensor([3, 15, 0])
+
+    def loss(q, k, v, keys, values, fill, where):
+        out, leaving = chunk_attention(q, k, v, C, 1e4, KeyValueCache(keys, values, fill), where)
+        return out.square().sum() + leaving.keys.square().sum() + leaving.values.square().sum()
+
+    inputs = [t.requires_grad_() for t in case(20)]
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(loss(*inputs, fill, where), inputs)
+    for a, b in zip(torch.autograd.grad(compiled(*inputs, fill, where), inputs), expected, strict=True):
+        assert torch.equal(a, b)
