@@ -10,10 +10,15 @@ from megalodon_lm.ops import reference
 
 from .test_cut_invariant import build
 
-VARIANTS = [{}, {"swiglu": False, "rescale_nffn": True}, {"share_emb": True, "scale_emb": True}]
+VARIANTS = [
+    {},
+    {"swiglu": False, "rescale_nffn": True, "norm_eps": 0.1},
+    {"share_emb": True, "scale_emb": True, "rope_base": 50.0},
+    {"num_heads": 1, "norm_num_groups": 1, "cema_ndim": 1},
+]
 
 
-def definition(model, tokens):
+def definition(model, tokens, dropout=lambda x, p: x):
     """The decoder written out from the formulas, with the ops of the reference, on the model's own parameters."""
     c, w = model.config, dict(model.named_parameters())
     heads, eps = c.num_heads, c.norm_eps
@@ -28,26 +33,27 @@ def definition(model, tokens):
     def rms(x, scale):
         return x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps) * (scale + 1)
 
-    x = w["embed.weight"][tokens] * (math.sqrt(c.model_dim) if c.scale_emb else 1)
+    x = dropout(w["embed.weight"][tokens] * (math.sqrt(c.model_dim) if c.scale_emb else 1), c.dropout)
     for i in range(c.num_layers):
         a, f = f"layers.{i}.mega", f"layers.{i}.nffn"
-        tn, _ = reference.timestep_norm(
-            x, w[f"{a}.timenorm.weight"], w[f"{a}.timenorm.bias"], c.norm_num_groups, eps
-        )
+        tn, _ = reference.timestep_norm(x, w[f"{a}.timenorm.weight"], w[f"{a}.timenorm.bias"], c.norm_num_groups, eps)
         p, q, g = reference.cema_coefficients(*(w[f"{a}.cema.{n}"] for n in ("alpha", "delta", "theta", "gamma")))
         mx = rms(reference.cema(tn, p, q, g, w[f"{a}.cema.omega"][:, 0])[0], w[f"{a}.rmsnorm.weight"])
+        mx = dropout(mx, c.hidden_dropout)
         z = reference.head_rms_norm(linear(mx, f"{a}.wz"), heads, eps)
         scale = (w[f"{a}.gamma"] + 1) / math.sqrt(c.z_dim / heads)
         query, key = (z * scale[j] + w[f"{a}.beta"][j] for j in range(2))
         v, r = silu(linear(tn, f"{a}.wv")), silu(linear(mx, f"{a}.wr"))
         split = [t.unflatten(-1, (heads, -1)) for t in (query, key, v)]
         attended = reference.chunk_attention(*split, c.chunk_size, c.rope_base)[0].flatten(-2)
-        y = x + linear(mx, f"{a}.wh1") + linear(attended * r, f"{a}.wh2")
+        h = linear(mx, f"{a}.wh1") + linear(dropout(attended * r, c.hidden_dropout), f"{a}.wh2")
+        y = x + dropout(h, c.dropout)
         centred = y - y.mean(-1, keepdim=True)
         n = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + eps) * (w[f"{f}.norm.weight"] + 1)
         n = n + w[f"{f}.norm.bias"]
         hidden = silu(linear(n, f"{f}.fc1")) * (linear(n, f"{f}.fc3") if c.swiglu else 1)
-        x = x + linear(hidden, f"{f}.fc2") * (w[f"{f}.alpha"] if c.rescale_nffn else 1)
+        hidden = linear(dropout(hidden, c.hidden_dropout), f"{f}.fc2")
+        x = x + dropout(hidden, c.dropout) * (w[f"{f}.alpha"] if c.rescale_nffn else 1)
     final = [w[f"output.final_norm.{n}"] for n in ("weight", "bias")]
     x, _ = reference.timestep_norm(x, *final, c.norm_num_groups, eps)
     return x @ w["embed.weight" if c.share_emb else "output.output.weight"].T
@@ -68,6 +74,16 @@ def test_equals_the_written_out_definition_with_all_gradients(changes, dtype, to
         assert (actual - expected).abs().max() / expected.abs().max().clamp(min=1e-4) < tolerance * 10, name
 
 
+def test_second_half_of_a_block_adds_to_the_input_of_the_first():
+    """Two-hop residual: with a silent feed-forward network a block passes its input on."""
+    block = build().layers[0]
+    x = torch.randn(1, 20, 32, dtype=torch.float64)
+    assert not torch.equal(block(x)[0], x)
+    with torch.no_grad():
+        block.nffn.fc2.weight.zero_()
+    assert torch.equal(block(x)[0], x)
+
+
 def test_parameter_names_are_those_of_the_authors_code():
     names = {re.sub(r"layers\.\d+\.", "", n) for n, _ in Megalodon(ModelConfig.named("tiny")).named_parameters()}
     linear = {f"mega.{n}.{p}" for n in ("wz", "wv", "wr", "wh1") for p in ("weight", "bias")}
@@ -79,16 +95,11 @@ def test_parameter_names_are_those_of_the_authors_code():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("mode", "std"), [("he", 1 / math.sqrt(3 * 512)), ("bert", 0.02), ("xavier", None)])
-def test_initial_values(mode, std):
+def test_initial_values():
     torch.manual_seed(0)
-    model = Megalodon(ModelConfig.named("bench22M", num_layers=1, init_mode=mode, rescale_nffn=True))
+    model = Megalodon(ModelConfig.named("bench22M", num_layers=1))
     w = dict(model.named_parameters())
     a = "layers.0.mega"
-    expected = std or math.sqrt(2 / (512 + 1024))
-    assert w[f"{a}.wv.weight"].std().item() == pytest.approx(expected, rel=0.02)
-    if mode == "xavier":
-        assert w[f"{a}.wv.weight"].abs().max() <= math.sqrt(6 / (512 + 1024))
     for name in ("embed.weight", "output.output.weight"):
         assert w[name].abs().max() <= 3 / math.sqrt(512)
         assert w[name].std().item() == pytest.approx(0.9866 / math.sqrt(512), rel=0.02)
@@ -101,27 +112,78 @@ def test_initial_values(mode, std):
     assert not gamma[..., 1].any()
     assert w[f"{a}.cema.omega"].abs().max() <= 1
     assert w[f"{a}.cema.omega"].std().item() == pytest.approx(0.25, rel=0.1)
-    zeros = ("wv.bias", "wz.bias", "gamma", "beta", "timenorm.weight", "timenorm.bias", "rmsnorm.weight")
-    assert not any(w[f"{a}.{n}"].any() for n in zeros)
-    assert torch.equal(w["layers.0.nffn.alpha"], torch.full((512,), 0.1))
+    steps = w[f"{a}.cema.theta"].flatten().diff()
+    assert 100 < (steps > 0).sum() < 412, "theta is not in a random order"
+    zeros = [n for n in w if n.endswith((".bias", "norm.weight", "mega.gamma", "mega.beta"))]
+    assert len(zeros) == 13
+    assert not any(w[n].any() for n in zeros)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"dropout": 0.5}, {"hidden_dropout": 0.5}, {"attention_dropout": 0.5}, {"attention_dropout": 0.5, "drop_keys": True}],
-)
-def test_dropout_acts_in_training_only(changes):
-    model, plain = build(**changes), build()
-    tokens = torch.randint(0, 30, (1, 30))
+def test_initial_scales_of_the_feed_forward_output():
+    model = Megalodon(ModelConfig.named("tiny", num_layers=3, rescale_nffn=True))
+    for layer, scale in zip(model.layers, (0.1, 0.05, 0.025), strict=True):
+        assert torch.equal(layer.nffn.alpha, torch.full((64,), scale))
+
+
+def fan(mode, rows, columns):
+    return {"he": 1 / math.sqrt(3 * columns), "bert": 0.02, "xavier": math.sqrt(2 / (rows + columns))}[mode]
+
+
+@pytest.mark.parametrize("mode", ["he", "bert", "xavier"])
+def test_every_linear_map_is_initialised_by_its_own_width(mode):
+    torch.manual_seed(0)
+    model = Megalodon(ModelConfig.named("small", num_layers=1, init_mode=mode))
+    maps = {n: p for n, p in model.layers.named_parameters() if re.search(r"\.(w[a-z]+\d?|fc\d)\.weight$", n)}
+    assert len(maps) == 8
+    for name, weight in maps.items():
+        if mode == "xavier":
+            assert weight.abs().max() <= math.sqrt(6 / sum(weight.shape)), name
+        assert weight.std().item() == pytest.approx(fan(mode, *weight.shape), rel=0.03), name
+
+
+DROPOUTS = [
+    {"dropout": 0.5},
+    {"hidden_dropout": 0.5},
+    {"attention_dropout": 0.5},
+    {"attention_dropout": 0.5, "drop_keys": True},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("changes", DROPOUTS)
+def test_dropout_acts_in_training_only(changes, dtype):
+    model, plain = build(dtype, **changes), build(dtype)
+    tokens = torch.randint(0, 30, (1, 30), generator=torch.Generator().manual_seed(0))
     assert torch.equal(model.eval()(tokens)[0], plain.eval()(tokens)[0])
     model.train()
     assert not torch.equal(model(tokens)[0], model(tokens)[0])
 
 
-def test_activation_checkpointing_changes_nothing():
+@pytest.mark.parametrize("changes", VARIANTS[:2])
+def test_dropout_stands_where_it_should(changes, monkeypatch):
+    """With every dropout replaced by a factor that tells its probability, the model is still its definition."""
+    monkeypatch.setattr(F, "dropout", lambda x, p=0.5, training=True, inplace=False: x * (1 + p) if training else x)
+    model = build(dropout=0.25, hidden_dropout=0.5, **changes).train()
+    tokens = torch.randint(0, 30, (2, 20), generator=torch.Generator().manual_seed(0))
+    expected = definition(model, tokens, lambda x, p: x * (1 + p))
+    torch.testing.assert_close(model(tokens)[0], expected, atol=1e-9, rtol=0)
+    assert not torch.allclose(model.eval()(tokens)[0], expected)
+
+
+@pytest.mark.parametrize("drop_keys", [False, True])
+def test_drop_keys_never_drops_a_tokens_own_key(drop_keys):
+    """So the first token of a chunk, which sees only itself, is what it is without dropout."""
+    model = build(attention_dropout=0.9, drop_keys=drop_keys)
+    tokens = torch.randint(0, 30, (20, 1), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model.train()(tokens)[0], model.eval()(tokens)[0]) == drop_keys
+
+
+@pytest.mark.parametrize("changes", [{}, {"dropout": 0.3, "hidden_dropout": 0.3, "attention_dropout": 0.3}])
+def test_activation_checkpointing_changes_nothing(changes):
     tokens = torch.randint(0, 30, (2, 30), generator=torch.Generator().manual_seed(0))
-    model, found = build(), []
+    model, found = build(**changes), []
     for model.activation_checkpointing in (False, True):
+        torch.manual_seed(0)
         _, state = model(tokens)
         loss = model(tokens, state)[0].square().sum()
         found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
@@ -134,9 +196,11 @@ def test_activation_checkpointing_changes_nothing():
     [
         (torch.tensor([[5, 300]]), {}, "token 300 is outside the vocabulary of 259"),
         (torch.tensor([[-1]]), {}, "token -1 is outside"),
-        (torch.zeros(1, 2), {}, "int64 of shape"),
+        (torch.zeros(1, 2), {}, r"int64 of shape \(B, L\), not torch.float32 of \(1, 2\)"),
+        (torch.zeros(1, 2, dtype=torch.int32), {}, "not torch.int32"),
         (torch.zeros(2, dtype=torch.int64), {}, "int64 of shape"),
         (torch.zeros(1, 2, dtype=torch.int64), {"mask": torch.ones(1, 3, dtype=torch.bool)}, r"mask must be bool"),
+        (torch.zeros(1, 2, dtype=torch.int64), {"mask": torch.ones(1, 2)}, r"mask must be bool.*not torch.float32"),
         (torch.zeros(1, 2, dtype=torch.int64), {"document_starts": torch.ones(1, 2)}, "document_starts must be bool"),
     ],
 )
@@ -155,7 +219,48 @@ def test_save_and_load(changes, tmp_path):
     assert loaded.fingerprint() == model.fingerprint()
     assert sum(p.numel() for p in loaded.parameters()) == model.config.num_parameters
     assert all(p.requires_grad for p in loaded.parameters())
-    assert Megalodon.load(tmp_path / "m", dtype=torch.bfloat16).embed.weight.dtype == torch.bfloat16
+    assert (loaded.output.output.weight is loaded.embed.weight) == model.config.share_emb
+    assert {p.name for p in (tmp_path / "m").iterdir()} == {"config.json", "model.safetensors"}
+    assert (tmp_path / "m" / "model.safetensors").stat().st_size < 4 * model.config.num_parameters + 10_000
+    half = Megalodon.load(tmp_path / "m", dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert half(tokens)[0].dtype == torch.float32
+    assert all(p.is_meta for p in Megalodon.load(tmp_path / "m", device="meta").parameters())
+
+
+def test_one_configuration_has_one_fingerprint(tmp_path):
+    """A whole number given for a float is the float that a file gives back."""
+    model = Megalodon(ModelConfig(**{**ModelConfig.named("tiny").to_dict(), "rope_base": 10_000, "dropout": 0}))
+    model.save(tmp_path)
+    assert Megalodon.load(tmp_path).fingerprint() == model.fingerprint()
+
+
+def test_fingerprint_changes_with_a_weight_or_a_choice(tiny):
+    prints = {tiny.fingerprint()}
+    for name, parameter in tiny.named_parameters():
+        with torch.no_grad():
+            kept = parameter.view(-1)[0].clone()
+            parameter.view(-1)[0] += 1
+            prints.add(tiny.fingerprint())
+            parameter.view(-1)[0] = kept
+        assert len(prints) > 1, name
+    other = Megalodon(ModelConfig.named("tiny", rope_base=5e3))
+    other.load_state_dict(tiny.state_dict())
+    prints.add(other.fingerprint())
+    assert len(prints) == 2 + len(list(tiny.parameters()))
+
+
+def test_a_head_of_its_own_is_not_dropped_silently(tiny, tmp_path):
+    tiny.save(tmp_path)
+    ModelConfig.named("tiny", share_emb=True).save(tmp_path / "config.json")
+    with pytest.raises(ValueError, match=r"model\.safetensors does not fit .*share_emb"):
+        Megalodon.load(tmp_path)
+
+
+def test_unwritable_folder_is_refused(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot create the folder"):
+        tiny.save(tmp_path / "file" / "m")
 
 
 def test_unusable_checkpoints_are_refused_by_name(tiny, tmp_path):
@@ -172,7 +277,10 @@ def test_unusable_checkpoints_are_refused_by_name(tiny, tmp_path):
     ModelConfig.named("tiny", ffn_hidden_dim=64).save(tmp_path / "config.json")
     with pytest.raises(ValueError, match=r"does not fit .*config\.json: layers\.0\.nffn\.fc1\.weight has shape"):
         Megalodon.load(tmp_path)
-    (tmp_path / "config.json").write_text("{")
+    for text in ('{"num_layers": 0}', '{"layers": 2}', "[]", "{"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json"):
+            Megalodon.load(tmp_path)
     with pytest.raises(ValueError, match="not valid JSON"):
         Megalodon.load(tmp_path)
     weights.unlink()

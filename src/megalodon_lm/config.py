@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from .files import write_atomically
+
 InitMode = Literal["he", "bert", "xavier"]
 
 
@@ -66,6 +68,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field, kind in get_type_hints(type(self)).items():
             _check_type(field, getattr(self, field), kind)
+            if kind is float:  # 10000 and 10000.0 are one configuration, with one fingerprint
+                object.__setattr__(self, field, float(getattr(self, field)))
         for field in ("vocab_size", "num_layers", "model_dim", "num_heads", "z_dim", "value_dim", "ffn_hidden_dim",
                       "cema_ndim", "chunk_size", "norm_num_groups"):  # fmt: skip
             _require(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1")
@@ -102,23 +106,21 @@ class ModelConfig:
         for key in values:
             if key not in known:
                 raise ValueError(f"unknown key {key!r} in the model configuration{_nearest(key, known)}")
-        hints = get_type_hints(cls)
-        as_float = {k: float(v) for k, v in values.items() if hints[k] is float and type(v) is int}
-        return cls(**{**values, **as_float})
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, every key."""
         return dataclasses.asdict(self)
 
     def save(self, path: str | Path) -> None:
-        """Write as TOML or JSON, by the ending of the path."""
+        """Write as TOML or JSON, by the ending of the path, atomically."""
         path = Path(path)
         if path.suffix == ".toml":
             lines = [f"{k} = {json.dumps(v)}" for k, v in self.to_dict().items()]
             text = "\n".join(lines)
         else:
             text = json.dumps(self.to_dict(), indent=2)
-        path.write_text(text + "\n", encoding="utf-8")
+        write_atomically(path, text + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "ModelConfig":
@@ -137,7 +139,10 @@ class ModelConfig:
             raise ValueError(f"{path} is not valid {path.suffix.lstrip('.').upper()}: {error}") from None
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold a table of model choices, not {type(values).__name__}")
-        return cls.from_dict(values)
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     @property
     def num_parameters(self) -> int:

@@ -23,9 +23,10 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
         raise ValueError(f"cannot write {path}: {error.strerror}; nothing there was changed") from None
+    finally:  # also when interrupted
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
 
 
 def _umask() -> int:

@@ -106,8 +106,20 @@ class State:
         return State(layers, norm, position, self.model)
 
     def select(self, rows: Sequence[int] | Tensor) -> "State":
-        """Choose, repeat or reorder rows; `state.select([0] * 8)` forks a conversation eight times."""
-        index = torch.as_tensor(rows, dtype=torch.int64)
+        """Choose, repeat or reorder rows; `state.select([0] * 8)` forks a conversation eight times.
+
+        Args:
+            rows: numbers of rows, or a bool for each row.
+
+        Raises:
+            ValueError: no such row.
+        """
+        index = torch.as_tensor(rows)
+        if index.dtype == torch.bool and index.shape == self.position.shape:
+            index = index.nonzero().squeeze(1)
+        elif index.dtype == torch.bool or bool(((index < -self.batch_size) | (index >= self.batch_size)).any()):
+            raise ValueError(f"rows {index.tolist()} are not all rows of a state that has {self.batch_size}")
+        index = index.to(torch.int64)
         return self.map(lambda t: t[index.to(t.device)])
 
     @staticmethod

@@ -1,6 +1,5 @@
 """Entry point of the command `megalodon`."""
 
-import os
 import sys
 from typing import Annotated, Any
 
@@ -13,10 +12,6 @@ from .generate import Generate
 from .info import Info
 from .quickstart import Quickstart
 from .train import Train
-
-# PyTorch's OpenMP threads spin for milliseconds after each of its operations, on the cores that the native kernels want
-# next. Read when PyTorch is first imported, so it stands here; docs/log.md has the measurement.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 Command = (
     Annotated[Quickstart, subcommand("quickstart")]

@@ -65,7 +65,12 @@ def load_model(
     with torch.device("meta"):
         model = cls(config)
     if config.share_emb and "embed.weight" in stored:
-        stored["output.output.weight"] = stored["embed.weight"]
+        head = stored.setdefault("output.output.weight", stored["embed.weight"])
+        if not torch.equal(head, stored["embed.weight"]):
+            raise ValueError(
+                f"{path} does not fit {folder / CONFIG_FILE}: it holds a head of its own, and share_emb ties the head "
+                "to the embedding"
+            )
     expected = {n: tuple(t.shape) for n, t in model.state_dict().items()}
     found = {n: tuple(t.shape) for n, t in stored.items()}
     for name in sorted(expected.keys() | found.keys()):

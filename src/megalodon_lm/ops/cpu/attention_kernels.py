@@ -63,7 +63,7 @@ def _sum_exp(x: Any, highest: Any) -> Any:
 
 @njit(**_OPTIONS)
 def _softmax_rows(first: int, last: int, scores: Any, slots: Any, before: int, start: int, sums: Any) -> None:
-    heads, rows, width = scores.shape
+    _heads, rows, width = scores.shape
     x = np.empty(width + _LANES, np.float32)
     for task in range(first, last):
         h, r = task // rows, task % rows
@@ -113,9 +113,18 @@ def _weight_gradients(scores: Any, grads: Any, sums: Any, deltas: Any) -> None:
 
 @njit(**_OPTIONS)
 def _gradient_rows(
-    first: int, last: int, scores: Any, grads: Any, ends: Any, before: int, start: int, query: int, sums: Any, deltas: Any
+    first: int,
+    last: int,
+    scores: Any,
+    grads: Any,
+    ends: Any,
+    before: int,
+    start: int,
+    query: int,
+    sums: Any,
+    deltas: Any,
 ) -> None:
-    heads, rows, width = scores.shape
+    _heads, rows, width = scores.shape
     for task in range(first, last):
         h, r = task // rows, task % rows
         token = start + r - before
@@ -248,7 +257,17 @@ def _few_outputs(
 
 @njit(**_OPTIONS)
 def attend_few(
-    threads: int, q: Any, k: Any, v: Any, keys: Any, values: Any, slots: Any, groups: Any, scores: Any, out: Any, sums: Any
+    threads: int,
+    q: Any,
+    k: Any,
+    v: Any,
+    keys: Any,
+    values: Any,
+    slots: Any,
+    groups: Any,
+    scores: Any,
+    out: Any,
+    sums: Any,
 ) -> None:
     """Whole attention of groups of few queries, where matrix products would cost more to start than to do.
 

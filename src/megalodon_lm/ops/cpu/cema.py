@@ -10,7 +10,7 @@ from torch import Tensor
 from ..boundaries import Boundaries
 from . import cema_kernels as kernels
 from .simd import as_numpy
-from .threads import parallel_for
+from .team import run_on_team
 
 
 def cema(
@@ -28,7 +28,9 @@ def cema(
     blocks = -(-dim // kernels.WIDTH)
     missing = blocks * kernels.WIDTH - dim
     parts = torch.stack([q.real, q.imag, p, g.real, g.imag])  # (5, D, N)
-    coefficients = F.pad(parts, (0, 0, 0, missing)).view(5, blocks, kernels.WIDTH, ndim).permute(1, 3, 0, 2).contiguous()
+    coefficients = (
+        F.pad(parts, (0, 0, 0, missing)).view(5, blocks, kernels.WIDTH, ndim).permute(1, 3, 0, 2).contiguous()
+    )
     direct = F.pad(omega.to(p.dtype), (0, missing)).view(blocks, kernels.WIDTH)
     entry = x.new_zeros(batch, dim, ndim, 2, dtype=p.dtype) if state is None else state.contiguous()
     starts = None if boundaries is None else boundaries.starts
@@ -69,7 +71,7 @@ def _forward(
     saved = entry.new_empty(batch, blocks, resets.shape[1] if keep else 0, ndim, 2, kernels.WIDTH)
     shape = (length, dim, ndim, saved.shape[2])
     inputs = (as_numpy(x), shape, as_numpy(coefficients), as_numpy(omega), as_numpy(entry), edges, resets, counts)
-    parallel_for(kernels.forward, batch * blocks, *inputs, as_numpy(y), as_numpy(leaving), as_numpy(saved))
+    run_on_team(kernels.forward_on_team, batch * blocks, *inputs, as_numpy(y), as_numpy(leaving), as_numpy(saved))
     return y, leaving, saved
 
 
@@ -120,7 +122,7 @@ def cema_backward(
     shape = (length, dim, ndim, saved.shape[2])
     inputs = (as_numpy(x), shape, as_numpy(coefficients), as_numpy(omega), as_numpy(saved), *plan)
     grads = [as_numpy(t) for t in (grad_y.to(x.dtype), grad_leaving, grad_x, grad_c, grad_o, grad_entry)]
-    parallel_for(kernels.backward, batch * blocks, *inputs, *grads)
+    run_on_team(kernels.backward_on_team, batch * blocks, *inputs, *grads)
     return grad_x, grad_c.sum(0), grad_o.sum(0), grad_entry
 
 

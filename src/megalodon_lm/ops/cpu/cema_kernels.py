@@ -1,7 +1,7 @@
 """CEMA as a recurrence over tokens, in registers: forward, and backward with states recomputed block by block.
 
-A task is one row and WIDTH channels. A block of up to TOKENS tokens is converted to float32 in scratch, then taken state
-by state: one of the N states of all channels of the task runs over the tokens of the block, its coefficients and
+A task is one row and WIDTH channels. A block of up to TOKENS tokens is converted to float32 in scratch, then taken
+state by state: one of the N states of all channels of the task runs over the tokens of the block, its coefficients and
 gradients in registers. Backward starts each block from its saved entry state.
 """
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .simd import LANES, compiled, load, splat, store
+from .team import share
 
 WIDTH = 2 * LANES
 TOKENS = 64
@@ -272,3 +273,15 @@ def backward(
                 adjoint[:] = 0
             _scatter(dx, grad_x, offset, dim, size, width)
         _leave(adjoint, grad_entry, state_at, ndim, width)
+
+
+@compiled
+def forward_on_team(threads: int, num_tasks: int, args: Any) -> None:
+    """forward for all tasks."""
+    share(forward, threads, num_tasks, args)
+
+
+@compiled
+def backward_on_team(threads: int, num_tasks: int, args: Any) -> None:
+    """backward for all tasks."""
+    share(backward, threads, num_tasks, args)

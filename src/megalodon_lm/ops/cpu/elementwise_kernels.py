@@ -1,10 +1,11 @@
-"""Kernels over independent tokens: norms over features, gated products, rotary positions. All arrays are flat."""
+"""Kernels over independent tokens: norms over features, gated products. All arrays are flat."""
 
 from typing import Any
 
 import numpy as np
 
-from .simd import LANES, compiled, exp, load, splat, store, swap_pairs, total
+from .simd import LANES, compiled, exp, load, splat, store, total
+from .team import share
 
 
 @compiled
@@ -100,21 +101,24 @@ def gate_backward(
 
 
 @compiled
-def rotate(
-    first: int, last: int, x: Any, heads: int, dim: int, slots: Any, cos: Any, sin: Any, inverse: bool, y: Any
-) -> None:
-    """Tokens first..last: y_i = x_i cos_i + x_j sin_i with j the other of the pair; inverse for the transpose.
+def norm_forward_on_team(threads: int, num_tasks: int, args: Any) -> None:
+    """norm_forward for all tasks."""
+    share(norm_forward, threads, num_tasks, args)
 
-    Args:
-        x: (M, H, d), d a multiple of 16; slots: (M,) int64; cos, sin: (c, d), the sine negative in even places.
-    """
-    for m in range(first, last):
-        turn = slots[m] * dim
-        for h in range(heads):
-            at = (m * heads + h) * dim
-            for i in range(0, dim, LANES):
-                v = load(x, at + i)
-                if inverse:
-                    store(y, at + i, v * load(cos, turn + i) + swap_pairs(v * load(sin, turn + i)))
-                else:
-                    store(y, at + i, v * load(cos, turn + i) + swap_pairs(v) * load(sin, turn + i))
+
+@compiled
+def norm_backward_on_team(threads: int, num_tasks: int, args: Any) -> None:
+    """norm_backward for all tasks."""
+    share(norm_backward, threads, num_tasks, args)
+
+
+@compiled
+def gate_forward_on_team(threads: int, num_tasks: int, args: Any) -> None:
+    """gate_forward for all tasks."""
+    share(gate_forward, threads, num_tasks, args)
+
+
+@compiled
+def gate_backward_on_team(threads: int, num_tasks: int, args: Any) -> None:
+    """gate_backward for all tasks."""
+    share(gate_backward, threads, num_tasks, args)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import elementwise_kernels as kernels
 from .simd import LANES, as_numpy
-from .threads import parallel_for
+from .team import run_on_team
 
 _STRETCH = 256 * LANES
 
@@ -27,7 +27,7 @@ def silu_gate(gate: Tensor, x: Tensor) -> Tensor:
 def _forward(gate: Tensor, x: Tensor) -> Tensor:
     y = torch.empty_like(x)
     tasks = -(-x.numel() // _STRETCH)
-    parallel_for(kernels.gate_forward, tasks, _STRETCH, *(as_numpy(t) for t in (gate, x, y)))
+    run_on_team(kernels.gate_forward_on_team, tasks, _STRETCH, *(as_numpy(t) for t in (gate, x, y)))
     return y
 
 
@@ -48,7 +48,7 @@ def silu_gate_backward(gate: Tensor, x: Tensor, grad_y: Tensor) -> tuple[Tensor,
     grad_gate, grad_x = torch.empty_like(gate), torch.empty_like(x)
     tasks = -(-x.numel() // _STRETCH)
     arrays = (as_numpy(t) for t in (gate, x, grad_y, grad_gate, grad_x))
-    parallel_for(kernels.gate_backward, tasks, _STRETCH, *arrays)
+    run_on_team(kernels.gate_backward_on_team, tasks, _STRETCH, *arrays)
     return grad_gate, grad_x
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import elementwise_kernels as kernels
 from .simd import LANES, as_numpy
-from .threads import parallel_for
+from .team import run_on_team
 
 STRETCH = 64  # tokens whose gradients to the weights are summed together, whatever the number of threads
 
@@ -41,7 +41,7 @@ def _forward(
     tokens = x.numel() // dim
     y, saved = torch.empty(x.shape, dtype=out_dtype), torch.empty(tokens, 2)
     inputs = (as_numpy(x), dim, as_numpy(weight), as_numpy(bias), centred, eps)
-    parallel_for(kernels.norm_forward, tokens, *inputs, as_numpy(y), as_numpy(saved))
+    run_on_team(kernels.norm_forward_on_team, tokens, *inputs, as_numpy(y), as_numpy(saved))
     return y, saved
 
 
@@ -70,7 +70,7 @@ def norm_backward(
     grad_weight, grad_bias = weight.new_empty(stretches, dim), weight.new_empty(stretches, dim)
     inputs = (as_numpy(x), dim, as_numpy(weight), centred, as_numpy(saved), tokens, STRETCH)
     grads = [as_numpy(t) for t in (grad_y, grad_x, grad_weight, grad_bias)]
-    parallel_for(kernels.norm_backward, stretches, *inputs, *grads)
+    run_on_team(kernels.norm_backward_on_team, stretches, *inputs, *grads)
     return grad_x, grad_weight.sum(0), grad_bias.sum(0)
 
 

@@ -122,17 +122,6 @@ def total(typingctx: Any, value: Any) -> Any:
 
 
 @intrinsic
-def swap_pairs(typingctx: Any, value: Any) -> Any:
-    """Exchange neighbouring lanes 2i and 2i + 1."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        order = ir.Constant(_WORDS, [i ^ 1 for i in range(LANES)])
-        return builder.shuffle_vector(args[0], ir.Constant(_FLOATS, ir.Undefined), order)
-
-    return float32x16(float32x16), codegen
-
-
-@intrinsic
 def exp(typingctx: Any, value: Any) -> Any:
     """e to the power of each lane, to about 2e-7 relative; 0 below -87, largest finite near 88.
 

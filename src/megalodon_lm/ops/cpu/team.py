@@ -2,13 +2,13 @@
 
 PyTorch's OpenMP threads keep spinning for milliseconds after each of its operations, so that threads of any other pool
 find the processors taken: measured on two of them, a second pool after a matrix product gained nothing, while OpenMP's
-own threads halve the time and start in a microsecond. So compiled code calls the OpenMP runtime that PyTorch has loaded.
+own threads halve the time and start in a microsecond. So compiled code calls the OpenMP runtime PyTorch loaded.
 Where there is none with GCC's entry point, or after a fork, which no OpenMP team survives, other means stand in.
 """
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,11 @@ _forked = False
 def num_threads() -> int:
     """Threads that a kernel may use now."""
     return 1 if _forked else torch.get_num_threads()
+
+
+def run_on_team(compiled: Callable[[int, int, tuple[Any, ...]], None], num_tasks: int, *args: Any) -> None:
+    """Call a compiled function that shares `num_tasks` tasks, with the threads that may be used now."""
+    compiled(num_threads(), num_tasks, args)
 
 
 @intrinsic

@@ -3,6 +3,7 @@
 Not Numba's own parallel mode: that brings a second OpenMP pool, and kills forked children.
 """
 
+import itertools
 import os
 import threading
 from collections.abc import Callable
@@ -38,7 +39,7 @@ def parallel_for(kernel: Callable[..., None], num_tasks: int, *args: Any) -> Non
         return
     pieces = min(num_tasks, threads * PIECES_PER_THREAD)
     edges = [num_tasks * i // pieces for i in range(pieces + 1)]
-    ranges = iter(list(zip(edges, edges[1:], strict=False)))  # next() of a list's iterator is atomic
+    ranges = iter(list(itertools.pairwise(edges)))  # next() of a list's iterator is atomic
 
     def work() -> None:
         for first, last in ranges:

@@ -9,7 +9,7 @@ from ..boundaries import Boundaries
 from ..timestep_norm import NormState, empty_norm_state
 from . import timestep_norm_kernels as kernels
 from .simd import as_numpy
-from .threads import parallel_for
+from .team import run_on_team
 
 
 def timestep_norm(
@@ -57,7 +57,7 @@ def _forward(
     inputs = [as_numpy(t) for t in (entry_mean.contiguous(), entry_var.contiguous(), counts, lengths)]
     outputs = [as_numpy(t) for t in (y, mean, var, saved)]
     features = (as_numpy(x), (length, dim, num_groups, keep), as_numpy(weight), as_numpy(bias), eps)
-    parallel_for(kernels.forward, batch * num_groups, *features, *inputs, *outputs)
+    run_on_team(kernels.forward_on_team, batch * num_groups, *features, *inputs, *outputs)
     return y, mean, var, saved
 
 
@@ -118,7 +118,7 @@ def timestep_norm_backward(
     to_mean, to_var = torch.empty_like(grad_mean), torch.empty_like(grad_var)
     inputs = [as_numpy(t) for t in (weight, counts, lengths, saved, entry_mean.contiguous())]
     grads = [as_numpy(t) for t in (grad_y, grad_mean, grad_var, grad_x, grad_weight, grad_bias, to_mean, to_var)]
-    parallel_for(kernels.backward, batch * groups, as_numpy(x), (length, dim, groups, True), *inputs, *grads)
+    run_on_team(kernels.backward_on_team, batch * groups, as_numpy(x), (length, dim, groups, True), *inputs, *grads)
     return grad_x, grad_weight.sum(0), grad_bias.sum(0), to_mean, to_var
 
 

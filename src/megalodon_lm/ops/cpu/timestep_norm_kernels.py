@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .simd import LANES, compiled, load, splat, store, total
+from .team import share
 
 
 @compiled
@@ -188,3 +189,15 @@ def backward(
         grad_bias[b * dim + at : b * dim + at + width] = db[:width]
         grad_entry_mean[task] = to_mean
         grad_entry_var[task] = to_var
+
+
+@compiled
+def forward_on_team(threads: int, num_tasks: int, args: Any) -> None:
+    """forward for all tasks."""
+    share(forward, threads, num_tasks, args)
+
+
+@compiled
+def backward_on_team(threads: int, num_tasks: int, args: Any) -> None:
+    """backward for all tasks."""
+    share(backward, threads, num_tasks, args)
