@@ -47,6 +47,7 @@ class _Model(models.PrimitiveModel):
 
 def as_numpy(t: Tensor) -> np.ndarray:
     """The memory of a contiguous CPU tensor as one row; bf16 as uint16."""
+    t = t.detach()
     return (t.view(torch.uint16) if t.dtype == torch.bfloat16 else t).reshape(-1).numpy()
 
 
