@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..boundaries import Boundaries
 from . import cema_kernels as kernels
+from .cema_blocks import TOKENS, WIDTH, plan_blocks
+from .cema_step import step
 from .simd import as_numpy
 from .team import run_on_team
 
@@ -23,34 +25,45 @@ def cema(
     boundaries: Boundaries | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As megalodon_lm.ops.cema.cema, for x in float32 or bf16 and coefficients in float32."""
-    batch, _, dim = x.shape
-    ndim = p.shape[1]
-    blocks = -(-dim // kernels.WIDTH)
-    missing = blocks * kernels.WIDTH - dim
-    parts = torch.stack([q.real, q.imag, p, g.real, g.imag])  # (5, D, N)
-    coefficients = (
-        F.pad(parts, (0, 0, 0, missing)).view(5, blocks, kernels.WIDTH, ndim).permute(1, 3, 0, 2).contiguous()
-    )
-    direct = F.pad(omega.to(p.dtype), (0, missing)).view(blocks, kernels.WIDTH)
-    entry = x.new_zeros(batch, dim, ndim, 2, dtype=p.dtype) if state is None else state.contiguous()
-    starts = None if boundaries is None else boundaries.starts
-    lengths = None if boundaries is None else boundaries.lengths
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, coefficients, direct, entry))
-    run = cema_forward if keep or torch.compiler.is_compiling() else _forward
-    y, leaving, _ = run(x.contiguous(), coefficients, direct, entry, starts, lengths, keep)
+    batch, length, dim = x.shape
+    omega = omega.to(p.dtype)
+    starts, lengths = (None, None) if boundaries is None else (boundaries.starts, boundaries.lengths)
+    tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, p, q, g, omega, state))
+    operator = tracked or torch.compiler.is_compiling()
+    if length == 1 and not operator:
+        return step(x, p, q, g, omega, state, starts, lengths)
+    entry = p.new_zeros(batch, dim, p.shape[1], 2) if state is None else state
+    coefficients, direct = pack(p, q, g, omega)
+    run = cema_forward if operator else _forward
+    y, leaving, _ = run(x.contiguous(), coefficients, direct, entry.contiguous(), starts, lengths, tracked)
     return y, leaving
 
 
+def pack(p: Tensor, q: Tensor, g: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients as the kernels read them: (C, N', 5, WIDTH), N' even, and omega (C, WIDTH), zero beyond D and N."""
+    dim, ndim = p.shape
+    missing = -dim % WIDTH
+    parts = F.pad(torch.stack([q.real, q.imag, p, g.real, g.imag]), (0, ndim % 2, 0, missing))
+    parts = parts.view(5, -1, WIDTH, parts.shape[-1]).permute(1, 3, 0, 2).contiguous()
+    return parts, F.pad(omega, (0, missing)).view(-1, WIDTH)
+
+
+def _saved_shape(x: Tensor, coefficients: Tensor, keep: bool) -> tuple[int, ...]:
+    """(B, C, K, N', 2, WIDTH)."""
+    blocks, ndim = coefficients.shape[:2]
+    return x.shape[0], blocks, -(-x.shape[1] // TOKENS) if keep else 0, ndim, 2, WIDTH
+
+
 def _plan(batch: int, length: int, starts: Tensor | None, lengths: Tensor | None) -> tuple[np.ndarray, ...]:
-    """edges, resets and counts of plan_blocks."""
-    most = -(-length // kernels.TOKENS) + (0 if starts is None else int(starts.sum(1).max()))
+    """edges, slots and counts of plan_blocks."""
+    most = -(-length // TOKENS) + (0 if starts is None else int(starts.sum(1).max()))
     edges = np.empty((batch, most + 1), np.int64)
-    resets = np.empty((batch, most), np.bool_)
+    slots = np.empty((batch, most), np.int64)
     counts = np.empty(batch, np.int64)
-    where = np.zeros((batch, 0), np.bool_) if starts is None else starts.numpy()
-    valid = np.full(batch, length) if lengths is None else lengths.numpy()
-    kernels.plan_blocks(where, valid, edges, resets, counts)
-    return edges, resets, counts
+    began = np.zeros((batch, 0), np.bool_) if starts is None else starts.contiguous().numpy()
+    valid = np.full(batch, length) if lengths is None else lengths.contiguous().numpy()
+    plan_blocks(began, valid, edges, slots, counts)
+    return edges, slots, counts
 
 
 def _forward(
@@ -62,16 +75,16 @@ def _forward(
     lengths: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, L, D), the exit state (B, D, N, 2) and the saved states (B, C, M, N, 2, WIDTH), M = 0 unless `keep`."""
+    """y (B, L, D), the exit state (B, D, N, 2) and the saved states, none unless `keep`."""
     batch, length, dim = x.shape
-    blocks, ndim = coefficients.shape[:2]
-    edges, resets, counts = _plan(batch, length, starts, lengths)
     y = torch.empty_like(x) if lengths is None else torch.zeros_like(x)
     leaving = torch.empty_like(entry)
-    saved = entry.new_empty(batch, blocks, resets.shape[1] if keep else 0, ndim, 2, kernels.WIDTH)
-    shape = (length, dim, ndim, saved.shape[2])
-    inputs = (as_numpy(x), shape, as_numpy(coefficients), as_numpy(omega), as_numpy(entry), edges, resets, counts)
-    run_on_team(kernels.forward_on_team, batch * blocks, *inputs, as_numpy(y), as_numpy(leaving), as_numpy(saved))
+    every_slot = starts is None and lengths is None
+    saved = (entry.new_empty if every_slot else entry.new_zeros)(_saved_shape(x, coefficients, keep))
+    shape = (length, dim, entry.shape[2], saved.shape[2])
+    x, coefficients, omega, entry = (t.detach() for t in (x, coefficients, omega, entry))
+    inputs = (as_numpy(x), shape, *map(as_numpy, (coefficients, omega, entry)), *_plan(batch, length, starts, lengths))
+    run_on_team(kernels.forward, batch * len(omega), *inputs, *map(as_numpy, (y, leaving, saved)))
     return y, leaving, saved
 
 
@@ -85,19 +98,13 @@ def cema_forward(
     lengths: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """_forward as an operator; coefficients (C, N, 5, WIDTH), omega (C, WIDTH)."""
-    return _forward(x.detach(), coefficients.detach(), omega.detach(), entry.detach(), starts, lengths, keep)
+    """_forward as an operator, for contiguous tensors."""
+    return _forward(x, coefficients, omega, entry, starts, lengths, keep)
 
 
 @cema_forward.register_fake
 def _(x: Tensor, coefficients: Tensor, omega: Tensor, entry: Tensor, starts: Any, lengths: Any, keep: bool) -> Any:
-    blocks, ndim = coefficients.shape[:2]
-    if starts is None:
-        most: Any = -(-x.shape[1] // kernels.TOKENS)
-    else:
-        most = torch.library.get_ctx().new_dynamic_size()
-    saved = entry.new_empty(x.shape[0], blocks, most if keep else 0, ndim, 2, kernels.WIDTH)
-    return torch.empty_like(x), torch.empty_like(entry), saved
+    return torch.empty_like(x), torch.empty_like(entry), entry.new_empty(_saved_shape(x, coefficients, keep))
 
 
 @torch.library.custom_op("megalodon::cema_backward", mutates_args=())
@@ -111,19 +118,17 @@ def cema_backward(
     grad_y: Tensor,
     grad_leaving: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to x, coefficients, omega and the entry state."""
+    """Gradients to x, coefficients, omega and the entry state; rows are summed in order."""
     batch, length, dim = x.shape
-    blocks, ndim = coefficients.shape[:2]
-    plan = _plan(batch, length, starts, lengths)
     grad_x = torch.empty_like(x) if lengths is None else torch.zeros_like(x)
-    grad_c = coefficients.new_empty(batch, *coefficients.shape)
-    grad_o = omega.new_empty(batch, *omega.shape)
+    grad_coefficients = coefficients.new_empty(batch, *coefficients.shape)
+    grad_omega = omega.new_empty(batch, *omega.shape)
     grad_entry = torch.empty_like(grad_leaving)
-    shape = (length, dim, ndim, saved.shape[2])
-    inputs = (as_numpy(x), shape, as_numpy(coefficients), as_numpy(omega), as_numpy(saved), *plan)
-    grads = [as_numpy(t) for t in (grad_y.to(x.dtype), grad_leaving, grad_x, grad_c, grad_o, grad_entry)]
-    run_on_team(kernels.backward_on_team, batch * blocks, *inputs, *grads)
-    return grad_x, grad_c.sum(0), grad_o.sum(0), grad_entry
+    shape = (length, dim, grad_leaving.shape[2], saved.shape[2])
+    inputs = (as_numpy(x), shape, *map(as_numpy, (coefficients, omega, saved)), *_plan(batch, length, starts, lengths))
+    grads = (grad_y, grad_leaving, grad_x, grad_coefficients, grad_omega, grad_entry)
+    run_on_team(kernels.backward, batch * len(omega), *inputs, *map(as_numpy, grads))
+    return grad_x, grad_coefficients.sum(0), grad_omega.sum(0), grad_entry
 
 
 @cema_backward.register_fake

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.core.typing.templates import ConcreteTemplate, infer_global
 from numba.core.typing.templates import signature as typing_signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
@@ -103,6 +104,26 @@ def splat(typingctx: Any, value: Any) -> Any:
         return builder.shuffle_vector(one, ir.Constant(_FLOATS, ir.Undefined), _words(0))
 
     return float32x16(types.float32), codegen
+
+
+def _fused(negative: bool) -> Any:
+    @intrinsic
+    def fused(typingctx: Any, c: Any, a: Any, b: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            function = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
+            multiply_add = cgutils.get_or_insert_function(builder.module, function, f"llvm.fmuladd.v{LANES}f32")
+            c, a, b = args
+            return builder.call(multiply_add, [builder.fneg(a) if negative else a, b, c])
+
+        return float32x16(float32x16, float32x16, float32x16), codegen
+
+    return fused
+
+
+# c + a * b and c - a * b as one instruction. Unlike sums of products they stay in the order written, so that in a
+# recurrence what is known early can be added first.
+add_product = _fused(False)
+sub_product = _fused(True)
 
 
 @intrinsic

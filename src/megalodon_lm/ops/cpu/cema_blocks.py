@@ -1,0 +1,125 @@
+"""How CEMA's kernels cut their work: tasks of one row and WIDTH channels, blocks of up to TOKENS tokens.
+
+A block is converted to float32 scratch (TOKENS, WIDTH), and states to (N, 2, WIDTH), real parts before imaginary ones,
+so that the innermost loops find sixteen channels side by side. All arrays but those of the plan are flat.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from .simd import LANES, compiled, load, store
+
+WIDTH = 2 * LANES
+TOKENS = 64
+STEP = 2 * WIDTH  # of one state of a task
+COEFFICIENTS = 5 * WIDTH  # of one state of a task: q real, q imaginary, p, g real, g imaginary
+
+
+@compiled
+def plan_blocks(starts: Any, lengths: Any, edges: Any, slots: Any, counts: Any) -> None:
+    """Cut each row at document starts and every TOKENS tokens.
+
+    Args:
+        starts: (B, L) bool, or (B, 0) for no document.
+        lengths: (B,) int64.
+        edges: (B, M + 1) int64, out: first token of each block, and the end of the last.
+        slots: (B, M) int64, out: -1 for a block that starts a document; the others of a row are numbered from 0, and
+            never more than there are TOKENS in the row, rounded up.
+        counts: (B,) int64, out: blocks of each row.
+    """
+    packed = starts.shape[1] > 0
+    for b in range(len(lengths)):
+        at, m, slot = 0, 0, 0
+        while at < lengths[b]:
+            edges[b, m] = at
+            slots[b, m] = -1
+            if not (packed and starts[b, at]):
+                slots[b, m] = slot
+                slot += 1
+            end = min(at + TOKENS, lengths[b])
+            if packed:
+                for t in range(at + 1, end):
+                    if starts[b, t]:
+                        end = t
+                        break
+            at = end
+            m += 1
+        edges[b, m] = at
+        counts[b] = m
+
+
+@compiled
+def clear(array: Any, offset: int, size: int) -> None:
+    """Zero a stretch. A loop, because NumPy's slices take seconds to compile."""
+    for i in range(offset, offset + size):
+        array[i] = 0
+
+
+@compiled
+def gather(source: Any, offset: int, dim: int, size: int, width: int, block: Any) -> None:
+    """`size` tokens of `width` channels into float32 scratch; zero in missing channels."""
+    if width == WIDTH:
+        for t in range(size):
+            store(block, t * WIDTH, load(source, offset + t * dim))
+            store(block, t * WIDTH + LANES, load(source, offset + t * dim + LANES))
+        return
+    some = np.zeros(WIDTH, source.dtype)
+    for t in range(size):
+        for w in range(width):
+            some[w] = source[offset + t * dim + w]
+        store(block, t * WIDTH, load(some, 0))
+        store(block, t * WIDTH + LANES, load(some, LANES))
+
+
+@compiled
+def scatter(block: Any, target: Any, offset: int, dim: int, size: int, width: int) -> None:
+    """The inverse of gather."""
+    if width == WIDTH:
+        for t in range(size):
+            store(target, offset + t * dim, load(block, t * WIDTH))
+            store(target, offset + t * dim + LANES, load(block, t * WIDTH + LANES))
+        return
+    some = np.empty(WIDTH, target.dtype)
+    for t in range(size):
+        store(some, 0, load(block, t * WIDTH))
+        store(some, LANES, load(block, t * WIDTH + LANES))
+        for w in range(width):
+            target[offset + t * dim + w] = some[w]
+
+
+@compiled
+def enter(states: Any, source: Any, offset: int, ndim: int, width: int) -> None:
+    """(width, N, 2) of a state tensor into scratch."""
+    clear(states, 0, len(states))
+    for w in range(width):
+        for i in range(2 * ndim):
+            states[i * WIDTH + w] = source[offset + w * 2 * ndim + i]
+
+
+@compiled
+def leave(states: Any, target: Any, offset: int, ndim: int, width: int) -> None:
+    """The inverse of enter."""
+    for w in range(width):
+        for i in range(2 * ndim):
+            target[offset + w * 2 * ndim + i] = states[i * WIDTH + w]
+
+
+@compiled
+def load_pair(states: Any, at: int) -> Any:
+    """Real and imaginary part of sixteen channels of one state."""
+    return load(states, at), load(states, at + WIDTH)
+
+
+@compiled
+def store_pair(states: Any, at: int, h: Any) -> None:
+    """The inverse of load_pair."""
+    store(states, at, h[0])
+    store(states, at + WIDTH, h[1])
+
+
+@compiled
+def load_coefficients(table: Any, at: int) -> Any:
+    """q real, q imaginary, p, g real, g imaginary of sixteen channels of one state."""
+    qr, qi, p = load(table, at), load(table, at + WIDTH), load(table, at + 2 * WIDTH)
+    return qr, qi, p, load(table, at + 3 * WIDTH), load(table, at + 4 * WIDTH)
