@@ -4,6 +4,7 @@ import sys
 from codecs import getincrementaldecoder
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tyro.conf import Positional
 
@@ -31,6 +32,8 @@ class Generate:
     """Draw from the most likely tokens that together hold this probability."""
     seed: int = 0
     """The same seed gives the same text."""
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    """Of matrix products; auto takes bf16 where the device multiplies it natively."""
     device: str = "cpu"
     """cpu or cuda."""
 
@@ -52,9 +55,8 @@ class Generate:
         tokens = torch.from_numpy(tokenizer.encode(prompt, begin=True))[None].to(self.device)
         sys.stdout.write(prompt.decode("utf-8", errors="replace"))
         decoder = getincrementaldecoder("utf-8")("replace")
-        for token in generate(
-            model, tokens, self.max_tokens, None, self.temperature, self.top_k, self.top_p, self.seed
-        ):
+        sampling = (self.temperature, self.top_k, self.top_p, self.seed)
+        for token in generate(model, tokens, self.max_tokens, None, *sampling, self.precision):
             if int(token) == tokenizer.end:
                 break
             sys.stdout.write(decoder.decode(tokenizer.decode_bytes([int(token)])))

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ..model.decoder import Megalodon
 from ..state import State
+from ..training.precision import Precision, autocast, choose_precision
+from .decoding import Decoder
 from .sampling import check_sampling, sample
 
 PIECE = 4096  # tokens read at a time
@@ -41,6 +43,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    precision: Precision = "auto",
 ) -> Iterator[Tensor]:
     """Continue a prompt.
 
@@ -51,15 +54,19 @@ def generate(
         state: what was read before the prompt.
         temperature, top_k, top_p: see sampling.sample.
         seed: of the draws.
+        precision: see Decoder.
 
     Yields:
         (B,) int64 tokens, as they are drawn.
     """
     check_sampling(temperature, top_k, top_p)
     generator = torch.Generator().manual_seed(seed)
-    logits, state = read(model, tokens, state)
+    device = tokens.device
+    with autocast(choose_precision(precision, device), device):
+        logits, state = read(model, tokens, state)
+    decoder = Decoder(model, state, precision)
     for count in range(max_tokens):
-        token = sample(logits, temperature, top_k, top_p, generator).to(tokens.device)
+        token = sample(logits, temperature, top_k, top_p, generator).to(device)
         yield token
         if count + 1 < max_tokens:
-            logits, state = read(model, token[:, None], state)
+            logits = decoder.step(token)

@@ -95,6 +95,7 @@ class Megalodon(nn.Module):
         mask: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """As forward, but the normalised (B, L, D) input of the head instead of logits."""
+        self.check_tokens(tokens)
         self._check(tokens, state, document_starts, mask)
         batch, length = tokens.shape
         if mask is None:
@@ -141,7 +142,12 @@ class Megalodon(nn.Module):
         state = State.empty(self.config, batch, x.device, x.dtype)
         return State(state.layers, state.norm, state.position, weakref.ref(self))
 
-    def _check(self, tokens: Tensor, state: State | None, starts: Tensor | None, mask: Tensor | None) -> None:
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Refuse what is not a batch of tokens of this model; on the CPU also their values.
+
+        Raises:
+            ValueError: with the shape, the type or the token, and the limit.
+        """
         if tokens.dim() != 2 or tokens.dtype != torch.int64:
             raise ValueError(f"tokens must be int64 of shape (B, L), not {tokens.dtype} of {tuple(tokens.shape)}")
         if tokens.device.type == "cpu" and tokens.numel():
@@ -152,6 +158,8 @@ class Megalodon(nn.Module):
                     f"token {wrong} is outside the vocabulary of {self.config.vocab_size}; "
                     "encode the text with the tokenizer of this model"
                 )
+
+    def _check(self, tokens: Tensor, state: State | None, starts: Tensor | None, mask: Tensor | None) -> None:
         for name, t in (("document_starts", starts), ("mask", mask)):
             if t is not None and (t.shape != tokens.shape or t.dtype != torch.bool):
                 raise ValueError(

@@ -43,7 +43,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _native(x: Tensor) -> bool:
+def runs_natively(x: Tensor) -> bool:
+    """Whether native kernels take tensors of this device and type, by the present choice."""
     return _chosen == "auto" and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
 
 
@@ -58,7 +59,7 @@ def cema(
 ) -> tuple[Tensor, Tensor]:
     """See megalodon_lm.ops.cema.cema."""
     with torch.autocast(x.device.type, enabled=False):  # coefficients and states stay float32 or better
-        if _native(x) and p.dtype == torch.float32:
+        if runs_natively(x) and p.dtype == torch.float32:
             from .cpu import cema as native
 
             return native.cema(x, p, q, g, omega, state, boundaries)
@@ -77,7 +78,7 @@ def timestep_norm(
     """See megalodon_lm.ops.timestep_norm.timestep_norm."""
     out_dtype = compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
-        if _native(x):
+        if runs_natively(x):
             from .cpu import timestep_norm as native
 
             return native.timestep_norm(x, weight, bias, num_groups, eps, state, boundaries, out_dtype)
@@ -88,7 +89,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See megalodon_lm.ops.norms.rms_norm."""
     out_dtype = compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
-        if _native(x):
+        if runs_natively(x):
             from .cpu import norms as native
 
             if native.fits(x):
@@ -100,7 +101,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """See megalodon_lm.ops.norms.layer_norm."""
     out_dtype = compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
-        if _native(x):
+        if runs_natively(x):
             from .cpu import norms as native
 
             if native.fits(x):
@@ -110,7 +111,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 def silu_gate(gate: Tensor, x: Tensor) -> Tensor:
     """See megalodon_lm.ops.gates.silu_gate."""
-    if _native(x) and gate.dtype == x.dtype:
+    if runs_natively(x) and gate.dtype == x.dtype:
         from .cpu import gates as native
 
         if native.fits(x):
@@ -130,7 +131,7 @@ def chunk_attention(
     drop_keys: bool = False,
 ) -> tuple[Tensor, KeyValueCache]:
     """See megalodon_lm.ops.chunk_attention.chunk_attention."""
-    if _native(q):
+    if runs_natively(q):
         from .cpu import chunk_attention as native
 
         return native.chunk_attention(q, k, v, chunk_size, rope_base, cache, boundaries, dropout, drop_keys)

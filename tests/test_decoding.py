@@ -1,0 +1,191 @@
+"""Steps of one token: the compiled one against the model in one piece, over chunk boundaries, and back to a State."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megalodon_lm import Megalodon, ModelConfig
+from megalodon_lm.generation.decoding import Decoder
+from megalodon_lm.generation.stream import read
+from megalodon_lm.ops import backend
+
+CONFIGS = {
+    "swiglu": ModelConfig.named("tiny", norm_num_groups=4),
+    "heads, plain feed-forward": ModelConfig.named("tiny", swiglu=False, num_heads=2, cema_ndim=16, share_emb=True),
+    "rescaled": ModelConfig.named("tiny", rescale_nffn=True, scale_emb=True, cema_ndim=20, norm_num_groups=64),
+    "long chunks": ModelConfig.named("tiny", chunk_size=512, vocab_size=261),
+}
+
+
+def model_of(config, seed=0):
+    """A model whose every parameter counts: nothing left at 0."""
+    torch.manual_seed(seed)
+    model = Megalodon(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def tokens_of(rows, length, seed=0):
+    return torch.randint(0, 259, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def steps(decoder, tokens):
+    return torch.stack([decoder.step(t).clone() for t in tokens.unbind(1)], 1)
+
+
+def assert_same_state(found, expected, atol):
+    for name, t in expected.tensors().items():
+        torch.testing.assert_close(found.tensors()[name], t, atol=atol, rtol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_steps_give_what_one_piece_gives(name, rows):
+    model = model_of(CONFIGS[name])
+    prompt, more = tokens_of(rows, 200), tokens_of(rows, 150, 1)
+    _, state = read(model, prompt)
+    decoder = Decoder(model, state, "float32")
+    assert decoder.fused
+    before = state.clone()
+    with torch.no_grad():
+        expected, leaving = model(more, state)
+    torch.testing.assert_close(steps(decoder, more), expected, atol=2e-4, rtol=2e-4)
+    assert_same_state(decoder.state(), leaving, 2e-4)
+    assert_same_state(state, before, 0)
+
+
+def test_the_definition_in_float64_is_the_judge():
+    config = CONFIGS["rescaled"]
+    model = model_of(config)
+    judge = Megalodon(config).eval().double()
+    judge.load_state_dict(model.state_dict())
+    tokens = tokens_of(2, 300)
+    with torch.no_grad():
+        expected, _ = judge(tokens)
+    _, state = read(model, tokens[:, :40])
+    found = steps(Decoder(model, state, "float32"), tokens[:, 40:])
+    torch.testing.assert_close(found.double(), expected[:, 40:], atol=1e-4, rtol=1e-4)
+
+
+def test_bf16_differs_by_the_rounding_of_weights_and_cache_alone():
+    """Against a float32 model that has the rounded weights, so that only the cache's rounding is left."""
+    model = model_of(CONFIGS["swiglu"])
+    rounded = model_of(CONFIGS["swiglu"])
+    with torch.no_grad():
+        for name, p in rounded.named_parameters():
+            if p.dim() == 2 and name.split(".")[-2] not in ("embed", "mega", "cema"):
+                p.copy_(p.bfloat16())
+    tokens = tokens_of(2, 130)
+    _, state = read(rounded, tokens[:, :1])
+    with torch.no_grad():
+        expected, _ = rounded(tokens)
+    found = steps(Decoder(model, state, "bf16"), tokens[:, 1:])
+    error = (found - expected[:, 1:]).square().mean().sqrt() / expected.square().mean().sqrt()
+    assert error < 4e-3
+    exact = steps(Decoder(model, state, "float32"), tokens[:, 1:])
+    assert (exact - expected[:, 1:]).abs().max() > 1e-4  # the weights were rounded indeed
+
+
+def test_rows_at_different_positions():
+    model = model_of(CONFIGS["long chunks"])
+    lengths = (1, 63, 300, 700)
+    prompts = [tokens_of(1, n, n) for n in lengths]
+    more = tokens_of(4, 230, 9)
+    states = [read(model, p)[1] for p in prompts]
+    together = Decoder(model, type(states[0]).cat(states), "float32")
+    found = steps(together, more)
+    for row, state in enumerate(states):
+        alone = steps(Decoder(model, state, "float32"), more[row : row + 1])
+        assert torch.equal(found[row : row + 1], alone)
+
+
+def test_steps_are_bitwise_the_same_on_every_number_of_threads():
+    model = model_of(CONFIGS["long chunks"])
+    _, state = read(model, tokens_of(3, 500))
+    more = tokens_of(3, 40, 1)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = steps(Decoder(model, state, "bf16"), more)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(steps(Decoder(model, state, "bf16"), more), one)
+
+
+def test_a_state_goes_out_and_comes_back():
+    model = model_of(CONFIGS["swiglu"])
+    more = tokens_of(2, 60, 1)
+    decoder = Decoder(model, read(model, tokens_of(2, 90))[1], "float32")
+    whole = steps(decoder, more)
+    again = Decoder(model, read(model, tokens_of(2, 90))[1], "float32")
+    first = steps(again, more[:, :23])
+    resumed = Decoder(model, again.state(), "float32")
+    again.step(more[:, 0])  # must not touch what was handed out
+    assert torch.equal(torch.cat([first, steps(resumed, more[:, 23:])], 1), whole)
+
+
+@pytest.mark.parametrize("changes", [{"model_dim": 72}, {"ffn_hidden_dim": 120}, {"z_dim": 24}, {"dropout": 0.1}])
+def test_what_the_compiled_step_cannot_do_the_model_does(changes):
+    config = ModelConfig.named("tiny", **changes)
+    torch.manual_seed(0)
+    model = Megalodon(config).train("dropout" in changes)
+    _, state = read(model, tokens_of(1, 20))
+    decoder = Decoder(model, state, "float32")
+    assert not decoder.fused
+    assert decoder.step(tokens_of(1, 1)[:, 0]).shape == (1, 259)
+
+
+def test_the_portable_choice_is_obeyed():
+    model = model_of(CONFIGS["swiglu"])
+    _, state = read(model, tokens_of(1, 20))
+    more = tokens_of(1, 70, 1)
+    native = steps(Decoder(model, state, "float32"), more)
+    backend.set_backend("portable")
+    try:
+        decoder = Decoder(model, state, "float32")
+        assert not decoder.fused
+        torch.testing.assert_close(steps(decoder, more), native, atol=2e-4, rtol=2e-4)
+    finally:
+        backend.set_backend("auto")
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_bad_tokens_and_states_are_refused(fused):
+    model = model_of(ModelConfig.named("tiny", model_dim=64 if fused else 72))
+    _, state = read(model, tokens_of(2, 20))
+    decoder = Decoder(model, state, "float32")
+    assert decoder.fused == fused
+    with pytest.raises(ValueError, match="token 259 is outside the vocabulary of 259"):
+        decoder.step(torch.tensor([0, 259]))
+    with pytest.raises(ValueError, match="token -1 is outside"):
+        decoder.step(torch.tensor([-1, 0]))
+    with pytest.raises(ValueError, match="2 rows"):
+        decoder.step(torch.tensor([0]))
+    with pytest.raises(ValueError, match="another model"):
+        Decoder(model_of(ModelConfig.named("tiny", chunk_size=32)), state)
+
+
+def test_memory_does_not_grow_with_steps():
+    code = """
+import resource, torch
+from megalodon_lm import Megalodon, ModelConfig
+from megalodon_lm.generation.decoding import Decoder
+from megalodon_lm.generation.stream import read
+model = Megalodon(ModelConfig.named("tiny")).eval()
+decoder = Decoder(model, read(model, torch.zeros(1, 10, dtype=torch.int64))[1])
+def steps(n):
+    for _ in range(n):
+        decoder.step(torch.zeros(1, dtype=torch.int64))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = steps(1000)
+print(steps(20_000) - before)
+"""
+    if sys.platform != "linux":
+        pytest.skip("ru_maxrss is in KiB only on Linux")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ))
+    assert int(out.stdout) < 2048  # KiB
