@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,3 +153,27 @@ def test_interrupt_leaves_a_usable_checkpoint(number, text, tmp_path):
     assert "the weights are saved" in " ".join(errors.split())
     assert "Traceback" not in errors
     Megalodon.load(tmp_path / "run")
+
+
+def run_to_end(text, folder, **training):
+    trainer = Trainer(recipe(text, steps=4, precision="float32", **training), folder)
+    losses = []
+    assert trainer.train(lambda metrics: losses.append(metrics.bits_per_token))
+    return trainer, losses
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # inside torch.compile
+def test_compiled_training_learns_the_same(text, tmp_path):
+    _, plain = run_to_end(text, tmp_path / "plain")
+    trainer, compiled = run_to_end(text, tmp_path / "compiled", compile=True)
+    assert compiled == pytest.approx(plain, rel=1e-4)
+    assert trainer.model.layers[0]._compiled_call_impl is not None
+    assert Megalodon.load(tmp_path / "compiled").fingerprint() == trainer.model.fingerprint()
+
+
+def test_compiling_without_a_compiler_is_refused_in_one_line(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
+    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler"):
+        Trainer(recipe(text, compile=True), tmp_path / "run")

@@ -127,7 +127,7 @@ class FusedStep:
             (self._matrix(mega.wh2.weight), none),
             _scale_and_bias(ffn.norm),
             (fc1, np.zeros(c.ffn_hidden_dim, np.float32)),
-            (fc1 if ffn.fc3 is None else self._matrix(ffn.fc3.weight),),
+            fc1 if ffn.fc3 is None else self._matrix(ffn.fc3.weight),
             (self._matrix(ffn.fc2.weight), none),
             unscaled if ffn.alpha is None else _vector(ffn.alpha),
         )

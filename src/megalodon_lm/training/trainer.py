@@ -65,6 +65,8 @@ class Trainer:
         torch.manual_seed(t.seed)
         with self.device:
             self.model = Megalodon(recipe.model, t.activation_checkpointing)
+        if t.compile:
+            compile_blocks(self.model, self.device)
         self.optimizer = build_optimizer(self.model, t)
         self.precision = choose_precision(t.precision, self.device)
         self.state: State | None = None
@@ -133,6 +135,24 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()
         return loss.item(), norm.item()
+
+
+def compile_blocks(model: Megalodon, device: torch.device) -> None:
+    """Compile every block in place with torch.compile, at its first use; blocks of equal shapes share the code.
+
+    Raises:
+        ValueError: no C++ compiler, which the CPU needs.
+    """
+    if device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            raise ValueError("training.compile = true needs a C++ compiler; install g++ or set it to false") from None
+    for block in model.layers:
+        block.compile()
 
 
 @contextmanager

@@ -165,13 +165,19 @@ def _dot(a: Any, b: Any) -> Any:
 
 
 @njit(**_OPTIONS)
+def _copy(source: Any, target: Any) -> None:
+    for i in range(len(source)):  # assigning a whole slice would compile for seconds
+        target[i] = source[i]
+
+
+@njit(**_OPTIONS)
 def _delta_rows(first: int, last: int, grad: Any, out: Any, row: int, begin: int, packed: Any, deltas: Any) -> None:
     n = packed.shape[1]
     for task in range(first, last):
         h, i = task // n, task % n
         source = grad[row, begin + i, h]
         deltas[h, i] = _dot(source, out[row, begin + i, h])
-        packed[h, i] = source
+        _copy(source, packed[h, i])
 
 
 @njit(**_OPTIONS)
@@ -237,7 +243,7 @@ def _few_outputs(
             for i in range(len(seen)):
                 highest = maximum(highest, seen[i])
             padded = -(-len(seen) // _LANES) * _LANES
-            weights[: len(seen)] = seen
+            _copy(seen, weights)
             weights[len(seen) : padded] = -np.inf
             total = _sum_exp(weights[:padded], highest)
             mixed[:] = 0

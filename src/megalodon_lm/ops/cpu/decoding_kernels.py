@@ -10,7 +10,7 @@ import numpy as np
 
 from . import scalars
 from .elementwise_kernels import gate_forward, norm_forward
-from .matrix_vector import num_groups, products
+from .matrix_vector import products
 from .simd import LANES, add_product, compiled, exp, load, splat, store, sub_product, total
 from .team import share
 from .timestep_norm_kernels import forward as timestep_norm
@@ -39,33 +39,6 @@ def _moving_average(
             store(h, to + ndim, imag)
             sums = sub_product(add_product(sums, load(g, at), new), load(g, at + ndim), imag)
         y[task] = total(sums) + omega[channel] * u
-
-
-@compiled
-def _mixer_products(
-    first: int, last: int, rows: int, dim: int, tn: Any, mx: Any, wv: Any, wz: Any, wr: Any, wh1: Any
-) -> None:
-    """The four products of the mixer as one list of tasks; each of wv, wz, wr, wh1 is (weight, bias, output)."""
-    at = 0
-    for k in range(4):
-        weight, bias, y = wv if k == 0 else wz if k == 1 else wr if k == 2 else wh1
-        groups = num_groups(bias)
-        low, high = max(first - at, 0), min(last - at, groups)
-        if low < high:
-            products(low, high, tn if k == 0 else mx, rows, dim, weight, bias, y)
-        at += groups
-
-
-@compiled
-def _gate_products(
-    first: int, last: int, rows: int, dim: int, x: Any, fc1: Any, fc3: Any, bias: Any, a: Any, b: Any
-) -> None:
-    """Both products of the feed-forward network as one list of tasks."""
-    groups = num_groups(bias)
-    if first < groups:
-        products(first, min(last, groups), x, rows, dim, fc1, bias, a)
-    if last > groups:
-        products(max(first - groups, 0), last - groups, x, rows, dim, fc3, bias, b)
 
 
 @compiled
@@ -118,6 +91,24 @@ def _enter_cache(
 
 
 @compiled
+def _weights(at: int, count: int, scores: Any, summary: Any, to: int) -> None:
+    """Turn SPLIT scores into e^(score - highest), and note the highest and the sum."""
+    highest = np.float32(-np.inf)
+    for j in range(count):
+        highest = max(highest, scores[at + j])
+    whole = -(-count // LANES) * LANES
+    for j in range(count, whole):
+        scores[at + j] = np.float32(-np.inf)
+    top = splat(highest)
+    for j in range(0, whole, LANES):
+        store(scores, at + j, exp(load(scores, at + j) - top))
+    weights = np.float32(0)
+    for j in range(count):
+        weights += scores[at + j]
+    summary[to], summary[to + 1] = highest, weights
+
+
+@compiled
 def _attend(
     first: int,
     last: int,
@@ -131,88 +122,75 @@ def _attend(
     summary: Any,
     partial: Any,
 ) -> None:
-    """Tasks first..last of (B, H, splits): softmax attention to SPLIT keys, not yet divided by its sum of weights.
+    """Tasks first..last of (B, splits): softmax attention to SPLIT keys, not yet divided by its sum of weights.
+
+    The heads go together, so that keys and values are read in the order in which they lie.
 
     Args:
-        scores: (tasks, SPLIT), scratch.
-        summary: (tasks, 2), out: highest score and sum of weights.
-        partial: (tasks, dv), out.
+        scores: (tasks, H, SPLIT), scratch.
+        summary: (tasks, H, 2), out: highest score and sum of weights.
+        partial: (tasks, H, dv), out.
     """
     size, heads, dk, dv = shape
+    zero = splat(np.float32(0))
     for task in range(first, last):
-        pair, split = task // splits, task % splits
-        b, h = pair // heads, pair % heads
-        begin = split * SPLIT
+        b, begin = task // splits, task % splits * SPLIT
         count = min(SPLIT, fill[b] + 1 - begin)
-        if count <= 0:
-            summary[2 * task], summary[2 * task + 1] = np.float32(-np.inf), np.float32(0)
-            continue
-        at, out, mine = pair * dk, task * dv, task * SPLIT
-        stride = heads * dk
-        key = ((b * size + begin) * heads + h) * dk
-        highest = np.float32(-np.inf)
-        for j in range(count):
-            sums = load(q, at) * load(keys, key)
-            for i in range(LANES, dk, LANES):
-                sums = add_product(sums, load(q, at + i), load(keys, key + i))
-            score = total(sums)
-            scores[mine + j] = score
-            highest = max(highest, score)
-            key += stride
-        whole = -(-count // LANES) * LANES
-        for j in range(count, whole):
-            scores[mine + j] = np.float32(-np.inf)
-        top = splat(highest)
-        for j in range(0, whole, LANES):
-            store(scores, mine + j, exp(load(scores, mine + j) - top))
-        weights = np.float32(0)
-        for j in range(count):
-            weights += scores[mine + j]
-        summary[2 * task], summary[2 * task + 1] = highest, weights
+        mine = task * heads * SPLIT
+        key = (b * size + begin) * heads * dk
+        for j in range(max(count, 0)):
+            for h in range(heads):
+                at = (b * heads + h) * dk
+                sums = load(q, at) * load(keys, key)
+                for i in range(LANES, dk, LANES):
+                    sums = add_product(sums, load(q, at + i), load(keys, key + i))
+                scores[mine + h * SPLIT + j] = total(sums)
+                key += dk
+        for h in range(heads):
+            _weights(mine + h * SPLIT, count, scores, summary, 2 * (task * heads + h))
 
-        stride = heads * dv
-        value = ((b * size + begin) * heads + h) * dv
-        zero = splat(np.float32(0))
-        for i in range(0, dv, LANES):
+        out, row = task * heads * dv, heads * dv
+        value = (b * size + begin) * row
+        for i in range(0, row, LANES):
             store(partial, out + i, zero)
-        j = 0
-        while j + 4 <= count:
-            w0, w1 = splat(scores[mine + j]), splat(scores[mine + j + 1])
-            w2, w3 = splat(scores[mine + j + 2]), splat(scores[mine + j + 3])
-            for i in range(0, dv, LANES):
-                some = add_product(load(partial, out + i), w0, load(values, value + i))
-                some = add_product(some, w1, load(values, value + stride + i))
-                some = add_product(some, w2, load(values, value + 2 * stride + i))
-                store(partial, out + i, add_product(some, w3, load(values, value + 3 * stride + i)))
-            value += 4 * stride
-            j += 4
-        while j < count:
-            w0 = splat(scores[mine + j])
-            for i in range(0, dv, LANES):
-                store(partial, out + i, add_product(load(partial, out + i), w0, load(values, value + i)))
-            value += stride
-            j += 1
+        for j in range(0, count - 3, 4):
+            for h in range(heads):
+                at = mine + h * SPLIT + j
+                w0, w1, w2, w3 = splat(scores[at]), splat(scores[at + 1]), splat(scores[at + 2]), splat(scores[at + 3])
+                for i in range(h * dv, (h + 1) * dv, LANES):
+                    some = add_product(load(partial, out + i), w0, load(values, value + i))
+                    some = add_product(some, w1, load(values, value + row + i))
+                    some = add_product(some, w2, load(values, value + 2 * row + i))
+                    store(partial, out + i, add_product(some, w3, load(values, value + 3 * row + i)))
+            value += 4 * row
+        for j in range(max(count, 0) // 4 * 4, count):
+            for h in range(heads):
+                w0 = splat(scores[mine + h * SPLIT + j])
+                for i in range(h * dv, (h + 1) * dv, LANES):
+                    store(partial, out + i, add_product(load(partial, out + i), w0, load(values, value + i)))
+            value += row
 
 
 @compiled
-def _combine(first: int, last: int, splits: int, dv: int, summary: Any, partial: Any, gate: Any, y: Any) -> None:
+def _combine(
+    first: int, last: int, splits: int, heads: int, dv: int, summary: Any, partial: Any, gate: Any, y: Any
+) -> None:
     """Pairs first..last of (B, H): join the splits, and multiply by silu of the gate."""
     one, zero = splat(np.float32(1)), splat(np.float32(0))
     for pair in range(first, last):
-        task = pair * splits
-        highest = summary[2 * task]
-        for s in range(1, splits):
-            highest = max(highest, summary[2 * (task + s)])
+        begin = pair // heads * splits * heads + pair % heads
+        parts = range(begin, begin + splits * heads, heads)
+        highest = np.float32(-np.inf)
+        for part in parts:
+            highest = max(highest, summary[2 * part])
         weights = np.float32(0)
-        for s in range(splits):
-            part = np.float32(np.exp(summary[2 * (task + s)] - highest))
-            weights += part * summary[2 * (task + s) + 1]
-            summary[2 * (task + s)] = part
+        for part in parts:
+            summary[2 * part] = np.float32(np.exp(summary[2 * part] - highest))
+            weights += summary[2 * part] * summary[2 * part + 1]
         for i in range(0, dv, LANES):
             some = zero
-            for s in range(splits):
-                if summary[2 * (task + s)] > 0:
-                    some = add_product(some, splat(summary[2 * (task + s)]), load(partial, (task + s) * dv + i))
+            for part in parts:
+                some = add_product(some, splat(summary[2 * part]), load(partial, part * dv + i))
             g = load(gate, pair * dv + i)
             store(y, pair * dv + i, some * (g / (one + exp(zero - g))) / splat(weights))
 
@@ -255,33 +233,29 @@ def layer(threads: int, sizes: Any, eps: float, x: Any, room: Any, weights: Any,
     share(norm_forward, few, rows, (y, dim, *head_norm, False, eps, mx, saved))
 
     wv, wz, wr, wh1 = mixer
-    tasks = num_groups(wv[1]) + num_groups(wz[1]) + num_groups(wr[1]) + num_groups(wh1[1])
-    outputs = ((wv[0], wv[1], v), (wz[0], wz[1], z), (wr[0], wr[1], r), (wh1[0], wh1[1], h1))
-    share(_mixer_products, threads, tasks, (rows, dim, tn, mx, *outputs))
-
+    products(threads, rows, (tn, dim, *wv, v), (mx, dim, *wz, z), (mx, dim, *wr, r), (mx, dim, *wh1, h1))
     shape = (size, heads, dk, dv)
     share(_enter_cache, few, rows, (z, v, *table, shape, eps, fill, q, keys, values))
     longest = 0
     for i in range(rows):
         longest = max(longest, fill[i])
     splits = longest // SPLIT + 1
-    share(_attend, threads, rows * heads * splits, (splits, q, keys, values, fill, shape, scores, summary, partial))
-    share(_combine, few, rows * heads, (splits, dv, summary, partial, r, attention))
+    share(_attend, threads, rows * splits, (splits, q, keys, values, fill, shape, scores, summary, partial))
+    share(_combine, few, rows * heads, (splits, heads, dv, summary, partial, r, attention))
     for i in range(rows):
         fill[i] = (fill[i] + 1) % size
 
-    share(products, threads, num_groups(wh2[1]), (attention, rows, heads * dv, *wh2, y))
+    idle = (tn, dim, wh2[0], wh2[1][:0], y)
+    products(threads, rows, (attention, heads * dv, *wh2, y), idle, idle, idle)
     _add(x, h1, y)
     share(norm_forward, few, rows, (y, dim, *ffn_norm, True, eps, n, saved))
-    bias = fc1[1]
-    tasks = num_groups(bias)
-    share(_gate_products, threads, tasks * (1 + gated), (rows, dim, n, fc1[0], fc3[0], bias, a, b))
+    products(threads, rows, (n, dim, *fc1, a), (n, dim, fc3, fc1[1] if gated else idle[3], b), idle, idle)
     if gated:
         share(gate_forward, few, rows, (hidden, a, b, a))
     else:
         for i in range(rows):
             _silu(a, i * hidden, a, i * hidden, hidden)
-    share(products, threads, num_groups(fc2[1]), (a, rows, hidden, *fc2, y))
+    products(threads, rows, (a, hidden, *fc2, y), idle, idle, idle)
     for i in range(0, rows * dim, LANES):
         store(x, i, add_product(load(x, i), load(alpha, i % dim), load(y, i)))
 
@@ -297,4 +271,5 @@ def head(threads: int, sizes: Any, eps: float, x: Any, room: Any, weights: Any, 
         count[i] += 1
     args = (x, (1, dim, groups, 0), *norm, eps, mean, var, count, ones, n, mean, var, nothing)
     share(timestep_norm, 1 if rows * dim < _FEW else threads, rows * groups, args)
-    share(products, threads, num_groups(output[1]), (n, rows, dim, *output, logits))
+    idle = (n, dim, output[0], output[1][:0], n)
+    products(threads, rows, (n, dim, *output, logits), idle, idle, idle)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .simd import add_product, compiled, load, splat, total
+from .team import share
 
 FEATURES = 4  # outputs computed together: four streams of weights, one load of the input
 
@@ -57,7 +58,7 @@ def _dot(x: Any, at: int, weight: Any, start: int, width: int) -> Any:
 
 
 @compiled
-def products(first: int, last: int, x: Any, rows: int, width: int, weight: Any, bias: Any, y: Any) -> None:
+def _product(first: int, last: int, x: Any, rows: int, width: int, weight: Any, bias: Any, y: Any) -> None:
     """Groups first..last of FEATURES outputs of y = x weight^T + bias; the sum of an output has one order for all rows.
 
     Args:
@@ -95,6 +96,21 @@ def products(first: int, last: int, x: Any, rows: int, width: int, weight: Any, 
 
 
 @compiled
-def num_groups(bias: Any) -> int:
-    """Tasks of `products`."""
-    return -(-len(bias) // FEATURES)
+def _product_list(first: int, last: int, rows: int, some: Any) -> None:
+    at = 0
+    for x, width, weight, bias, y in some:
+        groups = -(-len(bias) // FEATURES)
+        low, high = max(first - at, 0), min(last - at, groups)
+        if low < high:
+            _product(low, high, x, rows, width, weight, bias, y)
+        at += groups
+
+
+@compiled
+def products(threads: int, rows: int, a: Any, b: Any, c: Any, d: Any) -> None:
+    """Four products as one list of tasks, each (x, width, weight, bias, y) as in `_product`; without a bias, none."""
+    some = (a, b, c, d)
+    tasks = 0
+    for product in some:
+        tasks += -(-len(product[3]) // FEATURES)
+    share(_product_list, threads, tasks, (rows, some))

@@ -32,8 +32,16 @@ def open_chunk(piece: Tensor, cached: Tensor | None, stops: Tensor, fill: Tensor
 
 @njit(**_OPTIONS)
 def _copy(source: Any, target: Any) -> None:
+    for h in range(target.shape[0]):  # assigning whole slices would compile for seconds
+        for i in range(target.shape[1]):
+            target[h, i] = source[h, i]
+
+
+@njit(**_OPTIONS)
+def _clear(target: Any) -> None:
     for h in range(target.shape[0]):
-        target[h] = source[h]
+        for i in range(target.shape[1]):
+            target[h, i] = 0
 
 
 @njit(**_OPTIONS)
@@ -43,7 +51,7 @@ def _take_rows(first: int, last: int, piece: Any, cached: Any, stops: Any, fill:
         b, slot = task // size, task % size
         token = stops[b] - fill[b] + slot
         if slot >= fill[b]:
-            target[b, slot] = 0
+            _clear(target[b, slot])
         elif token >= 0:
             _copy(piece[b, token], target[b, slot])
         else:

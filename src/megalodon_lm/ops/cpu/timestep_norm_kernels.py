@@ -143,9 +143,8 @@ def backward(
     for task in range(first, last):
         b, group = task // groups, task % groups
         at = group * width
-        dw[:] = 0
-        db[:] = 0
-        scales[:width] = weight[at : at + width]
+        for i in range(width):
+            dw[i], db[i], scales[i] = 0, 0, weight[at + i]
         to_mean, to_var = grad_mean[task], grad_var[task]
         for t in range(lengths[b] - 1, -1, -1):
             n = counts[b * length + t]
@@ -185,8 +184,8 @@ def backward(
                 grad_x[offset + i] = dy[i]
             if n == 1:
                 to_mean, to_var = 0.0, 0.0
-        grad_weight[b * dim + at : b * dim + at + width] = dw[:width]
-        grad_bias[b * dim + at : b * dim + at + width] = db[:width]
+        for i in range(width):
+            grad_weight[b * dim + at + i], grad_bias[b * dim + at + i] = dw[i], db[i]
         grad_entry_mean[task] = to_mean
         grad_entry_var[task] = to_var
 
