@@ -3,7 +3,7 @@ import torch
 
 from megalodon_lm import generate
 from megalodon_lm.generation import stream
-from megalodon_lm.generation.sampling import sample
+from megalodon_lm.generation.sampling import Draws, Sampling, sample
 
 
 def test_reading_in_pieces_changes_nothing(tiny, monkeypatch):
@@ -28,20 +28,57 @@ def test_seed_decides(tiny):
     assert runs[0] == runs[1] != runs[2]
 
 
-def test_top_k_and_top_p_keep_the_most_likely():
-    logits = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log().expand(4000, 4)
-    generator = torch.Generator().manual_seed(0)
-    assert set(sample(logits, top_k=2, generator=generator).tolist()) == {1, 3}
-    assert set(sample(logits, top_p=0.65, generator=generator).tolist()) == {1, 3}
-    assert set(sample(logits, generator=generator).tolist()) == {0, 1, 2, 3}
-    counts = sample(logits, generator=generator).bincount() / 4000
-    torch.testing.assert_close(counts, torch.tensor([0.1, 0.4, 0.2, 0.3]), atol=0.03, rtol=0)
+PROBABILITIES = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
 
 
-@pytest.mark.parametrize("settings", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}])
+def drawn(**settings):
+    """Which of four tokens come up in 4,000 draws, and how often."""
+    draws = Draws([0]).next().new_tensor(range(4000)) / 4000
+    found = sample(PROBABILITIES.log().expand(4000, 4), Sampling(**settings), draws)
+    return {token: count / 4000 for token, count in enumerate(found.bincount(minlength=4).tolist()) if count}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {0: 0.1, 1: 0.4, 2: 0.2, 3: 0.3}),
+        ({"top_k": 2}, {1: 4 / 7, 3: 3 / 7}),
+        ({"top_p": 0.65}, {1: 4 / 7, 3: 3 / 7}),
+        ({"top_p": 0.75}, {1: 4 / 9, 2: 2 / 9, 3: 3 / 9}),
+        ({"min_p": 0.45}, {1: 4 / 9, 2: 2 / 9, 3: 3 / 9}),
+        ({"min_p": 0.55}, {1: 4 / 7, 3: 3 / 7}),
+        ({"temperature": 0}, {1: 1.0}),
+        ({"temperature": 0.5}, {0: 1 / 30, 1: 16 / 30, 2: 4 / 30, 3: 9 / 30}),
+    ],
+)
+def test_sampling_draws_what_the_settings_say(settings, expected):
+    assert drawn(**settings) == pytest.approx(expected, abs=1e-3)
+
+
+def test_repetition_penalty_bears_on_written_tokens_alone():
+    logits = torch.tensor([[2.0, -1.0, 1.5, -0.9]])
+    written = torch.tensor([[True, True, False, False]])
+    greedy = Sampling(temperature=0, repetition_penalty=2.0)
+    assert sample(logits, greedy, torch.zeros(1), written).item() == 2
+    assert sample(logits, greedy, torch.zeros(1), ~written).item() == 0
+
+
+def test_draws_of_a_row_do_not_depend_on_its_neighbours():
+    together, alone = Draws([3, 4, 5]), Draws([4])
+    for _ in range(5):
+        assert together.next()[1] == alone.next()[0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}, {"min_p": 2}, {"min_p": -0.1},
+        {"repetition_penalty": 0}, {"max_tokens": -1}, {"stop": ("x", "")}, {"temperature": float("nan")},
+    ],
+)  # fmt: skip
 def test_settings_outside_their_range_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
-        sample(torch.zeros(1, 3), **settings)
+        Sampling(**settings)
 
 
 def test_empty_prompt_is_refused(tiny):

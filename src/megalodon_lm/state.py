@@ -9,7 +9,7 @@ import hashlib
 import json
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from .config import ModelConfig
     from .model.decoder import Megalodon
 
-FORMAT = "megalodon-state-1"
+FORMAT = "megalodon-state-2"
+TOKENS = "tokens"
 
 
 class LayerState(NamedTuple):
@@ -193,16 +194,7 @@ class State:
         model = model or (self.model() if self.model is not None else None)
         if model is None:
             raise ValueError("the model of this state is gone; call state.save(path, model)")
-        longest = int(self.layers[0].attention.fill.max()) if self.batch_size else 0
-        stored = {n: _trim(n, t, longest).detach().cpu().contiguous() for n, t in self.tensors().items()}
-        stored = {n: t.clone() for n, t in stored.items()}
-        metadata = {
-            "format": FORMAT,
-            "fingerprint": model.fingerprint(),
-            "checksum": _checksum(stored),
-            "position": json.dumps(self.position.tolist()),
-        }
-        write_atomically(path, save(stored, metadata))
+        StateFile(self, model.fingerprint()).write(path)
 
     @classmethod
     def load(cls, path: str | Path, model: "Megalodon") -> "State":
@@ -210,6 +202,49 @@ class State:
 
         Raises:
             ValueError: missing, truncated or altered file, or a state of another model.
+        """
+        return StateFile.read(path).state_for(model, path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "model": None}
+
+
+@dataclass(frozen=True, eq=False)
+class StateFile:
+    """What a state file holds.
+
+    Attributes:
+        state: on the CPU, its cache cut to the used slots until it is given to a model.
+        fingerprint: of the model.
+        tokens: int64, read but not yet in the state; bookmarks have some, see generation.context.
+        notes: strings by name, such as the date.
+    """
+
+    state: State
+    fingerprint: str
+    tokens: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def write(self, path: str | Path) -> None:
+        """Write atomically."""
+        state = self.state
+        longest = int(state.layers[0].attention.fill.max()) if state.batch_size else 0
+        stored = {n: _trim(n, t, longest).detach().cpu().contiguous() for n, t in state.tensors().items()}
+        stored = {n: t.clone() for n, t in stored.items()} | {TOKENS: self.tokens}
+        metadata = {
+            **self.notes,
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "position": json.dumps(state.position.tolist()),
+        }
+        write_atomically(path, save(stored, {**metadata, "checksum": _checksum(stored, metadata)}))
+
+    @classmethod
+    def read(cls, path: str | Path) -> "StateFile":
+        """Read and check a file.
+
+        Raises:
+            ValueError: missing, truncated or altered.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -221,18 +256,42 @@ class State:
             raise ValueError(f"{path} is not a readable state file ({error}); it may be truncated") from None
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} is not a state file of this version (it says {metadata.get('format')!r})")
-        if metadata.get("fingerprint") != model.fingerprint():
-            raise ValueError(f"{path} is a state of another model or of other weights; read the text again")
-        if metadata.get("checksum") != _checksum(stored):
+        if metadata.pop("checksum", None) != _checksum(stored, metadata):
             raise ValueError(f"{path} was altered after it was written: its checksum does not match")
-        batch = len(stored["position"])
-        template = cls.empty(model.config, batch, "meta")
-        filled = iter([_untrim(name, stored[name], t) for name, t in template.tensors().items()])
-        state = dataclasses.replace(template.map(lambda _: next(filled)), model=weakref.ref(model))
+        tokens = stored.pop(TOKENS)
+        notes = {name: metadata[name] for name in metadata.keys() - {"format", "fingerprint", "position"}}
+        return cls(_from_tensors(stored), metadata["fingerprint"], tokens, notes)
+
+    def state_for(self, model: "Megalodon", path: str | Path = "the file") -> State:
+        """The state, on the device of its model.
+
+        Raises:
+            ValueError: the state belongs to another model.
+        """
+        if self.fingerprint != model.fingerprint():
+            raise ValueError(f"{path} is a state of another model or of other weights; read the text again")
+        template = iter(State.empty(model.config, self.state.batch_size, "meta").tensors().items())
+
+        def untrim(stored: Tensor) -> Tensor:
+            name, full = next(template)
+            return _untrim(name, stored, full)
+
+        state = dataclasses.replace(self.state.map(untrim), model=weakref.ref(model))
         return state.to(next(model.parameters()).device)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "model": None}
+
+def _from_tensors(stored: dict[str, Tensor]) -> State:
+    """The inverse of State.tensors."""
+
+    def norm(prefix: str) -> NormState:
+        return NormState(*(stored[f"{prefix}.{name}"] for name in NormState._fields))
+
+    def layer(prefix: str) -> LayerState:
+        cache = KeyValueCache(*(stored[f"{prefix}.attention.{name}"] for name in KeyValueCache._fields))
+        return LayerState(norm(f"{prefix}.norm"), stored[f"{prefix}.cema"], cache)
+
+    count = sum(name.endswith(".cema") for name in stored)
+    return State(tuple(layer(f"layers.{i}") for i in range(count)), norm("norm"), stored["position"])
 
 
 def _named(state: State) -> Iterator[tuple[str, Tensor]]:
@@ -273,8 +332,8 @@ def _untrim(name: str, stored: Tensor, template: Tensor) -> Tensor:
     return full
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         t = tensors[name]
         digest.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())

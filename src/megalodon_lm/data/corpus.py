@@ -1,8 +1,13 @@
 """Documents named by a recipe or a command line: the bundled novels, files and folders."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from .books import bundled
+
+Source = str | bytes | Path | BinaryIO | Iterable[str | bytes]
+BLOCK = 1 << 16  # bytes
 
 
 def read_documents(sources: list[str]) -> dict[str, bytes]:
@@ -45,3 +50,30 @@ def read_text(path: str | Path) -> bytes:
     if not content:
         raise ValueError(f"{path} is empty; there is nothing to read in it")
     return content
+
+
+def blocks(source: Source) -> Iterator[bytes]:
+    """A text in blocks of bytes, in constant memory.
+
+    Args:
+        source: a string or bytes is the text itself; a Path, a binary file or an iterable of strings or bytes is read
+            as the blocks are taken.
+
+    Raises:
+        ValueError: a path that is missing or unreadable, or that becomes so.
+    """
+    if isinstance(source, str | bytes):
+        raw = source.encode() if isinstance(source, str) else source
+        yield from (raw[at : at + BLOCK] for at in range(0, len(raw), BLOCK))
+    elif isinstance(source, Path):
+        try:
+            with source.open("rb") as file:
+                yield from blocks(file)
+        except OSError as error:
+            raise ValueError(f"cannot read {source}: {error.strerror}") from None
+    elif hasattr(source, "read"):
+        while block := source.read(BLOCK):
+            yield block
+    else:
+        for part in source:
+            yield from blocks(part)

@@ -15,6 +15,11 @@ class ByteTokenizer:
     begin, end, pad = BEGIN, END, PAD
     specials: ClassVar[dict[str, int]] = {"<|begin|>": BEGIN, "<|end|>": END, "<|pad|>": PAD}
 
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the map between text and tokens."""
+        return "bytes-259"
+
     def encode(self, text: str | bytes, begin: bool = False) -> np.ndarray:
         """Text to int64 tokens (L,).
 

@@ -9,7 +9,7 @@ from ..model.decoder import Megalodon
 from ..state import State
 from ..training.precision import Precision, autocast, choose_precision
 from .decoding import Decoder
-from .sampling import check_sampling, sample
+from .sampling import Draws, Sampling, sample
 
 PIECE = 4096  # tokens read at a time
 
@@ -52,21 +52,21 @@ def generate(
         tokens: (B, L) int64 prompt, L at least 1.
         max_tokens: tokens to write.
         state: what was read before the prompt.
-        temperature, top_k, top_p: see sampling.sample.
-        seed: of the draws.
+        temperature, top_k, top_p: see Sampling.
+        seed: of the draws of the first row; those of the next rows follow it.
         precision: see Decoder.
 
     Yields:
         (B,) int64 tokens, as they are drawn.
     """
-    check_sampling(temperature, top_k, top_p)
-    generator = torch.Generator().manual_seed(seed)
+    sampling = Sampling(max_tokens, temperature, top_k, top_p)
+    draws = Draws([seed + row for row in range(len(tokens))])
     device = tokens.device
     with autocast(choose_precision(precision, device), device):
         logits, state = read(model, tokens, state)
     decoder = Decoder(model, state, precision)
     for count in range(max_tokens):
-        token = sample(logits, temperature, top_k, top_p, generator).to(device)
+        token = sample(logits, sampling, draws.next()).to(device)
         yield token
         if count + 1 < max_tokens:
             logits = decoder.step(token)

@@ -1,0 +1,157 @@
+"""Generator: read text of any length from any source, then write on from it, for many texts at once."""
+
+import codecs
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+
+from ..data.corpus import Source, blocks
+from ..data.tokenizer import ByteTokenizer
+from ..model.decoder import Megalodon
+from ..state import State
+from ..training.precision import Precision
+from .context import Context
+from .decoding import Decoder
+from .sampling import Draws, Sampling, sample
+
+
+class Piece(NamedTuple):
+    """One token of one row."""
+
+    row: int
+    token: int
+    text: str
+    """What can be shown now: whole characters, and nothing that may yet turn out to be a stop string."""
+    finished: Literal["", "length", "stop", "end"]
+    """Why the row ends here: max_tokens, a stop string, the end token; or empty."""
+
+
+class Generator:
+    """Reading and writing with one model.
+
+    generator = Generator(model, ByteTokenizer())
+    book = generator.read(Path("book.txt"))          # any length, constant memory
+    print(generator.write([book.fork()], Sampling(max_tokens=200))[0])
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: that of the model.
+        precision: of matrix products; see Decoder.
+    """
+
+    def __init__(self, model: Megalodon, tokenizer: ByteTokenizer, precision: Precision = "auto"):
+        self.model, self.tokenizer, self.precision = model, tokenizer, precision
+
+    def read(
+        self, source: Source, context: Context | None = None, watch: Callable[[Context], None] = lambda context: None
+    ) -> Context:
+        """Read a text to its end.
+
+        Args:
+            source: a string or bytes is the text itself; a Path, a binary file or an iterable of strings or bytes is
+                read block by block.
+            context: to read on from, in place; a new one begins with the begin token.
+            watch: called after every block.
+
+        Raises:
+            ValueError: the source is missing or unreadable.
+        """
+        if context is None:
+            context = Context(self.model, self.precision)
+            context.read(self.tokenizer.encode(b"", begin=True))
+        for block in blocks(source):
+            context.read(self.tokenizer.encode(block))
+            watch(context)
+        return context
+
+    def write(
+        self,
+        contexts: Sequence[Context],
+        sampling: Sampling,
+        seeds: Sequence[int] | None = None,
+        watch: Callable[[Piece], None] = lambda piece: None,
+    ) -> list[str]:
+        """Continue texts to their ends; arguments as in `stream`.
+
+        Returns:
+            What was written to each.
+        """
+        texts = [""] * len(contexts)
+        for piece in self.stream(contexts, sampling, seeds):
+            texts[piece.row] += piece.text
+            watch(piece)
+        return texts
+
+    def stream(
+        self, contexts: Sequence[Context], sampling: Sampling, seeds: Sequence[int] | None = None
+    ) -> Iterator[Piece]:
+        """Continue several texts side by side, token by token.
+
+        What a row says depends on its own context and seed alone, not on its neighbours nor on how its text was cut.
+        The contexts grow by what is written; fork them to keep what was.
+
+        Args:
+            contexts: at least one, each with something read; they may differ in length.
+            sampling: one for all rows.
+            seeds: one a row; by default sampling.seed for each.
+
+        Yields:
+            A Piece for each row in turn, until all rows are finished.
+        """
+        if sampling.max_tokens == 0 or not contexts:
+            return
+        read = [context.finish() for context in contexts]
+        logits = torch.cat([logits for logits, _ in read])
+        decoder = Decoder(self.model, State.cat([state for _, state in read]), self.precision)
+        rows = [_Row(self.tokenizer, sampling) for _ in contexts]
+        draws = Draws(list(seeds) if seeds is not None else [sampling.seed] * len(rows))
+        written = torch.zeros(logits.shape, dtype=torch.bool)
+        try:
+            while True:
+                tokens = sample(logits, sampling, draws.next(), written)
+                written[torch.arange(len(rows)), tokens] = True
+                for number, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+                    if not row.finished:
+                        yield Piece(number, token, row.add(token), row.finished)
+                if all(row.finished for row in rows):
+                    return
+                logits = decoder.step(tokens.to(decoder.device))
+        finally:
+            for context, row in zip(contexts, rows, strict=True):
+                context.read(torch.tensor(row.tokens, dtype=torch.int64).numpy())
+
+
+class _Row:
+    """What was written to one row, and whether it goes on."""
+
+    def __init__(self, tokenizer: ByteTokenizer, sampling: Sampling):
+        self.tokenizer, self.sampling = tokenizer, sampling
+        self.tokens: list[int] = []
+        self.finished: Literal["", "length", "stop", "end"] = ""
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+
+    def add(self, token: int) -> str:
+        """Take a token; the text that can be shown now."""
+        if token == self.tokenizer.end:
+            self.finished = "end"
+            return self._held + self._decode.decode(b"", True)
+        self.tokens.append(token)
+        last = len(self.tokens) == self.sampling.max_tokens
+        text = self._held + self._decode.decode(self.tokenizer.decode_bytes([token]), last)
+        found = [at for at in (text.find(stop) for stop in self.sampling.stop) if at >= 0]
+        if found:
+            self.finished = "stop"
+            return text[: min(found)]
+        if last:
+            self.finished = "length"
+            return text
+        held = max((_overlap(text, stop) for stop in self.sampling.stop), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` with which `stop` begins."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,255 @@
+"""Reading and writing: the same tokens however the text came in, wherever it was cut, and whoever sits beside it."""
+
+import io
+import os
+import random
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from megalodon_lm import ByteTokenizer, Megalodon, ModelConfig, State
+from megalodon_lm.data.books import bundled
+from megalodon_lm.generation import context as context_module
+from megalodon_lm.generation.context import Context, describe
+from megalodon_lm.generation.generator import Generator
+from megalodon_lm.generation.sampling import Sampling
+
+GREEDY = Sampling(max_tokens=40, temperature=0)
+SEEDED = Sampling(max_tokens=40, temperature=0.9, top_p=0.95, seed=3)
+TEXT = bundled("validation")["dracula"][5000:12000]
+
+
+@pytest.fixture(scope="module")
+def generator():
+    """bf16 where the processor has it, so that rounding would show."""
+    torch.manual_seed(0)
+    return Generator(Megalodon(ModelConfig.named("tiny")).eval(), ByteTokenizer())
+
+
+@pytest.fixture
+def short_pieces(monkeypatch):
+    monkeypatch.setattr(context_module, "PIECE", 512)
+
+
+def written(generator, context, sampling):
+    return [piece.token for piece in generator.stream([context], sampling)]
+
+
+def in_blocks(raw, size):
+    return (raw[i : i + size] for i in range(0, len(raw), size))
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("size", [1, 100, 3000])
+def test_any_source_in_any_blocks_gives_the_same_tokens(generator, short_pieces, tmp_path, sampling, size):
+    text = TEXT[: 300 if size == 1 else None]
+    string = text.decode("utf-8", "ignore")
+    text = string.encode()
+    path = tmp_path / "text.txt"
+    path.write_bytes(text)
+    sources = [text, string, path, io.BytesIO(text), in_blocks(text, size), in_blocks(string, size)]
+    found = [written(generator, generator.read(source), sampling) for source in sources]
+    assert all(tokens == found[0] for tokens in found[1:])
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_a_bookmark_goes_on_as_if_the_text_had_been_read_in_one_go(generator, short_pieces, tmp_path, sampling):
+    whole = generator.read(TEXT)
+    expected, loss = written(generator, whole.fork(), sampling), whole.loss
+    rng = random.Random(0)
+    for at in [0, 1, len(TEXT), *(rng.randrange(len(TEXT)) for _ in range(10))]:
+        for size in (64, 999, 1 << 20):
+            first = generator.read(in_blocks(TEXT[:at], size))
+            first.save(tmp_path / "book.state", generator.tokenizer)
+            context = Context.load(tmp_path / "book.state", generator.model, generator.tokenizer)
+            generator.read(in_blocks(TEXT[at:], size), context)
+            assert context.position == len(TEXT) + 1
+            assert context.loss == loss
+            assert written(generator, context, sampling) == expected
+
+
+def test_a_bookmark_goes_on_in_another_process(generator, tmp_path):
+    generator.model.save(tmp_path / "model")
+    (tmp_path / "rest.txt").write_bytes(TEXT[4500:])
+    generator.read(TEXT[:4500]).save(tmp_path / "book.state", generator.tokenizer)
+    code = f"""
+from pathlib import Path
+from megalodon_lm import ByteTokenizer, Megalodon
+from megalodon_lm.generation.context import Context
+from megalodon_lm.generation.generator import Generator
+from megalodon_lm.generation.sampling import Sampling
+generator = Generator(Megalodon.load("model").eval(), ByteTokenizer())
+context = Context.load("book.state", generator.model, generator.tokenizer)
+generator.read(Path("rest.txt"), context)
+print([piece.token for piece in generator.stream([context], {SEEDED!r})])
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert run.stdout.strip() == str(written(generator, generator.read(TEXT), SEEDED))
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_a_batch_equals_single_runs_token_by_token(generator, sampling):
+    rng = random.Random(1)
+    lengths = [1, 5000, 4096, 4095, 64, 63, *(rng.randrange(1, 5000) for _ in range(10))]
+    contexts = [generator.read(TEXT[:n]) for n in lengths]
+    alone = [written(generator, context.fork(), sampling) for context in contexts]
+    together = [[] for _ in contexts]
+    for piece in generator.stream(contexts, sampling):
+        together[piece.row].append(piece.token)
+    assert together == alone
+
+
+def test_forks_go_their_own_ways_and_leave_the_trunk_alone(generator):
+    trunk = generator.read(TEXT[:1000])
+    position = trunk.position
+    forks = [trunk.fork() for _ in range(3)]
+    texts = generator.write(forks, SEEDED, seeds=[3, 4, 5])
+    assert len(set(texts)) == 3
+    assert trunk.position == position
+    assert generator.write([trunk.fork()], SEEDED)[0] == texts[0]
+
+
+def test_what_was_written_is_part_of_the_context(generator, short_pieces):
+    context = generator.read(TEXT[:1000])
+    tokens = written(generator, context, SEEDED)
+    assert context.position == 1001 + len(tokens)
+    again = Context(generator.model)
+    again.read(np.concatenate([generator.tokenizer.encode(TEXT[:1000], begin=True), tokens]))
+    assert written(generator, context, SEEDED) == written(generator, again, SEEDED)
+
+
+def test_leaving_early_keeps_what_was_written_so_far(generator):
+    context = generator.read(TEXT[:100])
+    stream = generator.stream([context], SEEDED)
+    next(stream), next(stream)
+    stream.close()
+    assert context.position == 103
+
+
+def test_loss_is_that_of_the_model(generator, short_pieces):
+    context = generator.read(TEXT[:2000])
+    tokens = torch.from_numpy(generator.tokenizer.encode(TEXT[:2000], begin=True))
+    with torch.no_grad():
+        logits, _ = generator.model(tokens[None])
+    nats = torch.nn.functional.cross_entropy(logits[0, : context.scored], tokens[1 : context.scored + 1])
+    assert context.scored == 1536
+    assert context.loss == pytest.approx(nats.item(), rel=2e-3)
+
+
+def scripted(generator, text, monkeypatch):
+    """Let the model say this text."""
+    ids = iter([*text.encode(), generator.tokenizer.end])
+    monkeypatch.setattr(
+        "megalodon_lm.generation.generator.sample", lambda logits, *_: torch.tensor([next(ids)] * len(logits))
+    )
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected", "reason"),
+    [
+        ((), "abcabdéf", "end"),
+        (("abd",), "abc", "stop"),
+        (("abd", "ca"), "ab", "stop"),
+        (("f!",), "abcabdéf", "end"),
+        (("é",), "abcabd", "stop"),
+    ],
+)
+def test_stop_strings_never_show_even_in_part(generator, monkeypatch, stop, expected, reason):
+    scripted(generator, "abcabdéf", monkeypatch)
+    shown, pieces = "", list(generator.stream([generator.read("x")], Sampling(max_tokens=50, stop=stop)))
+    for piece in pieces:
+        shown += piece.text
+        assert expected.startswith(shown)
+    assert (shown, pieces[-1].finished) == (expected, reason)
+
+
+def test_the_limit_on_tokens_shows_what_was_held_back(generator, monkeypatch):
+    scripted(generator, "abcabdef", monkeypatch)
+    pieces = list(generator.stream([generator.read("x")], Sampling(max_tokens=5, stop=("abd",))))
+    assert "".join(piece.text for piece in pieces) == "abcab"
+    assert pieces[-1].finished == "length"
+
+
+def test_writing_nothing_is_allowed_and_reading_nothing_is_not(generator):
+    assert generator.write([generator.read("x")], Sampling(max_tokens=0)) == [""]
+    assert generator.write([], SEEDED) == []
+    with pytest.raises(ValueError, match="nothing was read"):
+        Context(generator.model).finish()
+
+
+def test_bad_bookmarks_are_refused_by_name(generator, tmp_path):
+    path = tmp_path / "book.state"
+    context = generator.read(TEXT[:5000])
+    context.save(path, generator.tokenizer)
+    said = describe(path)
+    assert said["position"] == 5001
+    assert said["nats per token"] == pytest.approx(context.loss)
+    whole = path.read_bytes()
+    assert len(whole) < 64_000  # no attention cache
+
+    def load(model=generator.model):
+        return Context.load(path, model, generator.tokenizer)
+
+    rng = random.Random(0)
+    for _ in range(20):
+        path.write_bytes(whole[: rng.randrange(len(whole))])
+        with pytest.raises(ValueError, match=r"book\.state"):
+            load()
+    for _ in range(40):
+        at = rng.randrange(8, len(whole))
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << rng.randrange(8))]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match=r"book\.state"):
+            load()
+    path.write_bytes(whole)
+    other = Megalodon(ModelConfig.named("tiny")).eval()
+    with pytest.raises(ValueError, match="another model"):
+        load(other)
+    generator.model(torch.zeros(1, 3, dtype=torch.int64))[1].save(path)
+    with pytest.raises(ValueError, match="bare state"):
+        load()
+    with pytest.raises(ValueError, match="no state file"):
+        Context.load(tmp_path / "missing", generator.model, generator.tokenizer)
+
+
+def test_a_bookmark_of_another_tokenizer_is_refused(generator, tmp_path):
+    class Other(ByteTokenizer):
+        fingerprint = "other"
+
+    generator.read(TEXT[:50]).save(tmp_path / "book.state", Other())
+    with pytest.raises(ValueError, match="another tokenizer"):
+        Context.load(tmp_path / "book.state", generator.model, generator.tokenizer)
+    assert isinstance(State.load(tmp_path / "book.state", generator.model), State)
+
+
+KILLED_WRITER = """
+import sys, torch
+from megalodon_lm import ByteTokenizer, Megalodon
+from megalodon_lm.generation.generator import Generator
+generator = Generator(Megalodon.load("model").eval(), ByteTokenizer())
+contexts = [generator.read("old " * n) for n in (100, 200)]
+print("ready", flush=True)
+while True:
+    for context in contexts:
+        context.save("book.state", generator.tokenizer)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills with SIGKILL")
+@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
+def test_kill_during_save_leaves_the_old_or_the_new_bookmark(generator, tmp_path, kills):
+    generator.model.save(tmp_path / "model")
+    rng = random.Random(0)
+    for _ in range(kills):
+        generator.read("old " * 100).save(tmp_path / "book.state", generator.tokenizer)
+        process = subprocess.Popen([sys.executable, "-c", KILLED_WRITER], stdout=subprocess.PIPE, cwd=tmp_path)
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(0.002 + rng.random() * 0.05)
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        context = Context.load(tmp_path / "book.state", generator.model, generator.tokenizer)
+        assert context.position in (401, 801)
