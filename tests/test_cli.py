@@ -27,7 +27,7 @@ def refused(*arguments, cwd=None, says):
     assert line.count("\n") == 0
 
 
-@pytest.mark.parametrize("command", ["quickstart", "train", "generate", "evaluate", "info"])
+@pytest.mark.parametrize("command", ["quickstart", "train", "generate", "evaluate", "bench", "info"])
 def test_help_teaches(command):
     result = megalodon(command, "--help")
     assert result.returncode == 0
@@ -111,6 +111,6 @@ def test_documented_commands_and_links_exist(page):
     """Every `megalodon ...` line parses up to its options, and every relative link leads somewhere."""
     text = (ROOT / page).read_text()
     for line in re.findall(r"^\s*(?:\$ )?megalodon ([a-z]+)", text, re.MULTILINE):
-        assert line in {"quickstart", "train", "generate", "evaluate", "info"}, line
+        assert line in {"quickstart", "train", "generate", "evaluate", "bench", "info"}, line
     for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
         assert ((ROOT / page).parent / link).exists(), link

@@ -12,7 +12,7 @@ import megalodon_lm
 PACKAGE = Path(__file__).parent.parent / "src" / "megalodon_lm"
 ROWS = [
     "files", "config", "ops", "state", "layers", "model", "parallel", "baselines", "data", "training", "generation",
-    "evaluation", "hub", "serving", "cli",
+    "evaluation", "benchmark", "hub", "serving", "cli",
 ]  # fmt: skip
 
 

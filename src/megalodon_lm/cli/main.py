@@ -7,6 +7,7 @@ import tyro
 from tyro.conf import arg, subcommand
 
 from .. import __version__
+from .bench import Bench
 from .evaluate import Evaluate
 from .generate import Generate
 from .info import Info
@@ -18,6 +19,7 @@ Command = (
     | Annotated[Train, subcommand("train")]
     | Annotated[Generate, subcommand("generate")]
     | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[Bench, subcommand("bench")]
     | Annotated[Info, subcommand("info")]
 )
 

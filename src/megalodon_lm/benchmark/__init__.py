@@ -1,0 +1,1 @@
+"""Speed and memory beside other models and beside the machine's own limits."""

@@ -1,0 +1,168 @@
+"""A contender in a process of its own: its memory can be told apart, and one of another library can take part.
+
+The parent writes one line of JSON and reads one; see `serve` for the requests. `jax_peer.py` speaks the same.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class ContenderFailed(Exception):
+    """A contender could not start or did not survive; the message says which and why, in one line."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a contender tells once it is ready: its settings, the seconds of the warm-up, and the memory it took."""
+
+    note: str
+    seconds: float
+    memory: int | None
+    fresh: bool = True
+    """Whether the warm-up was just now, not for an earlier comparison."""
+
+
+class Worker:
+    """The parent's end.
+
+    Args:
+        name: for messages.
+        command: of the process.
+
+    Raises:
+        ContenderFailed: it does not start.
+    """
+
+    def __init__(self, name: str, command: Sequence[str]):
+        self.name = name
+        try:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
+        except OSError as error:
+            raise ContenderFailed(f"{name} cannot start: {command[0]}: {error.strerror}") from None
+        try:
+            self._answer()  # that it is there
+        except ContenderFailed:
+            self.close()
+            raise
+
+    def prepare(self, measure: str, batch: int, length: int) -> Prepared:
+        """Make ready and run once.
+
+        Raises:
+            ContenderFailed: it ran out of memory, or refused.
+        """
+        reply = self._ask({"measure": measure, "batch": batch, "length": length})
+        return Prepared(reply["note"], reply["seconds"], reply["memory"])
+
+    def run(self) -> float:
+        """Run once more: seconds."""
+        return self._ask({"run": True})["seconds"]
+
+    def release(self) -> None:
+        """Let go of what `prepare` made."""
+        self._ask({"release": True})
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.communicate()
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+        except OSError:
+            raise ContenderFailed(self._end()) from None
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise ContenderFailed(self._end())
+        reply = json.loads(line)
+        if "error" in reply:
+            raise ContenderFailed(f"{self.name}: {reply['error']}")
+        return reply
+
+    def _end(self) -> str:
+        code = self.process.wait()
+        how = f"was ended by {signal.Signals(-code).name}; out of memory?" if code < 0 else f"ended with code {code}"
+        return f"{self.name} {how}"
+
+
+def resident(peak: bool = False) -> int | None:
+    """Bytes of this process in memory, now or at most since `forget_peak`; None where the system does not tell."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    key = "VmHWM:" if peak else "VmRSS:"
+    return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith(key)), None)
+
+
+def forget_peak() -> None:
+    """Give freed memory back to the system and let the peak begin anew, where the system can."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError, TypeError):
+        pass
+
+
+def serve(name: str, model: dict[str, Any], precision: Any) -> None:
+    """The child's end: answer requests until the input ends.
+
+    `{"measure", "batch", "length"}` makes ready, warms up and answers `{"note", "seconds", "memory"}`; `{"run"}` runs
+    once and answers `{"seconds"}`; `{"release"}` frees and answers `{}`. What fails answers `{"error"}`.
+    """
+    answers = os.fdopen(os.dup(1), "w")  # libraries that print do not disturb the answers
+    os.dup2(2, 1)
+
+    def answer(reply: dict[str, Any]) -> None:
+        answers.write(json.dumps(reply) + "\n")
+        answers.flush()
+
+    from ..config import ModelConfig
+    from .workloads import contender
+
+    competitor = contender(name, ModelConfig.from_dict(model), precision)
+    timer = None
+    answer({})
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            if "run" in request:
+                assert timer is not None
+                answer({"seconds": timer()})
+                continue
+            timer = None
+            if "release" in request:
+                answer({})
+                continue
+            note = competitor.settle(**request)
+            forget_peak()
+            before = resident()
+            timer = competitor.timer(**request)
+            forget_peak()
+            seconds = timer()
+            after = resident(peak=True)
+            memory = None if before is None or after is None else max(0, after - before)
+            answer({"note": note, "seconds": seconds, "memory": memory})
+        except (RuntimeError, ValueError, MemoryError) as error:
+            answer({"error": str(error).splitlines()[0] if str(error) else type(error).__name__})
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], json.loads(sys.argv[2]), sys.argv[3])

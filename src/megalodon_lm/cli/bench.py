@@ -1,0 +1,86 @@
+"""megalodon bench"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+TABLE_WIDTH = 132
+
+
+@dataclass
+class Bench:
+    """Measure speed and memory beside other models of the same size, and beside what this machine can do at most.
+
+    Llama, Mamba and RWKV come with pip install 'megalodon-lm[bench]'. megalodon-jax needs an interpreter of its own:
+    python -m venv v && v/bin/pip install megalodon-jax==0.2.2, then --jax-python v/bin/python. What is missing is left
+    out. Models take turns, each in its own process; a ratio is the median of the rounds' ratios. Threads are PyTorch's:
+    OMP_NUM_THREADS=1 measures on one.
+    """
+
+    quick: bool = False
+    """Lengths of 1K and 4K and few rounds: under three minutes on two cores."""
+    json: Path | None = None
+    """Write the records to this file, after each comparison."""
+    plot: Path | None = None
+    """Draw tokens per second against length into this file (.png, .svg, .pdf)."""
+    model: str = "bench22M"
+    """A named size or a configuration file."""
+    measures: tuple[Literal["training", "prefill", "decode", "cema"], ...] = ("training", "prefill", "decode", "cema")
+    """A training step (forward, loss and backward); reading a prompt; writing tokens after one; the CEMA operation."""
+    peers: tuple[Literal["llama", "mamba", "rwkv", "jax", "floor", "itself", "portable"], ...] = (
+        "llama", "mamba", "rwkv", "jax", "floor", "itself", "portable",
+    )  # fmt: skip
+    """What to compare with; itself is Megalodon at a short length, portable its CEMA without native kernels."""
+    lengths: tuple[int, ...] = ()
+    """Tokens; each comparison takes those a CPU bears. Nothing for 1K to 128K."""
+    jax_python: str | None = None
+    """Interpreter of a virtual environment that has megalodon-jax."""
+    precision: str = "auto"
+    """bf16 or float32 matrix products; auto takes bf16 where the processor has it."""
+
+    def run(self) -> None:
+        """Carry out the command."""
+        import torch
+        from rich.console import Console
+
+        from ..benchmark.records import Record, write_records
+        from ..benchmark.report import draw, table
+        from ..benchmark.suite import LENGTHS, QUICK_LENGTHS, Case, Suite, left_out, plan
+        from ..config import ModelConfig
+        from ..training.precision import check_precision, choose_precision
+        from .progress import console
+
+        for length in self.lengths:
+            if length < 1:
+                raise ValueError(f"--lengths {length} must be at least 1")
+        is_file = self.model.endswith((".toml", ".json"))
+        config = ModelConfig.load(self.model) if is_file else ModelConfig.named(self.model)
+        precision = choose_precision(check_precision(self.precision), torch.device("cpu"))
+        reasons = left_out(self.peers, self.jax_python)
+        for peer, reason in reasons.items():
+            console.print(f"{peer} is left out: {reason}", highlight=False, markup=False, soft_wrap=True)
+        lengths = self.lengths or (QUICK_LENGTHS if self.quick else LENGTHS)
+        cases = plan(self.measures, [p for p in self.peers if p not in reasons], lengths, self.quick)
+        if not cases:
+            raise ValueError("these measures, peers and lengths leave nothing to compare; see megalodon bench --help")
+        effort = dict(budget=2.0, fewest=1, most=5) if self.quick else {}
+        suite = Suite(config, precision, self.jax_python, **effort)  # type: ignore[arg-type]
+        threads = torch.get_num_threads()
+        console.print(f"{config.num_parameters:,} parameters, {precision}, {threads} threads", highlight=False)
+
+        def skipped(case: Case, reason: str) -> None:
+            console.print(f"{case} is left out: {reason}", highlight=False, markup=False, soft_wrap=True)
+
+        records: list[Record] = []
+        for record in suite.run(cases, skipped):
+            records.append(record)
+            if self.json is not None:
+                write_records(self.json, records)
+            console.print(
+                f"{len(records)}/{len(cases)} {record.measure} {record.length:,} against {record.peer_name}: "
+                f"{record.ratio_median:.2f} ({record.ratio_low:.2f} - {record.ratio_high:.2f})",
+                highlight=False,
+            )
+        Console(width=max(Console().width, TABLE_WIDTH)).print(table(records))
+        if self.plot is not None:
+            draw(self.plot, records)
