@@ -2,8 +2,10 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,7 @@ def refused(*arguments, cwd=None, says):
     assert line.count("\n") == 0
 
 
-@pytest.mark.parametrize("command", ["quickstart", "train", "generate", "evaluate", "bench", "info"])
+@pytest.mark.parametrize("command", ["quickstart", "train", "read", "generate", "chat", "evaluate", "bench", "info"])
 def test_help_teaches(command):
     result = megalodon(command, "--help")
     assert result.returncode == 0
@@ -60,16 +62,72 @@ def test_generate_reads_a_file_and_standard_input(saved, tmp_path):
     by_file = megalodon("generate", saved, "--prompt-file", tmp_path / "prompt.txt", *options)
     by_stdin = megalodon("generate", saved, "--prompt-file", "-", *options, input="A prompt")
     by_option = megalodon("generate", saved, "--prompt", "A prompt", *options)
-    assert by_file.stdout == by_stdin.stdout == by_option.stdout != ""
+    assert "A prompt" + by_file.stdout == "A prompt" + by_stdin.stdout == by_option.stdout
+    assert len(by_file.stdout) > 1
+
+
+def test_a_bookmark_from_command_to_command(saved, tmp_path):
+    """Read, look, read on, write several continuations, save one and go on from it."""
+    (tmp_path / "one.txt").write_text("The first half, ")
+    options = ("--max-tokens", 8, "--seed", 3)
+    read = megalodon("read", saved, "one.txt", "--save", "a.state", cwd=tmp_path)
+    assert read.returncode == 0, read.stderr
+    assert "17 tokens" in read.stdout
+    said = json.loads(megalodon("state", "show", "a.state", "--json", cwd=tmp_path).stdout)
+    assert (said["position"], said["tokenizer"]) == (17, "bytes-259")
+    megalodon(
+        "read", saved, "-", "--state", "a.state", "--save", "b.state", cwd=tmp_path, input="and the second half of it."
+    )
+    whole = megalodon("generate", saved, "--prompt", "The first half, and the second half of it.", *options)
+    parted = megalodon("generate", saved, "--state", "b.state", "--save", "c.state", *options, cwd=tmp_path)
+    assert whole.stdout == "The first half, and the second half of it." + parted.stdout
+    assert json.loads(megalodon("state", "show", "c.state", "--json", cwd=tmp_path).stdout)["position"] == 51
+    forks = megalodon(
+        "generate", saved, "--state", "b.state", "--samples", 2, "--save", "d.state", *options, cwd=tmp_path
+    )
+    assert forks.stdout.startswith(f"--- seed 3\n{parted.stdout}--- seed 4\n")
+    assert (tmp_path / "d.1.state").read_bytes()
+    assert (tmp_path / "d.2.state").read_bytes()
+
+
+def test_interrupted_reading_keeps_what_was_read(saved, tmp_path):
+    command = [sys.executable, "-m", "megalodon_lm.cli.main", "read", saved, "-", "--save", tmp_path / "a.state"]
+    reader = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    reader.stdin.write("word " * 40_000)
+    reader.stdin.flush()
+    time.sleep(8)
+    reader.send_signal(signal.SIGINT)
+    out, _ = reader.communicate(timeout=60)
+    assert reader.returncode == 130
+    assert re.search(r"a\.state: [\d,]+ tokens", out)
+    said = json.loads(megalodon("state", "show", tmp_path / "a.state", "--json").stdout)
+    assert said["position"] > 100_000
+
+
+def test_chat_forks_saves_and_comes_back(saved, tmp_path):
+    lines = ["Hello there", "/fork x", "More", "/save b.state", "/load x", "More", "/stats", "/nonsense"]
+    lines += ["/load b.state", "/stats", "/quit", "not read"]
+    result = megalodon("chat", saved, "--max-tokens", 12, input="\n".join(lines), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    first, second = re.findall(r"(\d+) tokens read", result.stdout)
+    assert first == second, "the same words from the same point give the same answer"
+    said = json.loads(megalodon("state", "show", tmp_path / "b.state", "--json").stdout)
+    assert str(said["position"]) == second
+    assert "no command /nonsense" in result.stderr
 
 
 def test_evaluate_perplexity_writes_its_figures(saved, tmp_path):
     (tmp_path / "text.txt").write_text("some words " * 50)
     out = tmp_path / "figures.json"
-    result = megalodon("evaluate", "perplexity", saved, tmp_path / "text.txt", "--contexts", 16, 0, "--json", out)
+    result = megalodon("evaluate", "perplexity", saved, tmp_path / "text.txt", "--contexts", 16, 0, 9999,
+                       "--norm-statistics", "both", "--json", out, "--plot", tmp_path / "figures.png")  # fmt: skip
     assert result.returncode == 0, result.stderr
     figures = json.loads(out.read_text())
-    assert list(figures["bits_per_byte_by_context"]) == ["16", "550"]
+    for norms in ("cumulative", "windowed"):
+        assert list(figures[norms]["bits_per_byte_by_context"]) == ["16", "550"]
+    assert figures["cumulative"] != figures["windowed"]
+    assert (tmp_path / "figures.png").stat().st_size > 10_000
+    assert "largest change" in result.stderr
 
 
 def test_info_prints_json():
@@ -96,6 +154,11 @@ def test_bad_input_ends_in_one_line(saved, tmp_path):
     refused("evaluate", "perplexity", saved, "missing.txt", cwd=tmp_path, says="no such file: missing.txt")
     refused("evaluate", "perplexity", saved, tmp_path / "empty.txt", says="is empty")
     refused("generate", saved, "--temperature", "-1", says="temperature")
+    refused("generate", saved, "--state", tmp_path / "none.state", says="no state file")
+    refused("state", "show", tmp_path / "empty.txt", says="not a readable state file")
+    refused("read", saved, tmp_path / "missing.txt", "--save", tmp_path / "a.state", says="no such file")
+    refused("read", saved, "bundled:validation", "--save", tmp_path / "none" / "a.state", says="cannot write")
+    refused("evaluate", "perplexity", saved, "--window-length", "9", says="at most first = 8")
     assert not (tmp_path / "runs").exists()
 
 
@@ -111,6 +174,6 @@ def test_documented_commands_and_links_exist(page):
     """Every `megalodon ...` line parses up to its options, and every relative link leads somewhere."""
     text = (ROOT / page).read_text()
     for line in re.findall(r"^\s*(?:\$ )?megalodon ([a-z]+)", text, re.MULTILINE):
-        assert line in {"quickstart", "train", "generate", "evaluate", "bench", "info"}, line
+        assert line in {"quickstart", "train", "read", "generate", "chat", "state", "evaluate", "bench", "info"}, line
     for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
         assert ((ROOT / page).parent / link).exists(), link

@@ -1,39 +1,120 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from megalodon_lm import Megalodon, ModelConfig
 from megalodon_lm.evaluation import perplexity
-from megalodon_lm.evaluation.perplexity import bits_per_byte, by_position, compressors, score
+from megalodon_lm.evaluation.by_context import WHOLE, measure
+from megalodon_lm.evaluation.compressors import compressors
+from megalodon_lm.evaluation.norm_statistics import Window
+from megalodon_lm.evaluation.perplexity import Losses, score
+
+LENGTH = 250
 
 
-@pytest.mark.parametrize("context", [None, 100, 64, 1000])
-def test_score_equals_one_forward_pass_a_window(tiny, context, monkeypatch):
-    """Whatever rows and pieces the windows are read in."""
+def text(length=LENGTH):
+    return torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(0))
+
+
+def expected_losses(model, tokens, context):
+    """One forward pass a window, in nats; and the position of each in its window."""
+    losses, positions = [], []
+    for window in tokens.split(context or len(tokens)):
+        logits, _ = model(torch.cat([torch.tensor([256]), window[:-1]])[None])
+        losses.append(F.cross_entropy(logits[0], window, reduction="none"))
+        positions.append(torch.arange(len(window)))
+    return torch.cat(losses).detach().double().numpy(), torch.cat(positions).numpy()
+
+
+@pytest.mark.parametrize("block", [1, 7, 1000])
+@pytest.mark.parametrize("context", [None, 1, 100, 64, 1000])
+def test_score_equals_one_forward_pass_a_window(tiny, context, block, monkeypatch):
+    """Whatever blocks the text comes in, and whatever pieces the windows are read in."""
     monkeypatch.setattr(perplexity, "BATCH_TOKENS", 128)
-    monkeypatch.setattr(perplexity, "_PIECE", 48)
-    tokens = torch.randint(0, 256, (250,), generator=torch.Generator().manual_seed(0))
-    actual = score(tiny, tokens, 256, context)
-    expected = []
-    for window in tokens.split(context or 250):
-        logits, _ = tiny(torch.cat([torch.tensor([256]), window[:-1]])[None])
-        expected.append(F.cross_entropy(logits[0], window, reduction="none"))
-    np.testing.assert_allclose(actual, torch.cat(expected).detach().numpy(), atol=1e-4)
+    found = score(tiny, (b.numpy() for b in text().split(block)), 256, context)
+    losses, positions = expected_losses(tiny, text(), context)
+    assert found.tokens == LENGTH
+    assert found.nats == pytest.approx(losses.sum(), rel=1e-5)
+    low = 0
+    for end, bits in found.by_position().items():
+        inside = (positions >= low) & (positions < end)
+        assert bits == pytest.approx(losses[inside].mean() / math.log(2), rel=1e-4)
+        low = end
+    assert low == min(context or LENGTH, LENGTH)
+
+
+@pytest.mark.parametrize("window", [Window(2, 1, 2), Window(4, 2, 3), Window(3, 2, 1)])
+def test_windowed_statistics_are_those_of_the_last_chunks_read_alone(window):
+    """The procedure written out, chunk by chunk, in float64."""
+    torch.manual_seed(1)
+    model = Megalodon(ModelConfig.named("tiny", chunk_size=16)).double().eval()
+    tokens = text(16 * 11 + 5)
+    inputs = torch.cat([torch.tensor([256]), tokens[:-1]])
+    found = score(model, [tokens.numpy()], 256, window=window)
+    state, nats = None, 0.0
+    for number, (chunk, targets) in enumerate(zip(inputs.split(16), tokens.split(16), strict=True), 1):
+        logits, state = model(chunk[None], state)
+        nats += F.cross_entropy(logits[0], targets, reduction="sum").item()
+        if len(chunk) == 16 and number >= window.first and (number - window.first) % window.every == 0:
+            _, recent = model(inputs[(number - window.length) * 16 : number * 16][None])
+            mixed = {**state.tensors(), **{n: t for n, t in recent.tensors().items() if "norm" in n}}
+            values = iter(mixed.values())
+            state = state.map(lambda _, values=values: next(values))
+    assert found.nats == pytest.approx(nats, rel=1e-12)
+    assert found.nats != pytest.approx(score(model, [tokens.numpy()], 256).nats, rel=1e-6)
+
+
+def test_windowed_statistics_of_windows_side_by_side(tiny, monkeypatch):
+    """Contexts of more chunks than `first` that fit several at once give what each alone gives."""
+    window = Window(2, 2, 1)
+    tokens = text(1000)
+    together = score(tiny, [tokens.numpy()], 256, 300, window=window)
+    alone = [score(tiny, [part.numpy()], 256, window=window).nats for part in tokens.split(300)]
+    assert together.nats == pytest.approx(sum(alone), rel=1e-6)
+
+
+def test_windows_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="length = 9 must be at most first = 8"):
+        Window(length=9)
+    with pytest.raises(ValueError, match="every = 0 must be at least 1"):
+        Window(every=0)
+
+
+def test_contexts_are_measured_once_each_and_end_with_the_whole(tiny):
+    def read():
+        return iter([text().numpy()])
+
+    curve = measure(tiny, read, LENGTH, 256, [WHOLE, 5000, 16, 64, 16, 300], "float32")
+    assert list(curve.losses) == [16, 64, LENGTH]
+    expected = {c: expected_losses(tiny, text(), c)[0].sum() / math.log(2) / LENGTH for c in (16, 64, LENGTH)}
+    assert curve.bits_per_byte == pytest.approx(expected, rel=1e-5)
+    steps = np.diff(list(expected.values()))
+    assert curve.largest_rise == pytest.approx(steps.max(), rel=1e-2)
+    assert curve.longest.tokens == LENGTH
 
 
 def test_uniform_model_needs_the_logarithm_of_the_vocabulary():
-    losses = np.full(1000, np.log(256))
-    assert bits_per_byte(losses, 1000) == pytest.approx(8)
-    assert bits_per_byte(losses, 500) == pytest.approx(16)
+    losses = Losses()
+    losses.add(0, np.full((10, 100), np.log(256)))
+    assert losses.bits_per_byte(1000) == pytest.approx(8)
+    assert losses.bits_per_byte(500) == pytest.approx(16)
+    assert losses.perplexity == pytest.approx(256)
 
 
 def test_positions_fall_into_buckets_that_cover_the_window():
-    losses = np.tile(np.arange(10) * np.log(2), 3)
-    assert by_position(losses, 10) == pytest.approx({1: 0, 2: 1, 4: 2.5, 8: 5.5, 10: 8.5})
+    losses = Losses()
+    values = np.tile(np.arange(10) * np.log(2), (3, 1))
+    losses.add(0, values[:, :3])
+    losses.add(3, values[:, 3:])
+    assert losses.by_position() == pytest.approx({1: 0, 2: 1, 4: 2.5, 8: 5.5, 10: 8.5})
 
 
 def test_compressors_on_the_validation_text():
     from megalodon_lm.data.books import bundled
 
-    found = compressors(bundled("validation")["dracula"])
+    novel = bundled("validation")["dracula"]
+    found = compressors(novel[at : at + 100_000] for at in range(0, len(novel), 100_000))
     assert found == pytest.approx({"gzip": 2.952, "xz": 2.420, "bzip2": 2.125}, abs=0.002)

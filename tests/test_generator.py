@@ -14,9 +14,10 @@ import torch
 from megalodon_lm import ByteTokenizer, Megalodon, ModelConfig, State
 from megalodon_lm.data.books import bundled
 from megalodon_lm.generation import context as context_module
-from megalodon_lm.generation.context import Context, describe
+from megalodon_lm.generation.context import Context, bookmark_bytes, describe, piece_length
 from megalodon_lm.generation.generator import Generator
 from megalodon_lm.generation.sampling import Sampling
+from megalodon_lm.state import StateFile
 
 GREEDY = Sampling(max_tokens=40, temperature=0)
 SEEDED = Sampling(max_tokens=40, temperature=0.9, top_p=0.95, seed=3)
@@ -59,7 +60,7 @@ def test_any_source_in_any_blocks_gives_the_same_tokens(generator, short_pieces,
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
 def test_a_bookmark_goes_on_as_if_the_text_had_been_read_in_one_go(generator, short_pieces, tmp_path, sampling):
     whole = generator.read(TEXT)
-    expected, loss = written(generator, whole.fork(), sampling), whole.loss
+    expected, loss = written(generator, whole.fork(), sampling), whole.loss()
     rng = random.Random(0)
     for at in [0, 1, len(TEXT), *(rng.randrange(len(TEXT)) for _ in range(10))]:
         for size in (64, 999, 1 << 20):
@@ -68,7 +69,7 @@ def test_a_bookmark_goes_on_as_if_the_text_had_been_read_in_one_go(generator, sh
             context = Context.load(tmp_path / "book.state", generator.model, generator.tokenizer)
             generator.read(in_blocks(TEXT[at:], size), context)
             assert context.position == len(TEXT) + 1
-            assert context.loss == loss
+            assert context.loss() == loss
             assert written(generator, context, sampling) == expected
 
 
@@ -82,6 +83,7 @@ from megalodon_lm import ByteTokenizer, Megalodon
 from megalodon_lm.generation.context import Context
 from megalodon_lm.generation.generator import Generator
 from megalodon_lm.generation.sampling import Sampling
+from megalodon_lm.state import StateFile
 generator = Generator(Megalodon.load("model").eval(), ByteTokenizer())
 context = Context.load("book.state", generator.model, generator.tokenizer)
 generator.read(Path("rest.txt"), context)
@@ -135,9 +137,11 @@ def test_loss_is_that_of_the_model(generator, short_pieces):
     tokens = torch.from_numpy(generator.tokenizer.encode(TEXT[:2000], begin=True))
     with torch.no_grad():
         logits, _ = generator.model(tokens[None])
-    nats = torch.nn.functional.cross_entropy(logits[0, : context.scored], tokens[1 : context.scored + 1])
+    nats = torch.nn.functional.cross_entropy(logits[0, :-1], tokens[1:], reduction="none")
     assert context.scored == 1536
-    assert context.loss == pytest.approx(nats.item(), rel=2e-3)
+    assert context.loss(complete=False) == pytest.approx(nats[:1536].mean().item(), rel=2e-3)
+    assert context.loss() == pytest.approx(nats.mean().item(), rel=2e-3)
+    assert context.scored == 1536
 
 
 def scripted(generator, text, monkeypatch):
@@ -181,13 +185,26 @@ def test_writing_nothing_is_allowed_and_reading_nothing_is_not(generator):
         Context(generator.model).finish()
 
 
+@pytest.mark.parametrize("name", ["tiny", "bench22M", "mega200M", "paper7B"])
+def test_size_of_a_bookmark_is_known_beforehand(name, tmp_path):
+    """That of the 7B too: a real state of its configuration, in bf16, with a full piece of tokens waiting."""
+    config = ModelConfig.named(name)
+    state = State.empty(config, 1, dtype=torch.bfloat16)  # its cache is never touched, so it takes no memory
+    waiting = torch.zeros(piece_length(config), dtype=torch.int64)
+    StateFile(state, "fingerprint", waiting).write(tmp_path / "a.state")
+    file = StateFile.read(tmp_path / "a.state")
+    assert file.state.nbytes + file.tokens.nbytes == bookmark_bytes(config)
+    names = 100 * len(state.tensors()) + 2000
+    assert bookmark_bytes(config) < (tmp_path / "a.state").stat().st_size < bookmark_bytes(config) + names
+
+
 def test_bad_bookmarks_are_refused_by_name(generator, tmp_path):
     path = tmp_path / "book.state"
     context = generator.read(TEXT[:5000])
     context.save(path, generator.tokenizer)
     said = describe(path)
     assert said["position"] == 5001
-    assert said["nats per token"] == pytest.approx(context.loss)
+    assert said["nats per token"] == pytest.approx(context.loss(complete=False))
     whole = path.read_bytes()
     assert len(whole) < 64_000  # no attention cache
 

@@ -178,10 +178,11 @@ def test_drop_keys_never_drops_a_tokens_own_key(drop_keys):
     assert torch.equal(model.train()(tokens)[0], model.eval()(tokens)[0]) == drop_keys
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["portable", "native"])
 @pytest.mark.parametrize("changes", [{}, {"dropout": 0.3, "hidden_dropout": 0.3, "attention_dropout": 0.3}])
-def test_activation_checkpointing_changes_nothing(changes):
+def test_activation_checkpointing_changes_nothing(changes, dtype):
     tokens = torch.randint(0, 30, (2, 30), generator=torch.Generator().manual_seed(0))
-    model, found = build(**changes), []
+    model, found = build(**changes).to(dtype), []
     for model.activation_checkpointing in (False, True):
         torch.manual_seed(0)
         _, state = model(tokens)

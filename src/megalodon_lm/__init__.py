@@ -12,17 +12,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import ModelConfig
     from .data.tokenizer import ByteTokenizer
+    from .generation.context import Context
+    from .generation.generator import Generator
+    from .generation.sampling import Sampling
     from .generation.stream import generate
     from .model.decoder import Megalodon
     from .state import State
 
 __version__ = "0.1.0"
-__all__ = ["ByteTokenizer", "Megalodon", "ModelConfig", "State", "generate"]
+__all__ = ["ByteTokenizer", "Context", "Generator", "Megalodon", "ModelConfig", "Sampling", "State", "generate"]
 
 _HOME = {
     "ByteTokenizer": "data.tokenizer",
+    "Context": "generation.context",
+    "Generator": "generation.generator",
     "Megalodon": "model.decoder",
     "ModelConfig": "config",
+    "Sampling": "generation.sampling",
     "State": "state",
     "generate": "generation.stream",
 }

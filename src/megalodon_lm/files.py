@@ -29,6 +29,22 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
+def check_writable(path: str | Path) -> None:
+    """Refuse a place that could not be written, before work is done for it.
+
+    Raises:
+        ValueError: the folder is missing or not writable, or the path is a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"cannot write {path}: it is a folder; name a file in it")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -316,16 +316,17 @@ def _on_cpu(name: str) -> bool:
     return name.endswith("fill") or name == "position"
 
 
-def _is_cache(name: str) -> bool:
+def is_cache(name: str) -> bool:
+    """Whether a tensor of this name holds keys or values of the unfinished chunk."""
     return name.endswith(("attention.keys", "attention.values"))
 
 
 def _trim(name: str, t: Tensor, longest: int) -> Tensor:
-    return t[:, :longest] if _is_cache(name) else t
+    return t[:, :longest] if is_cache(name) else t
 
 
 def _untrim(name: str, stored: Tensor, template: Tensor) -> Tensor:
-    if not _is_cache(name):
+    if not is_cache(name):
         return stored
     full = stored.new_zeros(template.shape)
     full[:, : stored.shape[1]] = stored

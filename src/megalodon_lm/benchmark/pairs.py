@@ -18,7 +18,7 @@ class Ratio:
 
 
 def alternate(timers: Sequence[Timer], rounds: int) -> list[list[float]]:
-    """Let each timer run once a round, in the order given.
+    """Let each timer run once a round, every other round in reverse order, so that none has always the same before it.
 
     Args:
         timers: already warmed up.
@@ -28,8 +28,9 @@ def alternate(timers: Sequence[Timer], rounds: int) -> list[list[float]]:
         For each timer its seconds, one a round.
     """
     seconds: list[list[float]] = [[] for _ in timers]
-    for _ in range(rounds):
-        for timer, times in zip(timers, seconds, strict=True):
+    turns = list(zip(timers, seconds, strict=True))
+    for number in range(rounds):
+        for timer, times in turns[:: -1 if number % 2 else 1]:
             times.append(timer())
     return seconds
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from ..plots import picture
 from .records import Record
 from .suite import MEASURES, short
 
@@ -55,31 +56,18 @@ def draw(path: Path, records: Sequence[Record]) -> None:
     Raises:
         ValueError: the path cannot be written, or its ending names no kind of picture.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     measures = [m for m in MEASURES if any(r.measure == m for r in records)]
-    figure, axes = pyplot.subplots(
-        1, len(measures), figsize=(4.4 * len(measures), 4), squeeze=False, layout="constrained"
-    )
-    for axis, measure in zip(axes[0], measures, strict=True):
-        for name, points in sorted(_lines(records, measure).items()):
-            style = "--" if "floor" in name else "-"
-            colour = COLOURS.get(name, "0.5")
-            axis.plot(*zip(*sorted(points.items()), strict=True), "o", linestyle=style, color=colour, label=name)
-        lengths = sorted({r.length for r in records if r.measure == measure})
-        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="tokens per second", title=measure)
-        axis.set_xticks(lengths, [short(length) for length in lengths])
-        axis.minorticks_off()
-        axis.legend(fontsize=8)
-    try:
-        figure.savefig(path, dpi=110)
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        pyplot.close(figure)
+    with picture(path, len(measures), 4.4) as axes:
+        for axis, measure in zip(axes, measures, strict=True):
+            for name, points in sorted(_lines(records, measure).items()):
+                style = "--" if "floor" in name else "-"
+                colour = COLOURS.get(name, "0.5")
+                axis.plot(*zip(*sorted(points.items()), strict=True), "o", linestyle=style, color=colour, label=name)
+            lengths = sorted({r.length for r in records if r.measure == measure})
+            axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="tokens per second", title=measure)
+            axis.set_xticks(lengths, [short(length) for length in lengths])
+            axis.minorticks_off()
+            axis.legend(fontsize=8)
 
 
 def _lines(records: Sequence[Record], measure: str) -> dict[str, dict[int, float]]:

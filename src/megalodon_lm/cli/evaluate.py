@@ -2,29 +2,43 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, subcommand
+
+if TYPE_CHECKING:
+    from ..evaluation.by_context import Curve
 
 
 @dataclass
 class Perplexity:
     """Loss and bits per byte of a text, by how far back the model may look.
 
-    The text is read once for each context, with the state emptied every so many bytes, in constant memory; then by
-    position in the longest context.
+    The text, of any size, is read once for each context, with the state emptied every so many tokens, in constant
+    memory. Longer contexts should be no worse.
     """
 
     model: Positional[Path]
     """A run folder or a saved model."""
     text: Positional[list[str]] = field(default_factory=lambda: ["bundled:validation"])
-    """Text files, folders of .txt files, or bundled:validation (Dracula)."""
-    contexts: list[int] = field(default_factory=lambda: [64, 1024, 16384, 0])
-    """Bytes of context; 0 for the whole text."""
-    precision: str = "auto"
-    """bf16 or float32 matrix products; auto takes bf16 where the processor has it."""
+    """Text files, folders of .txt files, or bundled:validation (Dracula); together they are one text."""
+    contexts: list[int] = field(default_factory=lambda: [64, 1024, 4096, 16_384, 65_536, 0])
+    """Tokens of context; 0 for the whole text."""
+    norm_statistics: Literal["cumulative", "windowed", "both"] = "cumulative"
+    """Of the timestep norms: cumulative, as the model was trained; windowed, of the last chunks, as the Megalodon
+    authors evaluate long texts, at about four times the cost; or one after the other."""
+    window_first: int = 8
+    """Windowed: chunks before the statistics are replaced for the first time."""
+    window_every: int = 2
+    """Windowed: chunks from one replacement to the next."""
+    window_length: int = 6
+    """Windowed: chunks the statistics are taken from."""
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    """Of matrix products; auto takes bf16 where the device multiplies it natively."""
     json: Path | None = None
-    """Also write the figures to this file."""
+    """Write the figures to this file."""
+    plot: Path | None = None
+    """Draw them into this file (.png, .svg, .pdf)."""
     device: str = "cpu"
     """cpu or cuda."""
 
@@ -33,56 +47,76 @@ class Perplexity:
         import json
 
         import torch
-        from rich.table import Table
 
-        from ..data.corpus import read_documents
+        from ..data.corpus import blocks, find_documents, size
         from ..data.tokenizer import ByteTokenizer
-        from ..evaluation.perplexity import bits_per_byte, by_position, score
+        from ..evaluation.by_context import draw, measure
+        from ..evaluation.norm_statistics import Window
+        from ..evaluation.perplexity import Losses
         from ..files import write_atomically
-        from ..training.precision import check_precision, choose_precision
+        from ..training.precision import choose_precision
         from .models import load_trained
         from .progress import console, progress_bar
 
         for context in self.contexts:
             if context < 0:
                 raise ValueError(f"--contexts {context} must be at least 0; 0 means the whole text")
-        documents = read_documents(self.text)
-        text = b"".join(documents.values())
+        if not self.contexts:
+            raise ValueError("--contexts needs at least one length; 0 means the whole text")
+        windowed = Window(self.window_first, self.window_every, self.window_length)
+        windows: list[Window | None] = [] if self.norm_statistics == "windowed" else [None]
+        if self.norm_statistics != "cumulative":
+            windows.append(windowed)
+        documents = find_documents(self.text)
+        num_bytes = sum(size(document) for document in documents.values())
         model, tokenizer = load_trained(self.model, self.device), ByteTokenizer()
-        tokens = torch.from_numpy(tokenizer.encode(text))
-        precision = choose_precision(check_precision(self.precision), torch.device(self.device))
-        by_context: dict[int, float] = {}
-        positions: dict[int, float] = {}
-        for context in sorted({c or len(tokens) for c in self.contexts}):
-            done = 0
-            with progress_bar(f"context {context:,}", len(tokens)) as move:
+        precision = choose_precision(self.precision, torch.device(self.device))
+        curves = []
+        for window in windows:
+            title = f"{'windowed' if window else 'cumulative'} norm statistics"
+            with progress_bar(title, len(set(self.contexts)) * num_bytes) as move:
+                done = dict.fromkeys(self.contexts, 0)
 
-                def count(scored: int, move: Any = move) -> None:
-                    nonlocal done
-                    done += scored
-                    move(min(done, len(tokens)))
+                def watch(context: int, losses: Losses, move: Any = move, done: dict[int, int] = done) -> None:
+                    done[context] = losses.tokens
+                    move(sum(done.values()), f"context {context or 'whole text'}: {losses.mean:.3f} nats")
 
-                losses = score(model, tokens, tokenizer.begin, context, precision, count)
-            by_context[context] = bits_per_byte(losses, len(text))
-            positions = by_position(losses, min(context, len(tokens)))
-        console.print(f"{len(text):,} bytes of {len(documents)} documents, {precision}", highlight=False)
-        table = Table("context", "bits per byte", "loss (nats per token)")
-        for context, value in by_context.items():
-            table.add_row(f"{context:,}", f"{value:.4f}", f"{value * len(text) / len(tokens) * 0.6931471805599453:.4f}")
+                curves.append(
+                    measure(
+                        model, lambda: map(tokenizer.encode, blocks(documents.values())), num_bytes, tokenizer.begin,
+                        self.contexts, precision, window, watch,
+                    )
+                )  # fmt: skip
+        console.print(f"{num_bytes:,} bytes of {len(documents)} documents, {precision}", highlight=False)
+        for curve in curves:
+            self._show(curve)
+        if self.json is not None:
+            figures = {"bytes": num_bytes, "precision": precision} | {c.norm_statistics: c.figures() for c in curves}
+            write_atomically(self.json, json.dumps(figures, indent=2) + "\n")
+        if self.plot is not None:
+            draw(self.plot, curves)
+
+    def _show(self, curve: "Curve") -> None:
+        from rich.table import Table
+
+        from .progress import console
+
+        columns = ("context", "bits per byte", "change", "perplexity of a token")
+        table = Table(*columns, title=f"{curve.norm_statistics} norm statistics")
+        shorter = None
+        for (context, bits), losses in zip(curve.bits_per_byte.items(), curve.losses.values(), strict=True):
+            change = "" if shorter is None else f"{bits - shorter:+.4f}"
+            table.add_row(f"{context:,}", f"{bits:.4f}", change, f"{losses.perplexity:.4f}")
+            shorter = bits
         console.print(table)
-        table = Table("position up to", "bits per byte")
-        for position, value in positions.items():
+        if len(curve.losses) > 1:
+            rise = curve.largest_rise
+            verdict = "every longer context is better" if rise < 0 else "longer contexts are worse"
+            console.print(f"{verdict}: the largest change from one to the next is {rise:+.4f}", highlight=False)
+        table = Table("position up to", "bits per token")
+        for position, value in curve.longest.by_position().items():
             table.add_row(f"{position:,}", f"{value:.4f}")
         console.print(table)
-        if self.json is not None:
-            figures = {
-                "bytes": len(text),
-                "tokens": len(tokens),
-                "precision": precision,
-                "bits_per_byte_by_context": by_context,
-                "bits_per_byte_by_position": positions,
-            }
-            write_atomically(self.json, json.dumps(figures, indent=2) + "\n")
 
 
 @dataclass
@@ -94,10 +128,10 @@ class Compressors:
 
     def run(self) -> None:
         """Carry out the command."""
-        from ..data.corpus import read_documents
-        from ..evaluation.perplexity import compressors
+        from ..data.corpus import blocks, find_documents
+        from ..evaluation.compressors import compressors
 
-        for name, value in compressors(b"".join(read_documents(self.text).values())).items():
+        for name, value in compressors(blocks(find_documents(self.text).values())).items():
             print(f"{name:<6} {value:.4f} bits per byte")
 
 

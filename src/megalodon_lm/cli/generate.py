@@ -1,7 +1,6 @@
 """megalodon generate"""
 
 import sys
-from codecs import getincrementaldecoder
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,7 +12,8 @@ from tyro.conf import Positional
 class Generate:
     """Continue a text, printed as it is written.
 
-    The prompt may be of any length: it is read in pieces, in constant memory.
+    The text may be of any length: it is read in pieces, in constant memory. It is what a bookmark holds (`--state`),
+    then a file, then the prompt; only the prompt is printed again.
     """
 
     model: Positional[Path]
@@ -21,7 +21,13 @@ class Generate:
     prompt: str = ""
     """The text to continue."""
     prompt_file: Path | None = None
-    """Take the prompt from a file; - for standard input."""
+    """Read this file before the prompt; - for standard input."""
+    state: Path | None = None
+    """A bookmark to continue from; it stays as it is."""
+    save: Path | None = None
+    """Save all that was read and written as a bookmark; with several samples, one for each: NAME.1.state, ..."""
+    samples: int = 1
+    """Continuations of the same text, with seeds that follow each other."""
     max_tokens: int = 500
     """Tokens to write."""
     temperature: float = 0.8
@@ -30,6 +36,12 @@ class Generate:
     """Draw from the k most likely tokens; 0 for all."""
     top_p: float = 0.95
     """Draw from the most likely tokens that together hold this probability."""
+    min_p: float = 0.0
+    """Leave out tokens less likely than this fraction of the most likely one."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens already written become less likely."""
+    stop: tuple[str, ...] = ()
+    """Stop before any of these strings."""
     seed: int = 0
     """The same seed gives the same text."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
@@ -39,26 +51,41 @@ class Generate:
 
     def run(self) -> None:
         """Carry out the command."""
-        import torch
-
-        from ..data.corpus import read_text
+        from ..data.corpus import find_documents
         from ..data.tokenizer import ByteTokenizer
-        from ..generation.stream import generate
+        from ..files import check_writable
+        from ..generation.generator import Generator
+        from ..generation.sampling import Sampling
         from .models import load_trained
 
-        if self.max_tokens < 0:
-            raise ValueError(f"--max-tokens {self.max_tokens} must be at least 0")
-        prompt = self.prompt.encode()
-        if self.prompt_file is not None:
-            prompt = sys.stdin.buffer.read() if str(self.prompt_file) == "-" else read_text(self.prompt_file)
+        if self.samples < 1:
+            raise ValueError(f"--samples {self.samples} must be at least 1")
+        sampling = Sampling(
+            self.max_tokens, self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty,
+            self.stop, self.seed,
+        )  # fmt: skip
+        if self.save is not None:
+            check_writable(self.save)
         model, tokenizer = load_trained(self.model, self.device), ByteTokenizer()
-        tokens = torch.from_numpy(tokenizer.encode(prompt, begin=True))[None].to(self.device)
-        sys.stdout.write(prompt.decode("utf-8", errors="replace"))
-        decoder = getincrementaldecoder("utf-8")("replace")
-        sampling = (self.temperature, self.top_k, self.top_p, self.seed)
-        for token in generate(model, tokens, self.max_tokens, None, *sampling, self.precision):
-            if int(token) == tokenizer.end:
-                break
-            sys.stdout.write(decoder.decode(tokenizer.decode_bytes([int(token)])))
-            sys.stdout.flush()
-        print(decoder.decode(b"", True))
+        generator = Generator(model, tokenizer, self.precision)
+        context = generator.context(self.state)
+        if str(self.prompt_file) == "-":
+            generator.read(sys.stdin.buffer, context)
+        elif self.prompt_file is not None:
+            generator.read(find_documents([str(self.prompt_file)]).values(), context)
+        generator.read(self.prompt, context)
+        contexts = [context.fork() for _ in range(self.samples)]
+        if self.samples == 1:
+            sys.stdout.write(self.prompt)
+            for piece in generator.stream(contexts, sampling):
+                sys.stdout.write(piece.text)
+                sys.stdout.flush()
+            print()
+        else:
+            seeds = [self.seed + number for number in range(self.samples)]
+            for seed, text in zip(seeds, generator.write(contexts, sampling, seeds), strict=True):
+                print(f"--- seed {seed}\n{self.prompt}{text}")
+        if self.save is not None:
+            for number, grown in enumerate(contexts, 1):
+                ending = f".{number}{self.save.suffix}"
+                grown.save(self.save if self.samples == 1 else self.save.with_suffix(ending), tokenizer)

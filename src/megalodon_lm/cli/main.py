@@ -8,16 +8,22 @@ from tyro.conf import arg, subcommand
 
 from .. import __version__
 from .bench import Bench
+from .chat import Chat
 from .evaluate import Evaluate
 from .generate import Generate
 from .info import Info
 from .quickstart import Quickstart
+from .read import Read
+from .state import StateFile
 from .train import Train
 
 Command = (
     Annotated[Quickstart, subcommand("quickstart")]
     | Annotated[Train, subcommand("train")]
+    | Annotated[Read, subcommand("read")]
     | Annotated[Generate, subcommand("generate")]
+    | Annotated[Chat, subcommand("chat")]
+    | Annotated[StateFile, subcommand("state")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Bench, subcommand("bench")]
     | Annotated[Info, subcommand("info")]

@@ -17,10 +17,10 @@ class _Note(ProgressColumn):
 
 
 @contextmanager
-def progress_bar(title: str, total: float) -> Iterator[Any]:
+def progress_bar(title: str, total: float | None) -> Iterator[Any]:
     """A bar; call it with (done, note) to move it.
 
-    Without a terminal, a line is printed for every tenth of the way.
+    Without a terminal, a line is printed for every tenth of the way, if the total is known.
     """
     columns = (TextColumn(title), BarColumn(30), TaskProgressColumn(), TimeRemainingColumn(), _Note())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
@@ -30,7 +30,7 @@ def progress_bar(title: str, total: float) -> Iterator[Any]:
         def move(done: float, note: str = "") -> None:
             nonlocal tenths
             bar.update(task, completed=done, note=note)
-            reached = int(10 * done / total)
+            reached = int(10 * done / total) if total else 0
             if not console.is_terminal and reached > tenths:
                 tenths = reached
                 console.print(f"{title}: {10 * tenths} % {note}", highlight=False)

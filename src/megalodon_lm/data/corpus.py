@@ -1,27 +1,28 @@
 """Documents named by a recipe or a command line: the bundled novels, files and folders."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from .books import bundled
 
-Source = str | bytes | Path | BinaryIO | Iterable[str | bytes]
+Source = str | bytes | Path | BinaryIO | Iterable["str | bytes | Path | BinaryIO"]
 BLOCK = 1 << 16  # bytes
 
 
-def read_documents(sources: list[str]) -> dict[str, bytes]:
-    """Read every document of the sources, by name.
+def find_documents(sources: Sequence[str]) -> dict[str, Path | bytes]:
+    """Every document of the sources by name: a file by its path, a bundled novel by its text.
 
     Args:
         sources: "bundled:train", "bundled:validation", a text file, or a folder whose *.txt files are taken in order.
 
     Raises:
-        ValueError: missing or unreadable source, empty text, or no source at all.
+        ValueError: missing, unreadable or empty file, a folder without text, or no source at all.
     """
     if not sources:
         raise ValueError("no text given; name a file, a folder of .txt files, or bundled:train")
-    documents: dict[str, bytes] = {}
+    documents: dict[str, Path | bytes] = {}
     for source in sources:
         if source.startswith("bundled:"):
             documents.update(bundled(source.removeprefix("bundled:")))
@@ -31,25 +32,28 @@ def read_documents(sources: list[str]) -> dict[str, bytes]:
         if not paths:
             raise ValueError(f"the folder {path} holds no .txt file")
         for p in paths:
-            documents[str(p)] = read_text(p)
+            with _opened(p) as file:
+                if not file.read(1):
+                    raise ValueError(f"{p} is empty; there is nothing to read in it")
+            documents[str(p)] = p
     return documents
 
 
-def read_text(path: str | Path) -> bytes:
-    """The bytes of a file that must exist and hold something.
+def read_documents(sources: Sequence[str]) -> dict[str, bytes]:
+    """As find_documents, the whole text of each."""
+    return {name: b"".join(blocks(document)) for name, document in find_documents(sources).items()}
 
-    Raises:
-        ValueError: missing, unreadable or empty.
-    """
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """An open file; what goes wrong with it is one line."""
     try:
-        content = Path(path).read_bytes()
+        with path.open("rb") as file:
+            yield file
     except FileNotFoundError:
         raise ValueError(f"no such file: {path}") from None
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    if not content:
-        raise ValueError(f"{path} is empty; there is nothing to read in it")
-    return content
 
 
 def blocks(source: Source) -> Iterator[bytes]:
@@ -57,7 +61,7 @@ def blocks(source: Source) -> Iterator[bytes]:
 
     Args:
         source: a string or bytes is the text itself; a Path, a binary file or an iterable of strings or bytes is read
-            as the blocks are taken.
+            as the blocks are taken, and an iterable of paths or files one after the other.
 
     Raises:
         ValueError: a path that is missing or unreadable, or that becomes so.
@@ -66,14 +70,16 @@ def blocks(source: Source) -> Iterator[bytes]:
         raw = source.encode() if isinstance(source, str) else source
         yield from (raw[at : at + BLOCK] for at in range(0, len(raw), BLOCK))
     elif isinstance(source, Path):
-        try:
-            with source.open("rb") as file:
-                yield from blocks(file)
-        except OSError as error:
-            raise ValueError(f"cannot read {source}: {error.strerror}") from None
+        with _opened(source) as file:
+            yield from blocks(file)
     elif hasattr(source, "read"):
         while block := source.read(BLOCK):
             yield block
     else:
         for part in source:
             yield from blocks(part)
+
+
+def size(document: Path | bytes) -> int:
+    """Bytes of a document."""
+    return document.stat().st_size if isinstance(document, Path) else len(document)

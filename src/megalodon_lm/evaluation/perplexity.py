@@ -1,11 +1,7 @@
 """Loss against context: how well a model predicts a text when it may look back 64 tokens, 1,024, or to its start."""
 
-import bz2
-import gzip
-import lzma
 import math
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -13,87 +9,153 @@ from torch import Tensor
 
 from ..model.decoder import Megalodon
 from ..training.loss import token_losses
-from ..training.precision import autocast
+from ..training.precision import Precision, autocast, choose_precision
+from .norm_statistics import Window, WindowedNorms
 
 BATCH_TOKENS = 8192
-_PIECE = 2048
+LOG2 = math.log(2)
+
+
+class Losses:
+    """Losses of a text, summed by position in its windows, in buckets that end at powers of two: constant in size."""
+
+    def __init__(self) -> None:
+        self._nats = np.zeros(64)
+        self._counts = np.zeros(64, np.int64)
+        self._longest = 0
+
+    def add(self, position: int, losses: np.ndarray) -> None:
+        """Count some losses in.
+
+        Args:
+            position: of the first column in its windows.
+            losses: (windows, columns) in nats.
+        """
+        end = position + losses.shape[1]
+        self._longest = max(self._longest, end)
+        low = position
+        while low < end:
+            bucket = low.bit_length()  # positions 0; 1; 2, 3; 4 to 7; ...
+            high = min(1 << bucket, end)
+            part = losses[:, low - position : high - position]
+            self._nats[bucket] += part.sum()
+            self._counts[bucket] += part.size
+            low = high
+
+    @property
+    def tokens(self) -> int:
+        """Tokens scored."""
+        return int(self._counts.sum())
+
+    @property
+    def nats(self) -> float:
+        """Sum of their losses."""
+        return float(self._nats.sum())
+
+    @property
+    def mean(self) -> float:
+        """Loss of a token in nats; NaN of none."""
+        return self.nats / self.tokens if self.tokens else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """Of a token."""
+        return math.exp(self.mean)
+
+    def bits_per_byte(self, num_bytes: int) -> float:
+        """Over a text of so many bytes."""
+        return self.nats / LOG2 / num_bytes
+
+    def by_position(self) -> dict[int, float]:
+        """Mean loss in bits by position in the window: {last position of the bucket, counted from 1: bits a token}."""
+        return {
+            min(1 << bucket, self._longest): float(self._nats[bucket] / count / LOG2)
+            for bucket, count in enumerate(self._counts.tolist())
+            if count
+        }
 
 
 @torch.inference_mode()
 def score(
     model: Megalodon,
-    tokens: Tensor,
+    blocks: Iterable[np.ndarray],
     begin: int,
     context: int | None = None,
-    precision: Literal["bf16", "float32"] = "float32",
-    watch: Callable[[int], None] = lambda tokens: None,
-) -> np.ndarray:
-    """Negative log likelihood of every token of one document, in constant memory.
+    precision: Precision = "float32",
+    window: Window | None = None,
+    watch: Callable[[Losses], None] = lambda losses: None,
+) -> Losses:
+    """Losses of every token of one document of any length, in constant memory.
 
     The document is cut into windows of `context` tokens. Each is read from an empty state behind a begin token, so that
     the t-th token of a window is predicted from t tokens of context.
 
     Args:
         model: the model; its dropout is switched off.
-        tokens: (N,) int64.
+        blocks: the document, int64 tokens in blocks of any lengths.
         begin: the begin token.
         context: tokens in a window; None for one window over everything.
         precision: of the matrix products.
-        watch: called with the number of tokens scored since the last call.
-
-    Returns:
-        (N,) float64 in nats.
+        window: normalise with statistics of the last chunks, see norm_statistics; None with those of the whole window.
+        watch: called now and then with the losses so far.
     """
     model.eval()
-    total = len(tokens)
-    context = min(context or total, total)
-    windows = -(-total // context)
-    padded = torch.full((windows * context,), begin)
-    padded[:total] = tokens
-    targets = padded.view(windows, context)
-    inputs = torch.cat([torch.full((windows, 1), begin), targets[:, :-1]], 1)
-    rows = max(1, BATCH_TOKENS // min(context, _PIECE))
-    piece = min(context, max(_PIECE, BATCH_TOKENS // min(rows, windows)))
     device = next(model.parameters()).device
-    losses = torch.zeros(windows, context, dtype=torch.float64)
-    for row in range(0, windows, rows):
-        state = None
-        for at in range(0, context, piece):
-            span = (slice(row, row + rows), slice(at, at + piece))
-            with autocast(precision, device):
-                logits, state = model(inputs[span].to(device), state)
-            losses[span] = token_losses(logits, targets[span].to(device)).double().cpu()
-            watch(losses[span].numel())
-    return losses.view(-1)[:total].numpy()
+    losses, state = Losses(), None
+    norms = WindowedNorms(model, window) if window is not None else None
+    with autocast(choose_precision(precision, device), device):
+        for position, before, tokens in _pieces(blocks, context, norms.piece if norms else BATCH_TOKENS, begin):
+            inputs = torch.cat([before, tokens[:, :-1]], 1)
+            hidden, state = model.features(inputs.to(device), state if position else None)
+            if norms:
+                state = norms.after(inputs, state)
+            nats = token_losses(hidden, model.output.output.weight, tokens.to(device))
+            losses.add(position, nats.double().cpu().numpy())
+            watch(losses)
+    return losses
 
 
-def bits_per_byte(losses: np.ndarray, num_bytes: int) -> float:
-    """Sum of losses in nats over a text of so many bytes."""
-    return float(losses.sum() / math.log(2) / num_bytes)
+def _pieces(
+    blocks: Iterable[np.ndarray], context: int | None, piece: int, begin: int
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Cut a document into windows, short ones side by side, and those into pieces.
 
-
-def by_position(losses: np.ndarray, context: int) -> dict[int, float]:
-    """Mean loss in bits by position in the window, in buckets that end at powers of two and at the context.
-
-    Returns:
-        {last position of the bucket: bits per token}; the first buckets end at 1, 2, 4, ...
+    Yields:
+        Position of the piece in its windows, the token before it in each (windows, 1), and its tokens (windows, piece).
     """
-    position = np.arange(len(losses)) % context
-    ends = [1 << k for k in range(math.ceil(math.log2(context)))] + [context]
-    found, low = {}, 0
-    for end in ends:
-        inside = (position >= low) & (position < end)
-        if inside.any():
-            found[end] = float(losses[inside].mean() / math.log(2))
-        low = end
-    return found
+    document = _Document(blocks)
+    while context is None or context > BATCH_TOKENS:
+        position, before = 0, torch.tensor([[begin]])
+        while context is None or position < context:
+            left = BATCH_TOKENS if context is None else context - position
+            tokens = document.take(min(piece, BATCH_TOKENS, left))[None]
+            if not tokens.numel():
+                return
+            yield position, before, tokens
+            position, before = position + tokens.shape[1], tokens[:, -1:]
+    while len(taken := document.take(BATCH_TOKENS // context * context)):
+        whole = len(taken) // context * context
+        for windows in (taken[:whole].view(-1, context), taken[whole:][None]):
+            before = torch.full((len(windows), 1), begin)
+            for position in range(0, windows.shape[1] if windows.numel() else 0, piece):
+                tokens = windows[:, position : position + piece]
+                yield position, before, tokens
+                before = tokens[:, -1:]
 
 
-def compressors(text: bytes) -> dict[str, float]:
-    """Bits per byte of general compressors on the same text, at their strongest settings."""
-    sizes = {
-        "gzip": len(gzip.compress(text, 9)),
-        "xz": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)),
-        "bzip2": len(bz2.compress(text, 9)),
-    }
-    return {name: 8 * size / len(text) for name, size in sizes.items()}
+class _Document:
+    """Tokens in blocks, taken in other lengths."""
+
+    def __init__(self, blocks: Iterable[np.ndarray]):
+        self._blocks = iter(blocks)
+        self._rest = torch.zeros(0, dtype=torch.int64)
+
+    def take(self, length: int) -> Tensor:
+        """So many tokens, or fewer at the end."""
+        parts, found = [self._rest], len(self._rest)
+        while found < length and (block := next(self._blocks, None)) is not None:
+            parts.append(torch.from_numpy(block))
+            found += len(block)
+        joined = torch.cat(parts)
+        self._rest = joined[length:].clone()
+        return joined[:length]

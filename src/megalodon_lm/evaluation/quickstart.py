@@ -10,7 +10,8 @@ from ..generation.stream import generate
 from ..ops import backend
 from ..training.precision import autocast
 from ..training.trainer import Trainer
-from .perplexity import bits_per_byte, by_position, compressors, score
+from .compressors import compressors
+from .perplexity import Losses, score
 from .report import Report
 
 STRETCH_WINDOWS = 4  # windows of the longest context that the contexts are compared on
@@ -28,19 +29,21 @@ def measure(
         watch: called with the fraction done and a note.
     """
     model, tokenizer, length = trainer.model.eval(), ByteTokenizer(), trainer.recipe.training.length
-    tokens = torch.from_numpy(tokenizer.encode(text))
+    tokens = tokenizer.encode(text)
     contexts = [c for c in (length * 4**k // 16 for k in range(6)) if 1 <= c <= len(tokens)]
     stretch = tokens[: min(len(tokens), STRETCH_WINDOWS * 64 * length)]
     work = len(tokens) + len(contexts) * len(stretch)
     done = 0
 
-    def run(part: torch.Tensor, context: int | None) -> np.ndarray:
-        def count(scored: int) -> None:
-            nonlocal done
-            done += scored
-            watch(min(1.0, done / work), "whole text" if context is None else f"context {context:,}")
-
-        return score(model, part, tokenizer.begin, context, trainer.precision, count)
+    def run(part: np.ndarray, context: int | None) -> Losses:
+        nonlocal done
+        note = "whole text" if context is None else f"context {context:,}"
+        losses = score(
+            model, [part], tokenizer.begin, context, trainer.precision,
+            watch=lambda losses: watch((done + losses.tokens) / work, note),
+        )  # fmt: skip
+        done += losses.tokens
+        return losses
 
     losses = {context: run(stretch, context) for context in contexts}
     whole = run(tokens, None)
@@ -52,11 +55,11 @@ def measure(
         train_bytes=trainer.tokens,
         train_seconds=trainer.seconds,
         total_seconds=0.0,
-        bits_per_byte=bits_per_byte(whole, len(text)),
-        bits_per_byte_by_context={c: bits_per_byte(x, len(stretch)) for c, x in losses.items()},
-        baselines=compressors(text),
+        bits_per_byte=whole.bits_per_byte(len(text)),
+        bits_per_byte_by_context={c: x.bits_per_byte(len(stretch)) for c, x in losses.items()},
+        baselines=compressors([text]),
         training_length=length,
-        bits_per_byte_by_position=by_position(losses[contexts[-1]], contexts[-1]),
+        bits_per_byte_by_position=losses[contexts[-1]].by_position(),
         precision=trainer.precision,
         implementation=backend.describe(trainer.device),
         sample=prompt + tokenizer.decode(written),

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..files import write_atomically
+from ..plots import picture
 
 REPORT_JSON, REPORT_MARKDOWN, PICTURE = "report.json", "report.md", "report.png"
 
@@ -72,23 +73,16 @@ The same stretch of the validation text, with the state emptied every so many by
 """
 
     def _draw(self, path: Path, training_curve: list[tuple[int, float]]) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-        left.plot(*zip(*self.bits_per_byte_by_position.items(), strict=True), "o-", label="at this position")
-        left.plot(*zip(*self.bits_per_byte_by_context.items(), strict=True), "s--", label="mean up to this context")
-        for (name, value), shade in zip(self.baselines.items(), ("0.7", "0.5", "0.3"), strict=False):
-            left.axhline(value, color=shade, linewidth=1, linestyle=":")
-            left.annotate(name, (1, value), color=shade, va="bottom", fontsize=8)
-        left.axvline(self.training_length, color="tab:red", linewidth=0.8, label="training length")
-        left.set(xscale="log", xlabel="position in the context (bytes)", ylabel="bits per byte")
-        left.set_title("Validation text")
-        left.legend(fontsize=8)
-        right.plot(*zip(*training_curve, strict=True), linewidth=0.8)
-        right.set(xlabel="bytes read", ylabel="bits per byte", title="Training")
-        right.set_ylim(top=min(6.0, max(v for _, v in training_curve) + 0.1))
-        figure.savefig(path, dpi=110)
-        pyplot.close(figure)
+        with picture(path, 2) as (left, right):
+            left.plot(*zip(*self.bits_per_byte_by_position.items(), strict=True), "o-", label="at this position")
+            left.plot(*zip(*self.bits_per_byte_by_context.items(), strict=True), "s--", label="mean up to this context")
+            for (name, value), shade in zip(self.baselines.items(), ("0.7", "0.5", "0.3"), strict=False):
+                left.axhline(value, color=shade, linewidth=1, linestyle=":")
+                left.annotate(name, (1, value), color=shade, va="bottom", fontsize=8)
+            left.axvline(self.training_length, color="tab:red", linewidth=0.8, label="training length")
+            left.set(xscale="log", xlabel="position in the context (bytes)", ylabel="bits per byte")
+            left.set_title("Validation text")
+            left.legend(fontsize=8)
+            right.plot(*zip(*training_curve, strict=True), linewidth=0.8)
+            right.set(xlabel="bytes read", ylabel="bits per byte", title="Training")
+            right.set_ylim(top=min(6.0, max(v for _, v in training_curve) + 0.1))

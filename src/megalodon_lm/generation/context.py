@@ -13,13 +13,19 @@ import torch
 from torch import Tensor
 
 from .. import __version__
+from ..config import ModelConfig
 from ..data.tokenizer import ByteTokenizer
 from ..model.decoder import Megalodon
-from ..state import State, StateFile
+from ..state import State, StateFile, is_cache
 from ..training.loss import token_losses
 from ..training.precision import Precision, autocast, choose_precision
 
 PIECE = 4096  # tokens, or one chunk where that is longer; rounded down to whole chunks
+
+
+def piece_length(config: ModelConfig) -> int:
+    """Tokens in which a model reads."""
+    return max(config.chunk_size, PIECE // config.chunk_size * config.chunk_size)
 
 
 class Context:
@@ -34,8 +40,7 @@ class Context:
         self.model = model
         self.device = model.embed.weight.device
         self.precision = choose_precision(precision, self.device)
-        size = model.config.chunk_size
-        self.piece = max(size, PIECE // size * size)
+        self.piece = piece_length(model.config)
         self.scored, self.nats = 0, 0.0
         self._state = State.empty(model.config, 1, self.device, self._cache_dtype)
         self._waiting = np.zeros(0, np.int64)
@@ -45,10 +50,21 @@ class Context:
         """Tokens read."""
         return int(self._state.position) + len(self._waiting)
 
+    def loss(self, complete: bool = True) -> float:
+        """Mean loss of a token in nats; NaN before the second token.
+
+        Args:
+            complete: of all tokens; otherwise those of the unfinished piece are left out, which costs nothing.
+        """
+        whole = self.fork() if complete else self
+        if complete and len(self._waiting) > 1:
+            whole._run(len(self._waiting) - 1)
+        return whole.nats / whole.scored if whole.scored else float("nan")
+
     @property
-    def loss(self) -> float:
-        """Mean loss in nats of the tokens scored so far, which are all but the last few; NaN before the first."""
-        return self.nats / self.scored if self.scored else float("nan")
+    def nbytes(self) -> int:
+        """Bytes it takes in memory, however much was read."""
+        return self._state.nbytes + self._waiting.nbytes
 
     def read(self, tokens: np.ndarray) -> None:
         """Read on.
@@ -74,7 +90,7 @@ class Context:
             hidden, state = self.model.features(window[:, :length], self._state)
             if length == len(self._waiting):
                 return state, self.model.logits(hidden[:, -1])
-            losses = token_losses(self.model.logits(hidden), window[:, 1:])
+            losses = token_losses(hidden, self.model.output.output.weight, window[:, 1:])
         self.nats += losses.double().sum().item()
         self.scored += length
         return state, losses
@@ -135,6 +151,15 @@ class Context:
         context._waiting = file.tokens.numpy()
         context.scored, context.nats = int(file.notes["scored"]), float(file.notes["nats"])
         return context
+
+
+def bookmark_bytes(config: ModelConfig) -> int:
+    """Size of the largest bookmark of a model; the file adds a few kilobytes of names.
+
+    The attention cache is not in it: the tokens of the unfinished piece are there to make it anew.
+    """
+    tensors = State.empty(config, 1, "meta").tensors().items()
+    return sum(t.nbytes for name, t in tensors if not is_cache(name)) + 8 * piece_length(config)
 
 
 def describe(path: str | Path) -> dict[str, str | int | float]:

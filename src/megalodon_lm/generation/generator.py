@@ -1,7 +1,9 @@
 """Generator: read text of any length from any source, then write on from it, for many texts at once."""
 
 import codecs
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from collections.abc import Generator as PythonGenerator
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -43,6 +45,18 @@ class Generator:
     def __init__(self, model: Megalodon, tokenizer: ByteTokenizer, precision: Precision = "auto"):
         self.model, self.tokenizer, self.precision = model, tokenizer, precision
 
+    def context(self, bookmark: Path | None = None) -> Context:
+        """What to read into: empty but for the begin token, or as a bookmark keeps it.
+
+        Raises:
+            ValueError: the bookmark is missing, broken, or of another model or tokenizer.
+        """
+        if bookmark is not None:
+            return Context.load(bookmark, self.model, self.tokenizer, self.precision)
+        context = Context(self.model, self.precision)
+        context.read(self.tokenizer.encode(b"", begin=True))
+        return context
+
     def read(
         self, source: Source, context: Context | None = None, watch: Callable[[Context], None] = lambda context: None
     ) -> Context:
@@ -51,15 +65,13 @@ class Generator:
         Args:
             source: a string or bytes is the text itself; a Path, a binary file or an iterable of strings or bytes is
                 read block by block.
-            context: to read on from, in place; a new one begins with the begin token.
+            context: to read on from, in place; None for a new one.
             watch: called after every block.
 
         Raises:
             ValueError: the source is missing or unreadable.
         """
-        if context is None:
-            context = Context(self.model, self.precision)
-            context.read(self.tokenizer.encode(b"", begin=True))
+        context = context or self.context()
         for block in blocks(source):
             context.read(self.tokenizer.encode(block))
             watch(context)
@@ -85,7 +97,7 @@ class Generator:
 
     def stream(
         self, contexts: Sequence[Context], sampling: Sampling, seeds: Sequence[int] | None = None
-    ) -> Iterator[Piece]:
+    ) -> PythonGenerator[Piece]:
         """Continue several texts side by side, token by token.
 
         What a row says depends on its own context and seed alone, not on its neighbours nor on how its text was cut.

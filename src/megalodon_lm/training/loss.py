@@ -67,6 +67,22 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten())
 
 
-def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """(B, L) negative log likelihoods in nats from logits (B, L, vocabulary) and targets (B, L)."""
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats of each target under softmax(hidden @ weight.T); not made to be differentiated.
+
+    Args:
+        hidden: (B, L, D).
+        weight: (vocabulary, D).
+        targets: (B, L) int64.
+
+    Returns:
+        (B, L) in float32 or better.
+    """
+    chunk = max(1, CHUNK_LOGITS // len(weight))
+
+    def losses(rows: Tensor, answers: Tensor) -> Tensor:
+        logits = F.linear(rows, weight)
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), answers, reduction="none")
+
+    parts = zip(hidden.flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True)
+    return torch.cat([losses(*part) for part in parts]).view_as(targets)

@@ -187,8 +187,9 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
-    *grads, grad_keys, grad_values = attention_backward(grad, *ctx.saved_tensors)
-    cached = ctx.saved_tensors[3] is not None
+    saved = ctx.saved_tensors  # asked for once: checkpointing allows no second time
+    *grads, grad_keys, grad_values = attention_backward(grad, *saved)
+    cached = saved[3] is not None
     return *grads, grad_keys if cached else None, grad_values if cached else None, None
 
 

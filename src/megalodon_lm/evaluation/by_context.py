@@ -1,0 +1,109 @@
+"""The effect of context: one text, read with the state emptied every so many tokens, and never."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..model.decoder import Megalodon
+from ..plots import picture
+from ..training.precision import Precision
+from .norm_statistics import Window
+from .perplexity import Losses, score
+
+WHOLE = 0
+"""The context that is never cut."""
+
+
+@dataclass
+class Curve:
+    """Losses of one text for several lengths of context."""
+
+    norm_statistics: str
+    """cumulative or windowed; see norm_statistics.py."""
+    num_bytes: int
+    losses: dict[int, Losses]
+    """By context in tokens, short ones first; the last is the longest."""
+
+    @property
+    def bits_per_byte(self) -> dict[int, float]:
+        """By context."""
+        return {context: losses.bits_per_byte(self.num_bytes) for context, losses in self.losses.items()}
+
+    @property
+    def largest_rise(self) -> float:
+        """Bits per byte by which a context is worse than the next shorter one, at most; negative if all are better."""
+        values = list(self.bits_per_byte.values())
+        return max((b - a for a, b in itertools.pairwise(values)), default=0.0)
+
+    @property
+    def longest(self) -> Losses:
+        """With the longest context."""
+        return list(self.losses.values())[-1]
+
+    def figures(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "bits_per_byte_by_context": self.bits_per_byte,
+            "perplexity_by_context": {context: losses.perplexity for context, losses in self.losses.items()},
+            "bits_per_token_by_position": self.longest.by_position(),
+            "largest_rise": self.largest_rise,
+        }
+
+
+def measure(
+    model: Megalodon,
+    read: Callable[[], Iterable[np.ndarray]],
+    num_bytes: int,
+    begin: int,
+    contexts: Sequence[int],
+    precision: Precision,
+    window: Window | None = None,
+    watch: Callable[[int, Losses], None] = lambda context, losses: None,
+) -> Curve:
+    """Score a text once for each context, in constant memory.
+
+    Args:
+        model: in evaluation mode.
+        read: begins the text anew, as int64 tokens in blocks.
+        num_bytes: of the text.
+        begin: the begin token.
+        contexts: in tokens; WHOLE, and whatever is longer than the text, is the whole text.
+        precision: of matrix products.
+        window: see norm_statistics; None for the statistics the model was trained with.
+        watch: called now and then with the context and its losses so far.
+    """
+    found: dict[int, Losses] = {}
+    for context in _ordered(contexts):
+        losses = score(model, read(), begin, context or None, precision, window, partial(watch, context))
+        found[min(context or losses.tokens, losses.tokens)] = losses
+        if context >= losses.tokens:
+            break
+    return Curve("windowed" if window else "cumulative", num_bytes, found)
+
+
+def _ordered(contexts: Sequence[int]) -> Iterator[int]:
+    """Short ones first, the whole text last."""
+    yield from sorted(set(contexts) - {WHOLE})
+    if WHOLE in contexts:
+        yield WHOLE
+
+
+def draw(path: Path, curves: Sequence[Curve]) -> None:
+    """Bits per byte by context, and bits per token by position in the longest context.
+
+    Raises:
+        ValueError: the path cannot be written, or its ending names no kind of picture.
+    """
+    with picture(path, 2) as (left, right):
+        for curve in curves:
+            label = f"{curve.norm_statistics} norm statistics"
+            left.plot(*zip(*curve.bits_per_byte.items(), strict=True), "o-", label=label)
+            right.plot(*zip(*curve.longest.by_position().items(), strict=True), "o-", label=label)
+        left.set(xscale="log", xlabel="state emptied every so many tokens", ylabel="bits per byte")
+        right.set(xscale="log", xlabel="position in the longest context (tokens)", ylabel="bits per token")
+        left.legend(fontsize=8)

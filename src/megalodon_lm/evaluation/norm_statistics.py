@@ -1,0 +1,80 @@
+"""Normalisation with the statistics of the last chunks: how the authors evaluate long texts.
+
+The model as trained normalises with statistics that run from the first token on. The authors' long evaluation replaces
+them: from time to time the last chunks are read again from an empty state, and the statistics of every TimestepNorm
+after that take the place of the running ones; the CEMA states stay. Perplexities beyond the first chunks then rest on
+recent statistics, at the cost of reading most tokens several times.
+"""
+
+import math
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from ..model.decoder import Megalodon
+from ..state import State
+
+
+@dataclass(frozen=True)
+class Window:
+    """When statistics are replaced, counted in chunks; as the authors do by default.
+
+    Raises:
+        ValueError: a count below 1, or a window longer than what has been read by then.
+    """
+
+    first: int = 8
+    """Chunks read before the first replacement."""
+    every: int = 2
+    """Chunks from one replacement to the next."""
+    length: int = 6
+    """Chunks read again."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if (value := getattr(self, field.name)) < 1:
+                raise ValueError(f"window {field.name} = {value} must be at least 1 chunk")
+        if self.length > self.first:
+            raise ValueError(
+                f"window length = {self.length} must be at most first = {self.first}, the chunks read then"
+            )
+
+
+class WindowedNorms:
+    """Replaces the statistics while a text is read piece by piece.
+
+    Args:
+        model: that reads.
+        window: when.
+    """
+
+    def __init__(self, model: Megalodon, window: Window):
+        self.model, self.window = model, window
+        self.chunk = model.config.chunk_size
+        self.piece = self.chunk * math.gcd(window.first, window.every)
+        """Tokens in which the text must be read: no replacement is due inside a piece."""
+        self._recent = torch.zeros(1, 0, dtype=torch.int64)
+
+    def after(self, tokens: Tensor, state: State) -> State:
+        """Go on after a piece.
+
+        Args:
+            tokens: (B, L) of the piece; a piece at position 0 begins a new text.
+            state: after it.
+
+        Returns:
+            The state to read on from.
+        """
+        position, size = int(state.position[0]), tokens.shape[1]
+        seen = tokens if position == size else torch.cat([self._recent, tokens], 1)
+        self._recent = seen[:, -self.window.length * self.chunk :]
+        chunks, rest = divmod(position, self.chunk)
+        if rest or chunks < self.window.first or (chunks - self.window.first) % self.window.every:
+            return state
+        recent = None
+        for part in self._recent.split(self.piece, dim=1):
+            _, recent = self.model.features(part.to(state.norm.mean.device), recent)
+        assert recent is not None
+        layers = (old._replace(norm=new.norm) for old, new in zip(state.layers, recent.layers, strict=True))
+        return replace(state, layers=tuple(layers), norm=recent.norm)
