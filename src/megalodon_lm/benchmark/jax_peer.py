@@ -30,6 +30,7 @@ SHARED = (
 
 
 STEPS = 64  # tokens written in one run of decode, as in workloads.py
+SHORT = 2.0  # as in worker.py
 
 
 @eqx.filter_jit
@@ -100,11 +101,15 @@ def serve(config: dict[str, Any], precision: str) -> None:
         return time.perf_counter() - began
 
     answer({})
+    seconds = 0.0
     for line in sys.stdin:
         request = json.loads(line)
         try:
             if "run" in request:
-                answer({"seconds": run()})
+                if seconds < SHORT:
+                    run()
+                seconds = run()
+                answer({"seconds": seconds})
             elif "release" in request:
                 once = lambda: None  # noqa: E731
                 answer({})

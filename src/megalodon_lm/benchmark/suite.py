@@ -154,7 +154,7 @@ class Suite:
         jax_python: str | None = None,
         budget: float = 10.0,
         fewest: int = 3,
-        most: int = 15,
+        most: int = 31,
     ):
         self.config, self.precision, self.jax_python = config, precision, jax_python
         self.budget, self.fewest, self.most = budget, fewest, most

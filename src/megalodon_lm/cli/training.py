@@ -1,5 +1,6 @@
 """Showing a training run, for the commands that train."""
 
+from ..training.memory import keep_freed_memory
 from ..training.trainer import StepMetrics, Trainer
 from .progress import console, progress_bar
 
@@ -10,6 +11,7 @@ def train_with_progress(trainer: Trainer) -> tuple[bool, list[tuple[int, float]]
     Returns:
         Whether the end was reached, and the curve (bytes read, bits per byte smoothed over steps).
     """
+    keep_freed_memory()
     config = trainer.recipe.model
     console.print(
         f"training {config.num_parameters:,} parameters on {trainer.device} in {trainer.precision}; {trainer.folder}",

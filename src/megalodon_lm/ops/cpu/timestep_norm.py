@@ -51,7 +51,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, the exit mean and variance (B, G), and what backward needs (B, G, L, 3), L = 0 unless `keep`."""
     batch, length, dim = x.shape
-    y = torch.zeros(x.shape, dtype=out_dtype)
+    y = _blank(x, lengths, out_dtype)
     mean, var = torch.empty_like(entry_mean), torch.empty_like(entry_var)
     saved = mean.new_empty(batch, num_groups, length if keep else 0, 3)
     inputs = [as_numpy(t) for t in (entry_mean.contiguous(), entry_var.contiguous(), counts, lengths)]
@@ -59,6 +59,12 @@ def _forward(
     features = (as_numpy(x), (length, dim, num_groups, keep), as_numpy(weight), as_numpy(bias), eps)
     run_on_team(kernels.forward_on_team, batch * num_groups, *features, *inputs, *outputs)
     return y, mean, var, saved
+
+
+def _blank(x: Tensor, lengths: Tensor, dtype: torch.dtype) -> Tensor:
+    """What kernels fill up to the lengths; zero beyond them."""
+    full = bool((lengths == x.shape[1]).all())
+    return torch.empty(x.shape, dtype=dtype) if full else torch.zeros(x.shape, dtype=dtype)
 
 
 @torch.library.custom_op("megalodon::timestep_norm_forward", mutates_args=())
@@ -113,7 +119,7 @@ def timestep_norm_backward(
     """Gradients to x, weight, bias, and the entry mean and variance."""
     batch, length, dim = x.shape
     groups = entry_mean.shape[1]
-    grad_x = torch.zeros_like(x)
+    grad_x = _blank(x, lengths, x.dtype)
     grad_weight, grad_bias = x.new_empty(batch, dim), x.new_empty(batch, dim)
     to_mean, to_var = torch.empty_like(grad_mean), torch.empty_like(grad_var)
     inputs = [as_numpy(t) for t in (weight, counts, lengths, saved, entry_mean.contiguous())]

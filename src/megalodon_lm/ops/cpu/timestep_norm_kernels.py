@@ -1,6 +1,8 @@
 """TimestepNorm in one pass over x forward and one backward; statistics in float64, features in float32.
 
-A task is one row and one group: its running statistics are a short recurrence over the tokens.
+A task is one row and one group: its running statistics are a short recurrence over the tokens. The groups of a row that
+fall to one thread are taken token by token together: their features lie side by side in memory, and while one waits for
+its statistics the next goes on.
 """
 
 from typing import Any
@@ -69,39 +71,46 @@ def forward(
     """
     length, dim, groups, keep = shape
     width = dim // groups
+    aligned = width % LANES == 0
     some = np.zeros(width + LANES, y.dtype)
-    for task in range(first, last):
-        b, group = task // groups, task % groups
-        mean, var = entry_mean[task], entry_var[task]
-        at = group * width
+    means, variances = np.empty(groups), np.empty(groups)
+    task = first
+    while task < last:
+        b = task // groups
+        end = min(last, (b + 1) * groups)
+        for k in range(task, end):
+            means[k - b * groups], variances[k - b * groups] = entry_mean[k], entry_var[k]
         for t in range(lengths[b]):
             n = counts[b * length + t]
-            if n == 1:
-                mean, var = 0.0, 0.0
-            offset = (b * length + t) * dim + at
-            token_mean, token_var = _sums(x, offset, width)
-            away = token_mean - mean
             part = 1.0 / n
-            mean += away * part
-            var += part * (token_var - var + away * away * (1.0 - part))
-            scale = 1.0 / np.sqrt(var + eps)
-            if keep:
-                to = (task * length + t) * 3
-                saved[to], saved[to + 1], saved[to + 2] = token_mean, mean, scale
-            centre, factor = np.float32(mean), np.float32(scale)
-            if width % LANES == 0:
-                middle, by = splat(centre), splat(factor)
-                for i in range(0, width, LANES):
-                    normed = (load(x, offset + i) - middle) * by
-                    store(y, offset + i, normed * load(weight, at + i) + load(bias, at + i))
-            else:
-                for i in range(width):
-                    normal = (x[offset + i] - centre) * factor
-                    store(some, i, splat(np.float32(normal * weight[at + i] + bias[at + i])))
-                for i in range(width):
-                    y[offset + i] = some[i]
-        leaving_mean[task] = mean
-        leaving_var[task] = var
+            for group in range(task - b * groups, end - b * groups):
+                mean, var = (means[group], variances[group]) if n > 1 else (0.0, 0.0)
+                at = group * width
+                offset = (b * length + t) * dim + at
+                token_mean, token_var = _sums(x, offset, width)
+                away = token_mean - mean
+                mean += away * part
+                var += part * (token_var - var + away * away * (1.0 - part))
+                means[group], variances[group] = mean, var
+                scale = 1.0 / np.sqrt(var + eps)
+                if keep:
+                    to = ((b * groups + group) * length + t) * 3
+                    saved[to], saved[to + 1], saved[to + 2] = token_mean, mean, scale
+                centre, factor = np.float32(mean), np.float32(scale)
+                if aligned:
+                    middle, by = splat(centre), splat(factor)
+                    for i in range(0, width, LANES):
+                        normed = (load(x, offset + i) - middle) * by
+                        store(y, offset + i, normed * load(weight, at + i) + load(bias, at + i))
+                else:
+                    for i in range(width):
+                        normal = (x[offset + i] - centre) * factor
+                        store(some, i, splat(np.float32(normal * weight[at + i] + bias[at + i])))
+                    for i in range(width):
+                        y[offset + i] = some[i]
+        for k in range(task, end):
+            leaving_mean[k], leaving_var[k] = means[k - b * groups], variances[k - b * groups]
+        task = end
 
 
 @compiled
@@ -134,60 +143,76 @@ def backward(
     length, dim, groups, _ = shape
     width = dim // groups
     padded = -(-width // LANES) * LANES
+    aligned = width == padded
     xs = np.zeros(padded, np.float32)
-    dy = np.zeros(padded, np.float32)
     raw = np.zeros(padded, grad_y.dtype)
-    dw = np.zeros(padded, np.float32)
-    db = np.zeros(padded, np.float32)
-    scales = np.zeros(padded, np.float32)
-    for task in range(first, last):
-        b, group = task // groups, task % groups
-        at = group * width
+    dy = np.zeros(padded, np.float32)
+    sources, incoming, outgoing = (x, grad_y, grad_x) if aligned else (xs, raw, dy)
+    dw = np.empty(groups * padded, np.float32)
+    db = np.empty(groups * padded, np.float32)
+    scales = np.zeros(groups * padded, np.float32)
+    for group in range(groups):
         for i in range(width):
-            dw[i], db[i], scales[i] = 0, 0, weight[at + i]
-        to_mean, to_var = grad_mean[task], grad_var[task]
+            scales[group * padded + i] = weight[group * width + i]
+    to_means, to_vars = np.empty(groups), np.empty(groups)
+    task = first
+    while task < last:
+        b = task // groups
+        end = min(last, (b + 1) * groups)
+        begin, stop = task - b * groups, end - b * groups
+        for i in range(begin * padded, stop * padded):
+            dw[i], db[i] = 0, 0
+        for group in range(begin, stop):
+            to_means[group], to_vars[group] = grad_mean[b * groups + group], grad_var[b * groups + group]
         for t in range(lengths[b] - 1, -1, -1):
             n = counts[b * length + t]
-            offset = (b * length + t) * dim + at
-            place = (task * length + t) * 3
-            token_mean, mean, scale = saved[place], saved[place + 1], saved[place + 2]
-            before = 0.0
-            if n > 1:
-                before = saved[place - 2] if t > 0 else entry_mean[task]
-            centre, factor = splat(np.float32(mean)), splat(np.float32(scale))
-            for i in range(width):
-                raw[i] = grad_y[offset + i]
-                xs[i] = x[offset + i]
-            sum_first, sum_second = splat(np.float32(0)), splat(np.float32(0))
-            for i in range(0, padded, LANES):
-                grad = load(raw, i)
-                normed = (load(xs, i) - centre) * factor
-                store(dw, i, load(dw, i) + grad * normed)
-                store(db, i, load(db, i) + grad)
-                grad = grad * load(scales, i)
-                store(dy, i, grad)
-                sum_first = sum_first + grad
-                sum_second = sum_second + grad * normed
-            to_mean -= scale * total(sum_first)
-            to_var -= 0.5 * scale * scale * total(sum_second)
             part = 1.0 / n
-            away = token_mean - before
-            to_away = 2.0 * to_var * part * (1.0 - part) * away
-            to_token = np.float32((to_mean * part + to_away) / width)
-            spread = np.float32(2.0 * to_var * part / width)
-            to_mean = to_mean * (1.0 - part) - to_away
-            to_var = to_var * (1.0 - part)
-            shift, slope, own = splat(to_token), splat(spread), splat(np.float32(token_mean))
-            for i in range(0, padded, LANES):
-                store(dy, i, load(dy, i) * factor + shift + slope * (load(xs, i) - own))
+            for group in range(begin, stop):
+                own = group * padded
+                offset = (b * length + t) * dim + group * width
+                place = ((b * groups + group) * length + t) * 3
+                token_mean, mean, scale = saved[place], saved[place + 1], saved[place + 2]
+                before = 0.0
+                if n > 1:
+                    before = saved[place - 2] if t > 0 else entry_mean[b * groups + group]
+                source = offset
+                if not aligned:
+                    source = 0
+                    for i in range(width):
+                        raw[i] = grad_y[offset + i]
+                        xs[i] = x[offset + i]
+                centre, factor = splat(np.float32(mean)), splat(np.float32(scale))
+                sum_first, sum_second = splat(np.float32(0)), splat(np.float32(0))
+                for i in range(0, padded, LANES):
+                    grad = load(incoming, source + i)
+                    normed = (load(sources, source + i) - centre) * factor
+                    store(dw, own + i, load(dw, own + i) + grad * normed)
+                    store(db, own + i, load(db, own + i) + grad)
+                    grad = grad * load(scales, own + i)
+                    sum_first = sum_first + grad
+                    sum_second = sum_second + grad * normed
+                to_mean = to_means[group] - scale * total(sum_first)
+                to_var = to_vars[group] - 0.5 * scale * scale * total(sum_second)
+                away = token_mean - before
+                to_away = 2.0 * to_var * part * (1.0 - part) * away
+                shift = splat(np.float32((to_mean * part + to_away) / width))
+                slope = splat(np.float32(2.0 * to_var * part / width))
+                middle = splat(np.float32(token_mean))
+                for i in range(0, padded, LANES):
+                    grad = load(incoming, source + i) * load(scales, own + i) * factor
+                    store(outgoing, source + i, grad + shift + slope * (load(sources, source + i) - middle))
+                if not aligned:
+                    for i in range(width):
+                        grad_x[offset + i] = dy[i]
+                to_means[group] = to_mean * (1.0 - part) - to_away if n > 1 else 0.0
+                to_vars[group] = to_var * (1.0 - part) if n > 1 else 0.0
+        for group in range(begin, stop):
             for i in range(width):
-                grad_x[offset + i] = dy[i]
-            if n == 1:
-                to_mean, to_var = 0.0, 0.0
-        for i in range(width):
-            grad_weight[b * dim + at + i], grad_bias[b * dim + at + i] = dw[i], db[i]
-        grad_entry_mean[task] = to_mean
-        grad_entry_var[task] = to_var
+                to = b * dim + group * width + i
+                grad_weight[to], grad_bias[to] = dw[group * padded + i], db[group * padded + i]
+            grad_entry_mean[b * groups + group] = to_means[group]
+            grad_entry_var[b * groups + group] = to_vars[group]
+        task = end
 
 
 @compiled
