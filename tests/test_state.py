@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalodon_lm import Megalodon, ModelConfig, State
-from megalodon_lm.state import _is_cache
+from megalodon_lm.state import is_cache
 
 
 def tokens(batch, length, seed=0):
@@ -107,7 +107,7 @@ def test_to_changes_only_the_cache(state):
     assert moved.nbytes == ModelConfig.named("tiny").state_bytes(3, 2)
     for name, t in moved.tensors().items():
         before = state.tensors()[name].dtype
-        assert t.dtype == (torch.bfloat16 if _is_cache(name) else before)
+        assert t.dtype == (torch.bfloat16 if is_cache(name) else before)
     types = {name: t.dtype for name, t in state.tensors().items()}
     assert {t for n, t in types.items() if n.endswith(("mean", "var"))} == {torch.float64}
     assert {t for n, t in types.items() if n.endswith(("count", "fill", "position"))} == {torch.int64}
