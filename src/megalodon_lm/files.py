@@ -29,6 +29,17 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk. Folders cannot be opened on Windows; then nothing."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def check_writable(path: str | Path) -> None:
     """Refuse a place that could not be written, before work is done for it.
 

@@ -1,5 +1,6 @@
 """Batches for training: rows that read long documents in order, step after step, so that the State can be carried."""
 
+import hashlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -35,10 +36,22 @@ class Stream:
         self.length = length
         self.at = np.arange(batch_size) * (len(tokens) // batch_size)
 
+    def fingerprint(self) -> str:
+        """Hash of all tokens in their order."""
+        return hashlib.sha256(self.tokens.tobytes()).hexdigest()
+
+    def place(self) -> list[int]:
+        """Where each row reads next."""
+        return self.at.tolist()
+
+    def seek(self, place: list[int]) -> None:
+        """Go on from a place."""
+        self.at = np.array(place)
+
     def __iter__(self) -> Iterator[Batch]:
         while True:
             index = (self.at[:, None] + np.arange(self.length + 1)) % len(self.tokens)
             piece = torch.from_numpy(self.tokens[index].astype(np.int64))
             starts = piece[:, :-1] == self.begin
-            yield Batch(piece[:, :-1], piece[:, 1:], starts if bool(starts.any()) else None)
             self.at = (self.at + self.length) % len(self.tokens)
+            yield Batch(piece[:, :-1], piece[:, 1:], starts if bool(starts.any()) else None)

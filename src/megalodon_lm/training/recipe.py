@@ -43,14 +43,24 @@ class TrainingRecipe:
     """Steps of the whole run."""
     minutes: float = 0.0
     """End after this many minutes of training instead of `steps`, with the schedule stretched to fit; 0 for steps."""
+    accumulate: int = 1
+    """Batches whose gradients make one step."""
+    ramp_steps: int = 0
+    """Steps over which that number grows from 1 to `accumulate`."""
     learning_rate: float = 2e-3
     """At the peak."""
     warmup_steps: int = 100
     """Steps of linear warm-up."""
+    schedule: str = "cosine"
+    """After the warm-up: cosine, linear, constant, or wsd: constant, then linear in the last part of the run."""
     final_learning_rate: float = 0.02
-    """At the end of the cosine, as a fraction of the peak."""
+    """At the end of the run, as a fraction of the peak; not for constant."""
+    decay_part: float = 0.2
+    """Of wsd: the last part of the run, in which the rate falls."""
     weight_decay: float = 0.1
     """Decoupled, on every weight."""
+    decay_cema: bool = True
+    """Also on alpha, delta and theta of CEMA, as in the authors' released code; their research code spares them."""
     beta1: float = 0.9
     """Of AdamW."""
     beta2: float = 0.95
@@ -63,8 +73,22 @@ class TrainingRecipe:
     """Recompute blocks in the backward pass to save memory."""
     compile: bool = False
     """Compile each block with torch.compile: some 6 % faster after half a minute; the CPU needs a C++ compiler."""
+    average: float = 0.0
+    """Keep an exponential moving average of the weights with this decay and export it; 0 for none."""
+    bad_step: str = "stop"
+    """What to do when the loss is not finite or spikes: stop, skip the batch, or go back to the last checkpoint."""
+    spike: float = 0.0
+    """Nats above its running mean from which a loss is a spike; 0 for no such limit."""
     checkpoint_minutes: float = 5.0
     """Minutes between checkpoints."""
+    checkpoint_steps: int = 0
+    """Steps between checkpoints; 0 for minutes alone."""
+    keep_checkpoints: int = 2
+    """The newest ones that are kept, besides the best."""
+    validate_steps: int = 0
+    """Steps between measurements on the validation text; 0 for none."""
+    validate_bytes: int = 200_000
+    """Bytes of the validation text to measure on; 0 for all."""
     seed: int = 0
     """Of the initial weights, the order of documents and dropout."""
 
@@ -130,13 +154,16 @@ class Recipe:
             ValueError: naming the key, the value and the rule.
         """
         t = self.training
-        for key in ("length", "batch_size", "steps"):
+        for key in ("length", "batch_size", "steps", "accumulate", "keep_checkpoints"):
             _rule(getattr(t, key) >= 1, key, getattr(t, key), "must be at least 1")
         for key in ("learning_rate", "clip", "checkpoint_minutes"):
             _rule(getattr(t, key) > 0, key, getattr(t, key), "must be positive")
-        for key in ("minutes", "warmup_steps", "weight_decay"):
+        for key in (
+            "minutes", "warmup_steps", "weight_decay", "ramp_steps", "spike", "checkpoint_steps", "validate_steps",
+            "validate_bytes",
+        ):  # fmt: skip
             _rule(getattr(t, key) >= 0, key, getattr(t, key), "must not be negative")
-        for key in ("beta1", "beta2", "final_learning_rate"):
+        for key in ("beta1", "beta2", "final_learning_rate", "decay_part", "average"):
             _rule(0 <= getattr(t, key) <= 1, key, getattr(t, key), "must be between 0 and 1")
 
 
@@ -159,7 +186,11 @@ def _fill(kind: Any, name: str, values: dict[str, Any]) -> Any:
     """A recipe part from its table, with every value of the type of its default."""
     defaults = {f.name: getattr(kind(), f.name) for f in dataclasses.fields(kind)}
     _known(f"table [{name}]", values, list(defaults))
-    choices = {"precision": ("auto", "bf16", "float32")}
+    choices = {
+        "precision": ("auto", "bf16", "float32"),
+        "schedule": ("cosine", "linear", "constant", "wsd"),
+        "bad_step": ("stop", "skip", "rewind"),
+    }
     for key, value in values.items():
         default = defaults[key]
         if isinstance(default, float) and type(value) is int:
