@@ -3,6 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tyro.conf import Positional
 
@@ -12,13 +13,15 @@ class Train:
     """Train a model from a recipe.
 
     A recipe is a TOML file with the tables [model], [data] and [training]; docs/recipes.md explains every key. Ctrl-C
-    ends the run after the current step and saves the weights.
+    ends the run after the current step and leaves a checkpoint, from which --resume last goes on.
     """
 
     recipe: Positional[Path]
     """The recipe: a TOML file, or the name of one in the package, such as quickstart."""
     out: Path | None = None
     """Run folder to create; the default is runs/ and the recipe's name."""
+    resume: Literal["no", "last", "auto"] = "no"
+    """last: go on from the newest checkpoint in --out; auto: the same, from the newest one that is whole, or begin."""
     device: str = "cpu"
     """Where to train: cpu or cuda."""
 
@@ -30,8 +33,10 @@ class Train:
         from .training import train_with_progress
 
         recipe = Recipe.load(self.recipe)
+        if self.resume != "no" and self.out is None:
+            raise ValueError(f"--resume {self.resume} needs --out, the folder of the run to go on with")
         folder = self.out or free_run_folder(Path("runs") / self.recipe.stem)
-        finished, _ = train_with_progress(Trainer(recipe, folder, self.device))
+        finished, _ = train_with_progress(Trainer(recipe, folder, self.device, self.resume))
         print(folder)
         if not finished:
             sys.exit(130)

@@ -17,6 +17,10 @@ def train_with_progress(trainer: Trainer) -> tuple[bool, list[tuple[int, float]]
         f"training {config.num_parameters:,} parameters on {trainer.device} in {trainer.precision}; {trainer.folder}",
         highlight=False,
     )
+    for note in trainer.notes:
+        console.print(f"passed over: {note}", highlight=False)
+    if trainer.step:
+        console.print(f"going on after step {trainer.step:,}, {trainer.tokens:,} tokens", highlight=False)
     curve: list[tuple[int, float]] = []
     loss = speed = 0.0
 
@@ -28,9 +32,13 @@ def train_with_progress(trainer: Trainer) -> tuple[bool, list[tuple[int, float]]
             loss += fresh * (m.bits_per_token - loss)
             speed += fresh * (m.tokens_per_second - speed)
             curve.append((m.tokens, loss))
+            if m.event:
+                console.print(f"step {m.step}: {m.event}", highlight=False)
             move(m.progress, f"step {m.step}  {loss:.3f} bits/token  {speed:,.0f} tokens/s")
 
         finished = trainer.train(watch)
     if not finished:
-        console.print(f"interrupted after {trainer.tokens:,} tokens; the weights are saved in {trainer.folder}")
+        console.print(
+            f"interrupted after {trainer.tokens:,} tokens; the weights are saved in {trainer.folder}, and --resume last goes on"
+        )
     return finished, curve

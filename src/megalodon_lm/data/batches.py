@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +37,7 @@ class Stream:
         self.length = length
         self.at = np.arange(batch_size) * (len(tokens) // batch_size)
 
+    @cached_property
     def fingerprint(self) -> str:
         """Hash of all tokens in their order."""
         return hashlib.sha256(self.tokens.tobytes()).hexdigest()
