@@ -39,6 +39,7 @@ def train_with_progress(trainer: Trainer) -> tuple[bool, list[tuple[int, float]]
         finished = trainer.train(watch)
     if not finished:
         console.print(
-            f"interrupted after {trainer.tokens:,} tokens; the weights are saved in {trainer.folder}, and --resume last goes on"
+            f"interrupted after {trainer.tokens:,} tokens; the weights are saved in {trainer.folder}; "
+            "--resume last goes on"
         )
     return finished, curve

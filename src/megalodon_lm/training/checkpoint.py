@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..config import ModelConfig
-from ..files import flush
+from ..files import check, digest, flush
 from ..model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 
 CHECKPOINTS = "checkpoints"
@@ -68,7 +68,7 @@ class Checkpoint:
             save_file(dict(self.training), unfinished / TRAINING_FILE)
             (unfinished / CONFIG_FILE).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
             (unfinished / PROGRESS_FILE).write_text(json.dumps({**self.progress, "step": self.step}, indent=2) + "\n")
-            manifest = {"run": run_id, "step": self.step, "files": {n: _digest(unfinished / n) for n in CONTENTS}}
+            manifest = {"run": run_id, "step": self.step, "files": {n: digest(unfinished / n) for n in CONTENTS}}
             (unfinished / MANIFEST_FILE).write_text(json.dumps({**manifest, "checksum": _checksum(manifest)}) + "\n")
             for name in (*CONTENTS, MANIFEST_FILE, ""):
                 flush(unfinished / name)
@@ -92,7 +92,7 @@ class Checkpoint:
         """
         manifest = _manifest(path, run_id)
         for name in CONTENTS:
-            _check(path / name, manifest["files"][name])
+            check(path / name, manifest["files"][name])
         try:
             progress = json.loads((path / PROGRESS_FILE).read_text())
             config = ModelConfig.load(path / CONFIG_FILE)
@@ -176,24 +176,6 @@ def _manifest(path: Path, run_id: str) -> dict[str, Any]:
     if path.name != f"step-{manifest['step']:08d}":
         raise ValueError(f"{file} belongs to step {manifest['step']}")
     return manifest
-
-
-def _digest(file: Path) -> dict[str, Any]:
-    with file.open("rb") as content:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
-
-
-def _check(file: Path, expected: dict[str, Any]) -> None:
-    try:
-        found = _digest(file)
-    except FileNotFoundError:
-        raise ValueError(f"{file} is missing") from None
-    except OSError as error:
-        raise ValueError(f"cannot read {file}: {error.strerror}") from None
-    if found["bytes"] != expected["bytes"]:
-        raise ValueError(f"{file} has {found['bytes']} bytes, not {expected['bytes']}; it was truncated or replaced")
-    if found["sha256"] != expected["sha256"]:
-        raise ValueError(f"{file} was altered or replaced: its checksum does not match")
 
 
 def _checksum(manifest: dict[str, Any]) -> str:

@@ -24,7 +24,13 @@ class DataRecipe:
     """The text."""
 
     train: list[str] = field(default_factory=lambda: ["bundled:train"])
-    """Training documents: text files, folders of .txt files, or bundled:train."""
+    """Training documents: prepared folders, text files, folders of .txt files, or bundled:train."""
+    weights: list[float] = field(default_factory=list)
+    """How much to take of each of them, relative to each other; nothing for all by their lengths."""
+    tokenizer: str = "bytes"
+    """bytes, a tokenizer.json, or a SentencePiece model."""
+    order: str = "stream"
+    """stream: rows read documents in order from step to step; shuffled: windows of `length` tokens in random order."""
     validation: list[str] = field(default_factory=lambda: ["bundled:validation"])
     """Validation documents."""
 
@@ -154,6 +160,10 @@ class Recipe:
             ValueError: naming the key, the value and the rule.
         """
         t = self.training
+        if self.data.order == "shuffled" and t.carry_state:
+            raise ValueError('data.order = "shuffled" has no state to carry; set training.carry_state = false')
+        if self.data.weights and len(self.data.weights) != len(self.data.train):
+            raise ValueError(f"data.weights = {self.data.weights} must have one number for each of {self.data.train}")
         for key in ("length", "batch_size", "steps", "accumulate", "keep_checkpoints"):
             _rule(getattr(t, key) >= 1, key, getattr(t, key), "must be at least 1")
         for key in ("learning_rate", "clip", "checkpoint_minutes"):
@@ -188,6 +198,7 @@ def _fill(kind: Any, name: str, values: dict[str, Any]) -> Any:
     _known(f"table [{name}]", values, list(defaults))
     choices = {
         "precision": ("auto", "bf16", "float32"),
+        "order": ("stream", "shuffled"),
         "schedule": ("cosine", "linear", "constant", "wsd"),
         "bad_step": ("stop", "skip", "rewind"),
     }
@@ -199,8 +210,11 @@ def _fill(kind: Any, name: str, values: dict[str, Any]) -> Any:
             raise ValueError(f"{name}.{key} = {value!r} must be of type {type(default).__name__}")
         if key in choices:
             _rule(value in choices[key], key, value, f"must be one of {', '.join(choices[key])}")
-        if isinstance(default, list) and not all(isinstance(v, str) for v in value):
-            raise ValueError(f"{name}.{key} = {value!r} must be a list of strings")
+        if isinstance(default, list):
+            inside: Any = (int, float) if key == "weights" else str
+            if not all(isinstance(v, inside) for v in value):
+                kinds = "numbers" if key == "weights" else "strings"
+                raise ValueError(f"{name}.{key} = {value!r} must be a list of {kinds}")
     return kind(**values)
 
 

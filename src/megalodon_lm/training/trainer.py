@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.batches import Batch, Stream
-from ..data.corpus import read_documents
-from ..data.tokenizer import ByteTokenizer
+from ..data.batches import Batch, Batches, Stream, Windows, prefetched
+from ..data.mixture import load_mixture
+from ..data.tokenizer import load_tokenizer
 from ..model.decoder import Megalodon
 from ..state import State, from_tensors
 from .checkpoint import Checkpoint, newest, prefixed, under
@@ -62,15 +62,19 @@ class Trainer:
     def __init__(self, recipe: Recipe, folder: str | Path, device: torch.device | str = "cpu", resume: Resume = "no"):
         self.recipe, self.device = recipe, torch.device(device)
         t = recipe.training
-        self.tokenizer = ByteTokenizer()
+        self.tokenizer = load_tokenizer(recipe.data.tokenizer)
         if recipe.model.vocab_size < self.tokenizer.vocab_size:
             raise ValueError(
-                f"vocab_size = {recipe.model.vocab_size} is too small for bytes and their special tokens; "
-                f"use {self.tokenizer.vocab_size}"
+                f"vocab_size = {recipe.model.vocab_size} is too small for the tokenizer {recipe.data.tokenizer} and "
+                f"its special tokens; use {self.tokenizer.vocab_size}"
             )
-        documents = read_documents(recipe.data.train)
-        self.batches = Stream(list(documents.values()), self.tokenizer, t.batch_size, t.length, t.seed)
+        mixture = load_mixture(recipe.data.train, recipe.data.weights, self.tokenizer, t.seed)
+        self.batches: Batches = Stream(mixture, t.batch_size, t.length)
+        if recipe.data.order == "shuffled":
+            self.batches = Windows(mixture, t.batch_size, t.length, t.seed)
+        self.place = self.batches.begin()
         self.folder, self.run_id, goes_on = open_run(folder, recipe, resume)
+        self.tokenizer.save(self.folder)
         torch.manual_seed(t.seed)
         with self.device:
             self.model = Megalodon(recipe.model, t.activation_checkpointing)
@@ -123,7 +127,7 @@ class Trainer:
         self.model.train()
         try:
             with _interruptible() as interrupted:
-                batches = iter(self.batches)
+                batches = prefetched(self.batches, self.place)
                 while self.progress < 1 and not interrupted():
                     writer.check()
                     began = time.perf_counter()
@@ -137,7 +141,6 @@ class Trainer:
                     if trouble:
                         event = self._trouble(trouble, bad, writer, metrics)
                         if t.bad_step == "rewind":
-                            batches = iter(self.batches)
                             continue
                     record = StepMetrics(
                         self.step, self.tokens, loss / math.log(2), rate, norm, (self.tokens - tokens) / took,
@@ -168,6 +171,7 @@ class Trainer:
         total = 0.0
         for _ in range(count):
             batch = next(batches)
+            self.place = batch.place
             inputs, targets = batch.inputs.to(self.device), batch.targets.to(self.device)
             state = self.state if t.carry_state else None
             with autocast(self.precision, self.device):
@@ -217,10 +221,10 @@ class Trainer:
         checkpoint, _ = newest(self.folder, self.run_id, accept_older=True)
         if checkpoint is None:
             raise ValueError(f"{trouble} at step {step}, and there is no checkpoint yet to go back to; {advice}")
-        place, tokens, seconds = self.batches.place(), self.tokens, self.seconds
+        place, tokens, seconds = self.place, self.tokens, self.seconds
         self.restore(checkpoint)
-        self.batches.seek(place)  # past the batches that led here
-        self.state, self.tokens, self.seconds = None, tokens, seconds
+        self.place, self.tokens, self.seconds = place, tokens, seconds  # past the batches that led here
+        self.state = None
         metrics.cut(self.step)
         return f"went back from step {step}: {trouble}"
 
@@ -269,7 +273,7 @@ class Trainer:
             "seconds": self.seconds,
             "usual_loss": None if math.isnan(self.usual_loss) else self.usual_loss,
             "best": self.best,
-            "place": self.batches.place(),
+            "place": self.place,
             "data": self.batches.fingerprint,
         }
         return Checkpoint(self.step, self.recipe.model, _copied(self.average or weights), _copied(training), progress)
@@ -303,7 +307,7 @@ class Trainer:
         self.tokens, self.seconds = progress["tokens"], progress["seconds"]
         self.usual_loss = math.nan if progress["usual_loss"] is None else progress["usual_loss"]
         self.best = progress["best"] and tuple(progress["best"])
-        self.batches.seek(progress["place"])
+        self.place = progress["place"]
 
 
 def accumulated(recipe: TrainingRecipe, step: int) -> int:
