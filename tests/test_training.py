@@ -91,7 +91,8 @@ def test_carried_state_is_what_the_whole_document_gives(text, tmp_path):
     trainer = Trainer(recipe(text, learning_rate=1e-30, precision="float32", batch_size=1), tmp_path / "run")
     losses = []
     trainer.train(lambda m: losses.append(m.bits_per_token))
-    tokens = torch.from_numpy(trainer.batches.tokens.astype("int64"))[None]
+    sequence = trainer.batches.mixture.sequences[0]
+    tokens = torch.from_numpy(sequence.read(0, len(sequence))[0])[None]
     logits, _ = trainer.model(tokens[:, :192])
     whole = F.cross_entropy(logits[0], tokens[0, 1:193], reduction="none").view(3, 64).mean(1) / math.log(2)
     torch.testing.assert_close(torch.tensor(losses), whole.detach(), rtol=1e-4, atol=0)

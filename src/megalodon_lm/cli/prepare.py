@@ -11,8 +11,8 @@ class Prepare:
     """Turn text into token shards that training reads through memory maps.
 
     Takes text, Markdown, JSONL and Parquet, each also compressed with gzip or zstd, and folders of them. What cannot be
-    taken as it is, such as a malformed line, is counted and listed in faults.jsonl with its place. Interrupted, the same
-    command goes on where it was, and the result is the same.
+    taken as it is, such as a malformed line, is counted and listed with its place in faults.jsonl. Interrupted, the
+    same command goes on where it was, and the result is the same.
     """
 
     sources: Positional[list[str]]
