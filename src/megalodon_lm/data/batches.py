@@ -1,7 +1,7 @@
 """Batches for training, the same after every restart: rows that read on step by step, or windows in random order."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
@@ -148,7 +148,7 @@ class Windows:
         return int(self._orders[number, epoch][index]) * self.length
 
 
-def prefetched(batches: Batches, place: Any) -> Iterator[Batch]:
+def prefetched(batches: Batches, place: Any) -> Generator[Batch]:
     """Batches from a place on, read in a thread of its own a little before they are asked for."""
     with ThreadPoolExecutor(1, "batches") as thread:
         waiting = deque([thread.submit(batches.read, place)])

@@ -32,7 +32,9 @@ class DataRecipe:
     order: str = "stream"
     """stream: rows read documents in order from step to step; shuffled: windows of `length` tokens in random order."""
     validation: list[str] = field(default_factory=lambda: ["bundled:validation"])
-    """Validation documents."""
+    """Validation texts: files, folders of .txt files, or bundled:validation."""
+    prompt: str = ""
+    """Beginning of the samples written at each validation; empty for none."""
 
 
 @dataclass
@@ -145,6 +147,27 @@ class Recipe:
             return cls.from_dict(values)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+
+    def changed(self, change: str) -> "Recipe":
+        """The recipe with one value changed.
+
+        Args:
+            change: such as training.steps=2000, the value as in TOML; a bare word is a string.
+
+        Raises:
+            ValueError: unknown key or wrong value.
+        """
+        name, equals, value = change.partition("=")
+        part, _, key = name.strip().partition(".")
+        if not equals or part not in ("model", "data", "training"):
+            raise ValueError(f"{change!r} must be like training.steps=2000: a table, a key and a value")
+        try:
+            parsed = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            parsed = value.strip()
+        values = {"model": self.model.to_dict(), "data": vars(self.data).copy(), "training": vars(self.training).copy()}
+        values[part][key] = parsed
+        return Recipe.from_dict(values)
 
     def to_toml(self) -> str:
         """The whole recipe, defaults included, as TOML."""

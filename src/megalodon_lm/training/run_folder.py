@@ -1,6 +1,7 @@
 """The folder of one run: its identity, recipe, metrics, checkpoints and reports."""
 
 import json
+import math
 import time
 import uuid
 from collections.abc import Iterator
@@ -114,11 +115,12 @@ class MetricsFile:
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record.
+        """Append one record; numbers that are not finite become null.
 
         Raises:
             ValueError: the disk is full.
         """
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         try:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()

@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from ..state import State, from_tensors
 from .checkpoint import Checkpoint, newest, prefixed, under
 from .checkpoint_writer import CheckpointWriter
 from .loss import linear_cross_entropy
+from .machine import product_rate
+from .memory import resident
 from .optimizer import build_optimizer, learning_rate
 from .precision import autocast, choose_precision
 from .recipe import Recipe, TrainingRecipe
@@ -31,7 +33,12 @@ USUAL_LOSS_STEPS = 50  # of the running mean that spikes are measured from
 
 @dataclass
 class StepMetrics:
-    """What one step did: loss in bits per token, rates in tokens per second, times in seconds since the start."""
+    """What one step did.
+
+    Loss in bits per token, validation loss in bits per byte where it was measured, time in seconds of all steps so far,
+    memory in resident bytes; utilisation is the model's operations per second over those of the machine's matrix
+    products.
+    """
 
     step: int
     tokens: int
@@ -41,6 +48,9 @@ class StepMetrics:
     tokens_per_second: float
     seconds: float
     progress: float
+    utilisation: float
+    memory: int | None
+    validation: float | None = None
     event: str = ""
 
 
@@ -123,11 +133,11 @@ class Trainer:
         metrics = MetricsFile(self.folder)
         metrics.cut(self.step)
         writer = CheckpointWriter(self.folder, self.run_id, t.keep_checkpoints)
+        operations = self.recipe.model.flops_per_token(backward=True) / product_rate(self.precision, self.device)
         saved, bad, event = time.perf_counter(), 0, ""
         self.model.train()
         try:
-            with _interruptible() as interrupted:
-                batches = prefetched(self.batches, self.place)
+            with _interruptible() as interrupted, closing(prefetched(self.batches, self.place)) as batches:
                 while self.progress < 1 and not interrupted():
                     writer.check()
                     began = time.perf_counter()
@@ -142,15 +152,17 @@ class Trainer:
                         event = self._trouble(trouble, bad, writer, metrics)
                         if t.bad_step == "rewind":
                             continue
+                    validation = None
+                    if validate is not None and t.validate_steps and self.step % t.validate_steps == 0:
+                        validation = self._validate(validate)
+                    speed = (self.tokens - tokens) / took
                     record = StepMetrics(
-                        self.step, self.tokens, loss / math.log(2), rate, norm, (self.tokens - tokens) / took,
-                        self.seconds, min(1.0, self.progress), event,
+                        self.step, self.tokens, loss / math.log(2), rate, norm, speed, self.seconds,
+                        min(1.0, self.progress), speed * operations, resident(), validation, event,
                     )  # fmt: skip
                     metrics.write(asdict(record))
                     watch(record)
                     event = ""
-                    if validate is not None and t.validate_steps and self.step % t.validate_steps == 0:
-                        self._validate(validate)
                     now = time.perf_counter()
                     due = t.checkpoint_steps and self.step % t.checkpoint_steps == 0
                     if due or now - saved > 60 * t.checkpoint_minutes or self._is_best():
@@ -228,13 +240,14 @@ class Trainer:
         metrics.cut(self.step)
         return f"went back from step {step}: {trouble}"
 
-    def _validate(self, validate: Callable[[Megalodon], float]) -> None:
+    def _validate(self, validate: Callable[[Megalodon], float]) -> float:
         with self.averaged():
             self.model.eval()
             result = validate(self.model)
             self.model.train()
         if self.best is None or result < self.best[0]:
             self.best = (result, self.step)
+        return result
 
     def _is_best(self) -> bool:
         return self.best is not None and self.best[1] == self.step
