@@ -18,7 +18,7 @@ from megalodon_lm.data.books import bundled
 from megalodon_lm.data.mixture import load_mixture
 from megalodon_lm.data.prepare import FAULTS, prepare
 from megalodon_lm.data.shards import Prepared
-from megalodon_lm.data.subword import PIECE, SubwordTokenizer, pieces, train_bpe
+from megalodon_lm.data.subword import PIECE, pieces, train_bpe
 from megalodon_lm.data.tokenizer import load_tokenizer
 
 NOVELS = {name: text[:400_000] for name, text in bundled("train").items()}
@@ -27,7 +27,7 @@ NOVELS = {name: text[:400_000] for name, text in bundled("train").items()}
 @pytest.fixture(scope="module")
 def bpe(tmp_path_factory):
     path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
-    path.write_text(train_bpe((text[:100_000].decode() for text in NOVELS.values()), 1000))
+    path.write_bytes(train_bpe((text[:100_000].decode() for text in NOVELS.values()), 1000))
     return path
 
 
@@ -73,7 +73,7 @@ def tokens_of(folder):
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
 def test_every_format_gives_the_same_tokens(write, kind, bpe, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_module, "SHARD_BYTES", 1_000_000)
-    tokenizer = ByteTokenizer() if kind == "bytes" else SubwordTokenizer(bpe)
+    tokenizer = ByteTokenizer() if kind == "bytes" else load_tokenizer(bpe)
     write(tmp_path / "source")
     made = prepare([str(tmp_path / "source")], tmp_path / "out", str(bpe) if kind == "bpe" else "bytes", workers=1)
     expected = np.concatenate([tokenizer.encode(text, begin=True) for text in NOVELS.values()])
@@ -85,7 +85,7 @@ def test_every_format_gives_the_same_tokens(write, kind, bpe, tmp_path, monkeypa
 
 
 def test_pieces_encode_as_the_whole(bpe):
-    tokenizer = SubwordTokenizer(bpe)
+    tokenizer = load_tokenizer(bpe)
     text = next(iter(NOVELS.values())).decode()
     assert len(text) > 3 * PIECE
     assert tokenizer.encode(text).tolist() == tokenizer._tokenizer.encode(text).ids
@@ -96,7 +96,7 @@ def test_pieces_encode_as_the_whole(bpe):
 
 
 def test_special_tokens_in_a_text_are_text(bpe):
-    tokenizer = SubwordTokenizer(bpe)
+    tokenizer = load_tokenizer(bpe)
     tokens = tokenizer.encode("<|end|>", begin=True)
     assert tokens[0] == tokenizer.begin
     assert tokenizer.end not in tokens

@@ -3,13 +3,14 @@
 import codecs
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ..files import write_atomically
 
 PIECE = 1 << 16  # characters encoded at a time
 SPACE = "\u2581"  # for a space, in vocabularies of SentencePiece's kind
@@ -20,7 +21,7 @@ END_NAMES = ("<|end|>", "</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "[S
 class _Subwords:
     """What both kinds share: streams, bytes and special tokens. The subclass gives encode and the vocabulary."""
 
-    path: Path
+    content: bytes
     vocab_size: int
     begin: int
     end: int
@@ -30,7 +31,7 @@ class _Subwords:
     @property
     def fingerprint(self) -> str:
         """Hash of the file."""
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()[:32]
+        return hashlib.sha256(self.content).hexdigest()[:32]
 
     def _ids(self, text: str) -> list[int]:
         raise NotImplementedError
@@ -59,20 +60,21 @@ class _Subwords:
 class SubwordTokenizer(_Subwords):
     """A tokenizer.json.
 
+    Args:
+        content: of the file.
+        path: for messages.
+
     Raises:
-        ValueError: missing or malformed file, or one without a special token for the beginning of a document.
+        ValueError: malformed, or without a special token for the beginning of a document.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, content: bytes, path: str | Path = "tokenizer.json"):
         import tokenizers
 
-        self.path = Path(path)
+        self.content = content
         try:
-            text = self.path.read_text(encoding="utf-8")
-            self._tokenizer = tokenizers.Tokenizer.from_str(text)
-            description = json.loads(text)
-        except OSError as error:
-            raise ValueError(f"cannot read the tokenizer {path}: {error.strerror}") from None
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+            description = json.loads(content)
         except Exception as error:  # the library raises nothing more special
             raise ValueError(f"{path} is not a tokenizer of the tokenizers library: {error}") from None
         self._tokenizer.no_truncation()
@@ -95,26 +97,28 @@ class SubwordTokenizer(_Subwords):
 
     def save(self, folder: Path) -> None:
         """Put tokenizer.json beside a model."""
-        shutil.copyfile(self.path, folder / "tokenizer.json")
+        write_atomically(folder / "tokenizer.json", self.content)
 
 
 class SentencePieceTokenizer(_Subwords):
     """A SentencePiece model; needs the package sentencepiece.
 
+    Args:
+        content: of the file.
+        path: for messages.
+
     Raises:
-        ValueError: missing or malformed file, or the package is not installed.
+        ValueError: malformed file, or the package is not installed.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, content: bytes, path: str | Path):
         try:
             from sentencepiece import SentencePieceProcessor
         except ImportError:
             raise ValueError(f"{path} is a SentencePiece model; install sentencepiece to read it") from None
-        self.path = Path(path)
+        self.content = content
         try:
-            self._model: Any = SentencePieceProcessor(model_proto=self.path.read_bytes())
-        except OSError as error:
-            raise ValueError(f"cannot read the tokenizer {path}: {error.strerror}") from None
+            self._model: Any = SentencePieceProcessor(model_proto=content)
         except Exception as error:
             raise ValueError(f"{path} is not a SentencePiece model: {error}") from None
         model = self._model
@@ -134,7 +138,7 @@ class SentencePieceTokenizer(_Subwords):
 
     def save(self, folder: Path) -> None:
         """Put tokenizer.model beside a model."""
-        shutil.copyfile(self.path, folder / "tokenizer.model")
+        write_atomically(folder / "tokenizer.model", self.content)
 
 
 def pieces(parts: Iterable[str], prefixed: bool) -> Iterator[str]:
@@ -191,7 +195,7 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
+def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
     """Train byte-level BPE with the tokens <|begin|>, <|end|> and <|pad|>.
 
     Args:
@@ -216,4 +220,4 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer.to_str()
+    return tokenizer.to_str().encode()

@@ -97,4 +97,8 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
         path = found[0]
     from .subword import SentencePieceTokenizer, SubwordTokenizer
 
-    return SubwordTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read the tokenizer {path}: {error.strerror}") from None
+    return SubwordTokenizer(content, path) if path.suffix == ".json" else SentencePieceTokenizer(content, path)

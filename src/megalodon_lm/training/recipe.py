@@ -28,7 +28,7 @@ class DataRecipe:
     weights: list[float] = field(default_factory=list)
     """How much to take of each of them, relative to each other; nothing for all by their lengths."""
     tokenizer: str = "bytes"
-    """bytes, a tokenizer.json, or a SentencePiece model."""
+    """bytes; a tokenizer.json; a SentencePiece model; or bpe:4096, say, trained on the text when the run begins."""
     order: str = "stream"
     """stream: rows read documents in order from step to step; shuffled: windows of `length` tokens in random order."""
     validation: list[str] = field(default_factory=lambda: ["bundled:validation"])

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from ..data.batches import Batch, Batches, Stream, Windows, prefetched
+from ..data.corpus import blocks, find_documents
 from ..data.mixture import load_mixture
-from ..data.tokenizer import load_tokenizer
+from ..data.subword import SubwordTokenizer, train_bpe
+from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..model.decoder import Megalodon
 from ..state import State, from_tensors
 from .checkpoint import Checkpoint, newest, prefixed, under
@@ -72,7 +74,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, folder: str | Path, device: torch.device | str = "cpu", resume: Resume = "no"):
         self.recipe, self.device = recipe, torch.device(device)
         t = recipe.training
-        self.tokenizer = load_tokenizer(recipe.data.tokenizer)
+        self.tokenizer = _tokenizer(recipe, Path(folder), resume)
         if recipe.model.vocab_size < self.tokenizer.vocab_size:
             raise ValueError(
                 f"vocab_size = {recipe.model.vocab_size} is too small for the tokenizer {recipe.data.tokenizer} and "
@@ -321,6 +323,18 @@ class Trainer:
         self.usual_loss = math.nan if progress["usual_loss"] is None else progress["usual_loss"]
         self.best = progress["best"] and tuple(progress["best"])
         self.place = progress["place"]
+
+
+def _tokenizer(recipe: Recipe, folder: Path, resume: Resume) -> Tokenizer:
+    """The tokenizer a recipe names; bpe:N is trained on the text when the run begins, and found in its folder later."""
+    kind, _, size = recipe.data.tokenizer.partition(":")
+    if kind != "bpe" or not size.isdecimal():
+        return load_tokenizer(recipe.data.tokenizer)
+    if resume != "no" and (folder / "tokenizer.json").exists():
+        return load_tokenizer(folder)
+    texts = find_documents(recipe.data.train).values()
+    pieces = (b"".join(blocks(text)).decode("utf-8", "replace") for text in texts)
+    return SubwordTokenizer(train_bpe(pieces, int(size)))
 
 
 def accumulated(recipe: TrainingRecipe, step: int) -> int:
