@@ -322,3 +322,13 @@ def test_unusable_places_end_in_one_line(make, arguments, message, tmp_path):
     assert ended.returncode == 2
     assert message in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_fine_tuning_begins_with_the_weights_of_a_model(tmp_path):
+    trained = Trainer(recipe(tmp_path), tmp_path / "first")
+    trained.train()
+    tuned = Trainer(recipe(tmp_path, begin_from=str(tmp_path / "first")), tmp_path / "second")
+    assert tuned.model.fingerprint() == trained.model.fingerprint()
+    assert tuned.step == 0
+    with pytest.raises(ValueError, match=r"differs from the recipe in model\.num_layers"):
+        Trainer(recipe(tmp_path, model={"num_layers": 1}, begin_from=str(tmp_path / "first")), tmp_path / "third")

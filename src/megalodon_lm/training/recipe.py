@@ -41,6 +41,8 @@ class DataRecipe:
 class TrainingRecipe:
     """The optimisation."""
 
+    begin_from: str = ""
+    """Model folder whose weights the run begins with, to train it further; empty for random ones."""
     length: int = 1024
     """Tokens a row reads in a step."""
     batch_size: int = 2

@@ -90,6 +90,8 @@ class Trainer:
         torch.manual_seed(t.seed)
         with self.device:
             self.model = Megalodon(recipe.model, t.activation_checkpointing)
+        if t.begin_from:
+            self._begin_from(Path(t.begin_from))
         if t.compile:
             compile_blocks(self.model, self.device)
         self.optimizer = build_optimizer(self.model, t)
@@ -106,6 +108,19 @@ class Trainer:
             checkpoint, self.notes = newest(self.folder, self.run_id, accept_older=resume == "auto")
             if checkpoint is not None:
                 self.restore(checkpoint)
+
+    def _begin_from(self, folder: Path) -> None:
+        """Take the weights of a trained model."""
+        trained = Megalodon.load(folder)
+        if load_tokenizer(folder).fingerprint != self.tokenizer.fingerprint:
+            raise ValueError(f"{folder} has another tokenizer than the data; set data.tokenizer to {folder}")
+        ours, theirs = self.recipe.model.to_dict(), trained.config.to_dict()
+        changed = [key for key in ours if ours[key] != theirs[key] and "drop" not in key]
+        if changed:
+            raise ValueError(
+                f"{folder} differs from the recipe in model.{', model.'.join(changed)}; set them as in its config.json"
+            )
+        self.model.load_state_dict(trained.state_dict())
 
     @property
     def progress(self) -> float:
