@@ -25,7 +25,7 @@ class Sequence:
     ):
         self._tokens = tokens
         stops = [np.asarray(e, np.int64) for e in ends]
-        starts = [np.concatenate([[0], e[:-1]]).astype(np.int64) for e in stops]
+        starts = [np.concatenate([np.zeros(1, np.int64), e])[:-1] for e in stops]
         array = np.repeat(np.arange(len(tokens), dtype=np.int32), [len(e) for e in stops])
         order = np.random.default_rng(seed).permutation(len(array))
         self._array, self._begin = array[order], np.concatenate(starts)[order]
