@@ -50,11 +50,11 @@ def _plan(slots: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _by_heads(piece: Tensor, cached: Tensor | None, group: Group) -> Tensor:
-    """(H, cached keys and tokens of the group, d), contiguous."""
+    """(H, cached keys and tokens of the group, d); a view if nothing is cached, matrix products take its strides."""
     row, begin, end, before = group
     tokens = piece[row, begin:end].transpose(0, 1)
     if not before:
-        return tokens.contiguous()
+        return tokens
     assert cached is not None
     return torch.cat([cached[row, :before].transpose(0, 1), tokens], 1)
 
@@ -141,7 +141,11 @@ def attention_backward(
         kernels.pack_gradient(threads, incoming, output, row, begin, array_of(gs), deltas)
         logs = sums_of[heads * (row * q.shape[1] + begin) :][: heads * n].reshape(heads, n)
         last = ends[row, begin:end] - begin
-        dq, dk, dv = qs.new_zeros(qs.shape, dtype=torch.float32), torch.empty_like(ks), torch.empty_like(vs)
+        dq = qs.new_zeros(qs.shape, dtype=torch.float32)
+        if before:
+            dk, dv = torch.empty_like(ks), torch.empty_like(vs)
+        else:
+            dk, dv = (t[row, begin:end].transpose(0, 1) for t in (grad_k, grad_v))
         for start in range(0, before + n, TILE_SIZE):
             stop = min(start + TILE_SIZE, before + n)
             query = max(start - before, 0)
@@ -157,9 +161,9 @@ def attention_backward(
                 torch.mm(scores[h], qs[h, query:], out=dk[h, start:stop])
                 dq[h, query:] += scores[h].T @ ks[h, start:stop]
         grad_q[row, begin:end] = dq.transpose(0, 1)
-        grad_k[row, begin:end] = dk[:, before:].transpose(0, 1)
-        grad_v[row, begin:end] = dv[:, before:].transpose(0, 1)
         if before:
+            grad_k[row, begin:end] = dk[:, before:].transpose(0, 1)
+            grad_v[row, begin:end] = dv[:, before:].transpose(0, 1)
             grad_keys[row, :before] = dk[:, :before].transpose(0, 1)
             grad_values[row, :before] = dv[:, :before].transpose(0, 1)
     return grad_q, grad_k, grad_v, grad_keys, grad_values

@@ -10,51 +10,59 @@ import numpy as np
 from .simd import add_product, compiled, load, splat, total
 from .team import share
 
-FEATURES = 4  # outputs computed together: four streams of weights, one load of the input
+FEATURES = 4  # outputs of a task
 
 
 @compiled
 def _one_row(x: Any, at: int, weight: Any, start: int, width: int) -> Any:
+    """Sum of x * weight, the weights read in the order in which they lie, as the memory prefetches them."""
     a, b, c, d = splat(np.float32(0)), splat(np.float32(0)), splat(np.float32(0)), splat(np.float32(0))
-    for i in range(0, width, 16):
-        some = load(x, at + i)
-        a = add_product(a, some, load(weight, start + i))
-        b = add_product(b, some, load(weight, start + width + i))
-        c = add_product(c, some, load(weight, start + 2 * width + i))
-        d = add_product(d, some, load(weight, start + 3 * width + i))
-    return total(a), total(b), total(c), total(d)
+    whole = width // 64 * 64
+    for i in range(0, whole, 64):
+        a = add_product(a, load(x, at + i), load(weight, start + i))
+        b = add_product(b, load(x, at + i + 16), load(weight, start + i + 16))
+        c = add_product(c, load(x, at + i + 32), load(weight, start + i + 32))
+        d = add_product(d, load(x, at + i + 48), load(weight, start + i + 48))
+    for i in range(whole, width, 16):
+        a = add_product(a, load(x, at + i), load(weight, start + i))
+    return _joined(a, b, c, d)
+
+
+@compiled
+def _joined(a: Any, b: Any, c: Any, d: Any) -> Any:
+    one = splat(np.float32(1))
+    return total(add_product(add_product(b, a, one), add_product(d, c, one), one))
 
 
 @compiled
 def _four_rows(x: Any, at: int, weight: Any, start: int, width: int) -> Any:
+    """As _one_row for four rows of x, to the same bits."""
     zero = splat(np.float32(0))
     a, b, c, d, e, f, g, h = zero, zero, zero, zero, zero, zero, zero, zero
     j, k, m, n, o, p, q, r = zero, zero, zero, zero, zero, zero, zero, zero
-    for i in range(0, width, 16):
-        first, second = load(x, at + i), load(x, at + width + i)
-        third, fourth = load(x, at + 2 * width + i), load(x, at + 3 * width + i)
+    first, second, third, fourth = at, at + width, at + 2 * width, at + 3 * width
+    whole = width // 64 * 64
+    for i in range(0, whole, 64):
         some = load(weight, start + i)
-        a, e = add_product(a, first, some), add_product(e, second, some)
-        j, o = add_product(j, third, some), add_product(o, fourth, some)
-        some = load(weight, start + width + i)
-        b, f = add_product(b, first, some), add_product(f, second, some)
-        k, p = add_product(k, third, some), add_product(p, fourth, some)
-        some = load(weight, start + 2 * width + i)
-        c, g = add_product(c, first, some), add_product(g, second, some)
-        m, q = add_product(m, third, some), add_product(q, fourth, some)
-        some = load(weight, start + 3 * width + i)
-        d, h = add_product(d, first, some), add_product(h, second, some)
-        n, r = add_product(n, third, some), add_product(r, fourth, some)
-    upper = total(a), total(b), total(c), total(d), total(e), total(f), total(g), total(h)
-    return upper, (total(j), total(k), total(m), total(n), total(o), total(p), total(q), total(r))
-
-
-@compiled
-def _dot(x: Any, at: int, weight: Any, start: int, width: int) -> Any:
-    a = splat(np.float32(0))
-    for i in range(0, width, 16):
-        a = add_product(a, load(x, at + i), load(weight, start + i))
-    return total(a)
+        a, e = add_product(a, load(x, first + i), some), add_product(e, load(x, second + i), some)
+        j, o = add_product(j, load(x, third + i), some), add_product(o, load(x, fourth + i), some)
+        i += 16
+        some = load(weight, start + i)
+        b, f = add_product(b, load(x, first + i), some), add_product(f, load(x, second + i), some)
+        k, p = add_product(k, load(x, third + i), some), add_product(p, load(x, fourth + i), some)
+        i += 16
+        some = load(weight, start + i)
+        c, g = add_product(c, load(x, first + i), some), add_product(g, load(x, second + i), some)
+        m, q = add_product(m, load(x, third + i), some), add_product(q, load(x, fourth + i), some)
+        i += 16
+        some = load(weight, start + i)
+        d, h = add_product(d, load(x, first + i), some), add_product(h, load(x, second + i), some)
+        n, r = add_product(n, load(x, third + i), some), add_product(r, load(x, fourth + i), some)
+    for i in range(whole, width, 16):
+        some = load(weight, start + i)
+        a, e = add_product(a, load(x, first + i), some), add_product(e, load(x, second + i), some)
+        j, o = add_product(j, load(x, third + i), some), add_product(o, load(x, fourth + i), some)
+    return _joined(a, b, c, d), _joined(e, f, g, h), _joined(j, k, m, n), _joined(o, p, q, r)
 
 
 @compiled
@@ -70,29 +78,15 @@ def _product(first: int, last: int, x: Any, rows: int, width: int, weight: Any, 
         y: (B, F) float32, out.
     """
     outputs = len(bias)
-    for group in range(first, last):
-        feature = group * FEATURES
+    for feature in range(first * FEATURES, min(last * FEATURES, outputs)):
         start = feature * width
-        if feature + FEATURES > outputs:
-            for f in range(feature, outputs):
-                for b in range(rows):
-                    y[b * outputs + f] = _dot(x, b * width, weight, f * width, width) + bias[f]
-            continue
-        p, q, r, s = bias[feature], bias[feature + 1], bias[feature + 2], bias[feature + 3]
         for b in range(0, rows - 3, 4):
-            upper, lower = _four_rows(x, b * width, weight, start, width)
             to = b * outputs + feature
-            y[to], y[to + 1], y[to + 2], y[to + 3] = upper[0] + p, upper[1] + q, upper[2] + r, upper[3] + s
-            to += outputs
-            y[to], y[to + 1], y[to + 2], y[to + 3] = upper[4] + p, upper[5] + q, upper[6] + r, upper[7] + s
-            to += outputs
-            y[to], y[to + 1], y[to + 2], y[to + 3] = lower[0] + p, lower[1] + q, lower[2] + r, lower[3] + s
-            to += outputs
-            y[to], y[to + 1], y[to + 2], y[to + 3] = lower[4] + p, lower[5] + q, lower[6] + r, lower[7] + s
+            sums = _four_rows(x, b * width, weight, start, width)
+            y[to], y[to + outputs] = sums[0] + bias[feature], sums[1] + bias[feature]
+            y[to + 2 * outputs], y[to + 3 * outputs] = sums[2] + bias[feature], sums[3] + bias[feature]
         for b in range(rows // 4 * 4, rows):
-            one = _one_row(x, b * width, weight, start, width)
-            to = b * outputs + feature
-            y[to], y[to + 1], y[to + 2], y[to + 3] = one[0] + p, one[1] + q, one[2] + r, one[3] + s
+            y[b * outputs + feature] = _one_row(x, b * width, weight, start, width) + bias[feature]
 
 
 @compiled
