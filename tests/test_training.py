@@ -130,8 +130,11 @@ def test_every_recipe_runs_two_steps_when_shrunk(name, text, tmp_path):
     shrunk = loaded.model.to_dict() | {"num_layers": 1, "model_dim": 32, "z_dim": 16, "value_dim": 32,
                                        "ffn_hidden_dim": 32, "norm_num_groups": 4, "chunk_size": 16}  # fmt: skip
     loaded.model = type(loaded.model).from_dict(shrunk)
-    loaded.training.length, loaded.training.minutes, loaded.training.steps = 32, 0.0, 2
+    t = loaded.training
+    t.length, t.batch_size, t.minutes, t.steps, t.validate_steps = 32, 2, 0.0, 2, 0
     loaded.data.train = [text]
+    if not loaded.data.tokenizer.startswith("bpe:"):
+        loaded.data.tokenizer = "bytes"
     steps = []
     assert Trainer(loaded, tmp_path / "run").train(steps.append)
     assert len(steps) == 2
