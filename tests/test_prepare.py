@@ -182,7 +182,7 @@ def test_processes_side_by_side_give_the_same_shards(tmp_path):
     ("change", "message"),
     [
         (lambda p: p.write_bytes(p.read_bytes()[:-1]), r"00000\.tokens has \d+ bytes, not \d+"),
-        (lambda p: p.write_bytes(b"\0" + p.read_bytes()[1:]), r"00000\.tokens was altered"),
+        (lambda p: p.write_bytes(b"\7" + p.read_bytes()[1:]), r"00000\.tokens was altered"),
         (Path.unlink, r"00000\.tokens is missing"),
     ],
 )

@@ -85,9 +85,9 @@ class SubwordTokenizer(_Subwords):
         self.begin = _special(path, vocabulary, BEGIN_NAMES)
         self.end = _special(path, vocabulary, END_NAMES)
         added = {t["id"] for t in description.get("added_tokens", ()) if t.get("special")}
-        kinds = json.dumps([description.get(part) for part in ("pre_tokenizer", "decoder", "normalizer")])
-        by_bytes = '"ByteLevel"' in kinds
-        self.prefixed = '"Prepend"' in kinds or '"add_prefix_space": true' in kinds or '"prepend_scheme": "a' in kinds
+        before = json.dumps([description.get(part) for part in ("normalizer", "pre_tokenizer")])
+        by_bytes = '"ByteLevel"' in before + json.dumps(description.get("decoder"))
+        self.prefixed = any(mark in before for mark in ('"Prepend"', '"add_prefix_space": true', '"prepend_scheme": "a'))
         self._bytes = [b""] * self.vocab_size
         for piece, number in vocabulary.items():
             self._bytes[number] = None if number in added else _byte_level(piece) if by_bytes else _spaced(piece)

@@ -69,7 +69,7 @@ class Checkpoint:
             (unfinished / CONFIG_FILE).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
             (unfinished / PROGRESS_FILE).write_text(json.dumps({**self.progress, "step": self.step}, indent=2) + "\n")
             manifest = {"run": run_id, "step": self.step, "files": {n: digest(unfinished / n) for n in CONTENTS}}
-            (unfinished / MANIFEST_FILE).write_text(json.dumps({**manifest, "checksum": _checksum(manifest)}) + "\n")
+            (unfinished / MANIFEST_FILE).write_text(json.dumps({**manifest, "checksum": _checksum(manifest)}))
             for name in (*CONTENTS, MANIFEST_FILE, ""):
                 flush(unfinished / name)
             if target.exists():  # a run that went back and came here again
