@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from megalodon_lm import ByteTokenizer, Context, Megalodon, ModelConfig
-from megalodon_lm.benchmark.worker import resident
 from megalodon_lm.data.corpus import blocks, find_documents
 from megalodon_lm.files import write_atomically
+from megalodon_lm.training.memory import resident
 
 STEP = 10_000  # tokens, about
 SETTLED = 100_000  # tokens until memory should grow no more

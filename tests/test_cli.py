@@ -29,7 +29,9 @@ def refused(*arguments, cwd=None, says):
     assert line.count("\n") == 0
 
 
-@pytest.mark.parametrize("command", ["quickstart", "train", "read", "generate", "chat", "evaluate", "bench", "info"])
+@pytest.mark.parametrize(
+    "command", ["quickstart", "tokenizer", "prepare", "train", "read", "generate", "chat", "evaluate", "bench", "info"]
+)
 def test_help_teaches(command):
     result = megalodon(command, "--help")
     assert result.returncode == 0
@@ -48,12 +50,61 @@ def test_quickstart_end_to_end(tmp_path):
     assert report["bits_per_byte_by_context"].keys() >= {"64", "256", "1024"}
     assert report["total_seconds"] > report["train_seconds"] > 0
     assert {p.name for p in folder.iterdir()} == {
-        "config.json", "metrics.jsonl", "model.safetensors", "recipe.toml", "report.json", "report.md", "report.png",
+        "checkpoints", "config.json", "metrics.jsonl", "model.safetensors", "recipe.toml", "report.json", "report.md",
+        "report.png", "run.json",
     }  # fmt: skip
     refused("quickstart", "--out", "run", cwd=tmp_path, says="not empty")
     written = megalodon("generate", folder, "--prompt", "Once", "--max-tokens", 5)
     assert written.returncode == 0
     assert written.stdout.startswith("Once")
+
+
+def test_from_text_to_a_model(tmp_path):
+    """The way of docs/training.md: tokenizer, shards, training with validation and samples, and use."""
+    pytest.importorskip("tensorboard")
+    (tmp_path / "texts").mkdir()
+    for i in range(3):
+        (tmp_path / "texts" / f"{i}.txt").write_text(f"Once upon a time {i} the shark swam. " * 200)
+    recipe = """
+[model]
+size = "tiny"
+vocab_size = 300
+[data]
+train = ["corpus"]
+tokenizer = "tokenizer.json"
+validation = ["texts/0.txt"]
+prompt = "Once"
+[training]
+length = 64
+steps = 500
+validate_steps = 2
+validate_bytes = 1000
+warmup_steps = 1
+"""
+    (tmp_path / "my.toml").write_text(recipe)
+    for command in (
+        ["tokenizer", "train", "texts", "--out", "tokenizer.json", "--vocab-size", 300],
+        ["prepare", "texts", "--tokenizer", "tokenizer.json", "--out", "corpus", "--workers", 1],
+        ["train", "my.toml", "--out", "run", "--set", "training.steps=4", "--tensorboard"],
+    ):
+        result = megalodon(*command, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    run = tmp_path / "run"
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["validation"] is None for r in records] == [True, False, True, False]
+    assert (run / "samples.txt").read_text().count("Once") >= 2
+    assert {"training.md", "training.png", "tokenizer.json", "checkpoints"} <= {p.name for p in run.iterdir()}
+    assert any(p.name.startswith("events.out.tfevents") for p in run.iterdir())
+    layers = json.loads(megalodon("info", run, "--layers", "--json").stdout)
+    assert len(layers) == 2
+    assert all(0 < layer["decay"] < 1 and layer["half_life"] > 0 for layer in layers)
+    assert megalodon("generate", run, "--prompt", "Once upon", "--max-tokens", 5).stdout.startswith("Once upon")
+    assert (
+        "bits per byte" in megalodon("evaluate", "perplexity", run, "texts/1.txt", "--contexts", 0, cwd=tmp_path).stderr
+    )
+    refused("train", "my.toml", "--set", "training.stepz=3", cwd=tmp_path, says="did you mean 'steps'")
+    refused("train", "my.toml", "--resume", "last", cwd=tmp_path, says="needs --out")
+    refused("info", "tiny", "--layers", says="needs a model folder")
 
 
 def test_generate_reads_a_file_and_standard_input(saved, tmp_path):

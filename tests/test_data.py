@@ -1,13 +1,10 @@
 import hashlib
 
-import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megalodon_lm import ByteTokenizer
-from megalodon_lm.data.batches import Stream
 from megalodon_lm.data.books import bundled
 from megalodon_lm.data.corpus import read_documents
 
@@ -31,22 +28,6 @@ def test_bundled_novels():
     assert list(validation) == ["dracula"]
     assert sum(map(len, train.values())) > 15_000_000
     assert hashlib.sha256(validation["dracula"]).hexdigest().startswith("0a4bb5bd07dc")
-
-
-def test_stream_reads_each_row_in_order_and_marks_documents():
-    documents = [bytes(range(10)), bytes(range(100, 117)), bytes(range(200, 205))]
-    stream = Stream(documents, ByteTokenizer(), batch_size=2, length=7, seed=1)
-    batches = [batch for batch, _ in zip(stream, range(5), strict=False)]
-    flat = stream.tokens.astype(np.int64)
-    for row in range(2):
-        read = torch.cat([b.inputs[row] for b in batches])
-        begin = row * (len(flat) // 2)
-        assert read.tolist() == [flat[(begin + i) % len(flat)] for i in range(35)]
-        targets = torch.cat([b.targets[row] for b in batches])
-        assert torch.equal(targets[:-1], read[1:])
-        starts = torch.cat([torch.zeros(7).bool() if b.starts is None else b.starts[row] for b in batches])
-        assert torch.equal(starts, read == ByteTokenizer.begin)
-    assert sorted(flat.tolist()) == sorted([256] * 3 + [b for d in documents for b in d])
 
 
 def test_folder_of_texts_is_read_in_order(tmp_path):

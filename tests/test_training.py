@@ -91,7 +91,8 @@ def test_carried_state_is_what_the_whole_document_gives(text, tmp_path):
     trainer = Trainer(recipe(text, learning_rate=1e-30, precision="float32", batch_size=1), tmp_path / "run")
     losses = []
     trainer.train(lambda m: losses.append(m.bits_per_token))
-    tokens = torch.from_numpy(trainer.batches.tokens.astype("int64"))[None]
+    sequence = trainer.batches.mixture.sequences[0]
+    tokens = torch.from_numpy(sequence.read(0, len(sequence))[0])[None]
     logits, _ = trainer.model(tokens[:, :192])
     whole = F.cross_entropy(logits[0], tokens[0, 1:193], reduction="none").view(3, 64).mean(1) / math.log(2)
     torch.testing.assert_close(torch.tensor(losses), whole.detach(), rtol=1e-4, atol=0)
@@ -129,8 +130,11 @@ def test_every_recipe_runs_two_steps_when_shrunk(name, text, tmp_path):
     shrunk = loaded.model.to_dict() | {"num_layers": 1, "model_dim": 32, "z_dim": 16, "value_dim": 32,
                                        "ffn_hidden_dim": 32, "norm_num_groups": 4, "chunk_size": 16}  # fmt: skip
     loaded.model = type(loaded.model).from_dict(shrunk)
-    loaded.training.length, loaded.training.minutes, loaded.training.steps = 32, 0.0, 2
+    t = loaded.training
+    t.length, t.batch_size, t.minutes, t.steps, t.validate_steps = 32, 2, 0.0, 2, 0
     loaded.data.train = [text]
+    if not loaded.data.tokenizer.startswith("bpe:"):
+        loaded.data.tokenizer = "bytes"
     steps = []
     assert Trainer(loaded, tmp_path / "run").train(steps.append)
     assert len(steps) == 2

@@ -1,8 +1,10 @@
 """Writing files so that a reader finds the old one or the new one, never half of either."""
 
+import hashlib
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 
 def write_atomically(path: str | Path, data: bytes | str) -> None:
@@ -29,6 +31,17 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk. Folders cannot be opened on Windows; then nothing."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def check_writable(path: str | Path) -> None:
     """Refuse a place that could not be written, before work is done for it.
 
@@ -43,6 +56,31 @@ def check_writable(path: str | Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}") from None
+
+
+def digest(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
+    with path.open("rb") as content:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+
+
+def check(path: Path, expected: dict[str, Any], verify: bool = True) -> None:
+    """Refuse a file that is not what was written.
+
+    Raises:
+        ValueError: missing, of another size or altered.
+    """
+    try:
+        size = path.stat().st_size
+        found = digest(path) if verify and size == expected["bytes"] else expected
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    if size != expected["bytes"]:
+        raise ValueError(f"{path} has {size} bytes, not {expected['bytes']}; it was truncated or replaced")
+    if found["sha256"] != expected["sha256"]:
+        raise ValueError(f"{path} was altered or replaced: its checksum does not match")
 
 
 def _umask() -> int:

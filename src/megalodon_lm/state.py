@@ -260,7 +260,7 @@ class StateFile:
             raise ValueError(f"{path} was altered after it was written: its checksum does not match")
         tokens = stored.pop(TOKENS)
         notes = {name: metadata[name] for name in metadata.keys() - {"format", "fingerprint", "position"}}
-        return cls(_from_tensors(stored), metadata["fingerprint"], tokens, notes)
+        return cls(from_tensors(stored), metadata["fingerprint"], tokens, notes)
 
     def state_for(self, model: "Megalodon", path: str | Path = "the file") -> State:
         """The state, on the device of its model.
@@ -280,8 +280,8 @@ class StateFile:
         return state.to(next(model.parameters()).device)
 
 
-def _from_tensors(stored: dict[str, Tensor]) -> State:
-    """The inverse of State.tensors."""
+def from_tensors(stored: dict[str, Tensor]) -> State:
+    """The inverse of State.tensors; the state knows no model."""
 
     def norm(prefix: str) -> NormState:
         return NormState(*(stored[f"{prefix}.{name}"] for name in NormState._fields))

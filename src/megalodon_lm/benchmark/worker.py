@@ -106,16 +106,6 @@ class Worker:
         return f"{self.name} {how}"
 
 
-def resident(peak: bool = False) -> int | None:
-    """Bytes of this process in memory, now or at most since `forget_peak`; None where the system does not tell."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    key = "VmHWM:" if peak else "VmRSS:"
-    return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith(key)), None)
-
-
 def forget_peak() -> None:
     """Give freed memory back to the system and let the peak begin anew, where the system can."""
     try:
@@ -139,7 +129,7 @@ def serve(name: str, model: dict[str, Any], precision: Any) -> None:
         answers.flush()
 
     from ..config import ModelConfig
-    from ..training.memory import keep_freed_memory
+    from ..training.memory import keep_freed_memory, resident
     from .workloads import contender
 
     keep_freed_memory()  # as a training run does; the others gain by it too

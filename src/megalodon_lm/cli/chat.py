@@ -55,7 +55,6 @@ class Chat:
 
     def run(self) -> None:
         """Carry out the command."""
-        from ..data.tokenizer import ByteTokenizer
         from ..generation.generator import Generator
         from ..generation.sampling import Sampling
         from .models import load_trained
@@ -64,8 +63,8 @@ class Chat:
             self.max_tokens, self.temperature, top_p=self.top_p, repetition_penalty=self.repetition_penalty,
             stop=self.stop, seed=self.seed,
         )  # fmt: skip
-        model = load_trained(self.model, self.device)
-        conversation = _Conversation(Generator(model, ByteTokenizer(), self.precision), sampling, self.state)
+        model, tokenizer = load_trained(self.model, self.device)
+        conversation = _Conversation(Generator(model, tokenizer, self.precision), sampling, self.state)
         print("/help lists the commands", file=sys.stderr)
         while (line := _ask()) is not None:
             if line.startswith("/"):

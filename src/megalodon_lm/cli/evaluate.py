@@ -49,7 +49,6 @@ class Perplexity:
         import torch
 
         from ..data.corpus import blocks, find_documents, size
-        from ..data.tokenizer import ByteTokenizer
         from ..evaluation.by_context import draw, measure
         from ..evaluation.norm_statistics import Window
         from ..evaluation.perplexity import Losses
@@ -69,7 +68,7 @@ class Perplexity:
             windows.append(windowed)
         documents = find_documents(self.text)
         num_bytes = sum(size(document) for document in documents.values())
-        model, tokenizer = load_trained(self.model, self.device), ByteTokenizer()
+        model, tokenizer = load_trained(self.model, self.device)
         precision = choose_precision(self.precision, torch.device(self.device))
         curves = []
         for window in windows:
@@ -83,7 +82,7 @@ class Perplexity:
 
                 curves.append(
                     measure(
-                        model, lambda: map(tokenizer.encode, blocks(documents.values())), num_bytes, tokenizer.begin,
+                        model, lambda: tokenizer.encode_blocks(blocks(documents.values())), num_bytes, tokenizer.begin,
                         self.contexts, precision, window, watch,
                     )
                 )  # fmt: skip

@@ -52,7 +52,6 @@ class Generate:
     def run(self) -> None:
         """Carry out the command."""
         from ..data.corpus import find_documents
-        from ..data.tokenizer import ByteTokenizer
         from ..files import check_writable
         from ..generation.generator import Generator
         from ..generation.sampling import Sampling
@@ -66,7 +65,7 @@ class Generate:
         )  # fmt: skip
         if self.save is not None:
             check_writable(self.save)
-        model, tokenizer = load_trained(self.model, self.device), ByteTokenizer()
+        model, tokenizer = load_trained(self.model, self.device)
         generator = Generator(model, tokenizer, self.precision)
         context = generator.context(self.state)
         if str(self.prompt_file) == "-":

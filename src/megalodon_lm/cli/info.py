@@ -12,6 +12,8 @@ class Info:
 
     name: Positional[str] = ""
     """A size such as paper7B, a .toml or .json file, or a model folder; nothing for a table of all sizes."""
+    layers: bool = False
+    """Of a model folder: how long each layer's CEMA remembers, and the gains of its attention."""
     json: bool = False
     """Print JSON."""
 
@@ -24,6 +26,9 @@ class Info:
 
         from ..config import SIZES, ModelConfig
 
+        if self.layers:
+            self._show_layers()
+            return
         configs = {self.name: _config(self.name)} if self.name else {n: ModelConfig.named(n) for n in SIZES}
         figures = {name: _figures(config) for name, config in configs.items()}
         if self.json:
@@ -36,6 +41,26 @@ class Info:
             for key, value in configs[self.name].to_dict().items():
                 table.add_row(key, str(value))
         Console(width=None if self.name else 200).print(table)
+
+    def _show_layers(self) -> None:
+        import json
+
+        from rich.console import Console
+        from rich.table import Table
+
+        from ..model.decoder import Megalodon
+        from ..training.inspection import inspect_layers
+
+        if not Path(self.name).is_dir():
+            raise ValueError(f"--layers needs a model folder, not {self.name or 'nothing'}")
+        figures = inspect_layers(Megalodon.load(self.name))
+        if self.json:
+            print(json.dumps(figures, indent=2))
+            return
+        table = Table("layer", *(name.replace("_", " ") for name in figures[0]))
+        for number, layer in enumerate(figures):
+            table.add_row(str(number), *(f"{value:.4g}" for value in layer.values()))
+        Console().print(table)
 
 
 def _config(name: str) -> "ModelConfig":  # type: ignore[name-defined]  # noqa: F821

@@ -12,13 +12,17 @@ from .chat import Chat
 from .evaluate import Evaluate
 from .generate import Generate
 from .info import Info
+from .prepare import Prepare
 from .quickstart import Quickstart
 from .read import Read
 from .state import StateFile
+from .tokenizer import Tokenizer
 from .train import Train
 
 Command = (
     Annotated[Quickstart, subcommand("quickstart")]
+    | Annotated[Tokenizer, subcommand("tokenizer")]
+    | Annotated[Prepare, subcommand("prepare")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Read, subcommand("read")]
     | Annotated[Generate, subcommand("generate")]

@@ -4,22 +4,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ..data.tokenizer import Tokenizer
     from ..model.decoder import Megalodon
 
 
-def load_trained(folder: Path, device: str) -> "Megalodon":
-    """A model in evaluation mode.
+def load_trained(folder: Path, device: str) -> "tuple[Megalodon, Tokenizer]":
+    """A model in evaluation mode, and its tokenizer.
 
     Raises:
-        ValueError: not a model folder, or not a model of bytes.
+        ValueError: not a model folder, or one whose vocabulary is too small for its tokenizer.
     """
-    from ..data.tokenizer import ByteTokenizer
+    from ..data.tokenizer import load_tokenizer
     from ..model.decoder import Megalodon
 
-    model = Megalodon.load(folder, device).eval()
-    if model.config.vocab_size < ByteTokenizer.vocab_size:
+    model, tokenizer = Megalodon.load(folder, device).eval(), load_tokenizer(folder)
+    if model.config.vocab_size < tokenizer.vocab_size:
         raise ValueError(
-            f"{folder} has a vocabulary of {model.config.vocab_size}; "
-            f"reading bytes needs at least {ByteTokenizer.vocab_size}"
+            f"{folder} has a vocabulary of {model.config.vocab_size}, its tokenizer one of {tokenizer.vocab_size}; "
+            "put the tokenizer.json or tokenizer.model of the model into the folder"
         )
-    return model
+    return model, tokenizer

@@ -34,7 +34,6 @@ class Read:
         import time
 
         from ..data.corpus import Source, find_documents, size
-        from ..data.tokenizer import ByteTokenizer
         from ..files import check_writable
         from ..generation.context import Context
         from ..generation.generator import Generator
@@ -51,7 +50,7 @@ class Read:
             found = find_documents([text])
             documents.update(found)
             total += sum(map(size, found.values()))
-        model, tokenizer = load_trained(self.model, self.device), ByteTokenizer()
+        model, tokenizer = load_trained(self.model, self.device)
         generator = Generator(model, tokenizer, self.precision)
         context = generator.context(self.state)
         began, start = time.perf_counter(), context.position

@@ -1,8 +1,9 @@
 """megalodon train"""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from tyro.conf import Positional
 
@@ -12,26 +13,38 @@ class Train:
     """Train a model from a recipe.
 
     A recipe is a TOML file with the tables [model], [data] and [training]; docs/recipes.md explains every key. Ctrl-C
-    ends the run after the current step and saves the weights.
+    ends the run after the current step and leaves a checkpoint, from which --resume last goes on.
     """
 
     recipe: Positional[Path]
     """The recipe: a TOML file, or the name of one in the package, such as quickstart."""
     out: Path | None = None
     """Run folder to create; the default is runs/ and the recipe's name."""
+    set: list[str] = field(default_factory=list)
+    """Changes to the recipe, such as training.steps=2000 model.num_layers=4; values as in TOML."""
+    resume: Literal["no", "last", "auto"] = "no"
+    """last: go on from the newest checkpoint in --out; auto: the same, from the newest one that is whole, or begin."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard into the run folder too."""
     device: str = "cpu"
     """Where to train: cpu or cuda."""
 
     def run(self) -> None:
         """Carry out the command."""
         from ..training.recipe import Recipe
+        from ..training.report import REPORT_MARKDOWN, write_report
         from ..training.run_folder import free_run_folder
         from ..training.trainer import Trainer
         from .training import train_with_progress
 
         recipe = Recipe.load(self.recipe)
+        if self.resume != "no" and self.out is None:
+            raise ValueError(f"--resume {self.resume} needs --out, the folder of the run to go on with")
+        for change in self.set:
+            recipe = recipe.changed(change)
         folder = self.out or free_run_folder(Path("runs") / self.recipe.stem)
-        finished, _ = train_with_progress(Trainer(recipe, folder, self.device))
-        print(folder)
+        finished, _ = train_with_progress(Trainer(recipe, folder, self.device, self.resume), self.tensorboard)
+        write_report(folder)
+        print(folder / REPORT_MARKDOWN)
         if not finished:
             sys.exit(130)

@@ -1,11 +1,15 @@
 """Showing a training run, for the commands that train."""
 
+from ..evaluation.validation import Validation
 from ..training.memory import keep_freed_memory
+from ..training.tensorboard import TensorBoard
 from ..training.trainer import StepMetrics, Trainer
 from .progress import console, progress_bar
 
+SAMPLES_FILE = "samples.txt"
 
-def train_with_progress(trainer: Trainer) -> tuple[bool, list[tuple[int, float]]]:
+
+def train_with_progress(trainer: Trainer, tensorboard: bool = False) -> tuple[bool, list[tuple[int, float]]]:
     """Train to the end with a bar.
 
     Returns:
@@ -17,6 +21,17 @@ def train_with_progress(trainer: Trainer) -> tuple[bool, list[tuple[int, float]]
         f"training {config.num_parameters:,} parameters on {trainer.device} in {trainer.precision}; {trainer.folder}",
         highlight=False,
     )
+    for note in trainer.notes:
+        console.print(f"passed over: {note}", highlight=False)
+    if trainer.step:
+        console.print(f"going on after step {trainer.step:,}, {trainer.tokens:,} tokens", highlight=False)
+    data, validation = trainer.recipe.data, None
+    if trainer.recipe.training.validate_steps:
+        validation = Validation(
+            data.validation, trainer.recipe.training.validate_bytes, trainer.tokenizer, trainer.precision, data.prompt,
+            trainer.folder / SAMPLES_FILE,
+        )  # fmt: skip
+    board = TensorBoard(trainer.folder, trainer.step) if tensorboard else None
     curve: list[tuple[int, float]] = []
     loss = speed = 0.0
 
@@ -28,9 +43,22 @@ def train_with_progress(trainer: Trainer) -> tuple[bool, list[tuple[int, float]]
             loss += fresh * (m.bits_per_token - loss)
             speed += fresh * (m.tokens_per_second - speed)
             curve.append((m.tokens, loss))
-            move(m.progress, f"step {m.step}  {loss:.3f} bits/token  {speed:,.0f} tokens/s")
+            if board:
+                board.write(m)
+            if m.validation is not None:
+                console.print(
+                    f"step {m.step}: {m.validation:.4f} bits per byte on the validation text", highlight=False
+                )
+            if m.event:
+                console.print(f"step {m.step}: {m.event}", highlight=False)
+            move(m.progress, f"step {m.step}  {loss:.3f} bits/token  {speed:,.0f} tokens/s  {m.utilisation:.0%}")
 
-        finished = trainer.train(watch)
+        finished = trainer.train(watch, validation)
+    if board:
+        board.close()
     if not finished:
-        console.print(f"interrupted after {trainer.tokens:,} tokens; the weights are saved in {trainer.folder}")
+        console.print(
+            f"interrupted after {trainer.tokens:,} tokens; the weights are saved in {trainer.folder}; "
+            "--resume last goes on"
+        )
     return finished, curve

@@ -1,44 +1,170 @@
-"""Batches for training: rows that read long documents in order, step after step, so that the State can be carried."""
+"""Batches for training, the same after every restart: rows that read on step by step, or windows in random order."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .tokenizer import ByteTokenizer
+from .mixture import Mixture
+
+AHEAD = 2  # batches read before they are asked for
 
 
 class Batch(NamedTuple):
-    """inputs and targets (B, L) int64; starts (B, L) bool, or None where no document starts."""
+    """inputs and targets (B, L) int64; starts (B, L) bool, or None where no document starts; the place after it."""
 
     inputs: Tensor
     targets: Tensor
     starts: Tensor | None
+    place: Any
+
+
+class Batches(Protocol):
+    """An endless source of batches. A place is a value for JSON from which it goes on."""
+
+    def begin(self) -> Any:
+        """The place of the first batch."""
+
+    def read(self, place: Any) -> Batch:
+        """The batch at a place."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all tokens and their order."""
 
 
 class Stream:
-    """All documents in a row, each behind a begin token, read by B rows from B evenly spaced places.
+    """B rows that read the documents in order from B evenly spaced places, so that the State can be carried.
 
-    A row continues where it stopped at the step before; the end joins the beginning. The same seed gives the same
-    order of documents.
+    A row continues where it stopped at the step before. With several sequences it changes between documents.
+
+    Args:
+        mixture: what to read.
+        batch_size: rows of all ranks together.
+        length: tokens a row reads in a step.
+        rank, ranks: which share of the rows to give, of how many.
+
+    Raises:
+        ValueError: less text than one step needs.
     """
 
-    def __init__(self, documents: list[bytes], tokenizer: ByteTokenizer, batch_size: int, length: int, seed: int = 0):
-        order = np.random.default_rng(seed).permutation(len(documents))
-        tokens = np.concatenate([tokenizer.encode(documents[i], begin=True) for i in order])
-        if len(tokens) <= length:
-            raise ValueError(f"the text has {len(tokens)} tokens; length {length} needs at least {length + 1}")
-        self.tokens = tokens.astype(np.int16)
-        self.begin = tokenizer.begin
-        self.length = length
-        self.at = np.arange(batch_size) * (len(tokens) // batch_size)
+    def __init__(self, mixture: Mixture, batch_size: int, length: int, rank: int = 0, ranks: int = 1):
+        _check_length(mixture, length)
+        self.mixture, self.length, self.batch_size = mixture, length, batch_size
+        self.rows = range(rank * batch_size // ranks, (rank + 1) * batch_size // ranks)
+        self.fingerprint = mixture.fingerprint
 
-    def __iter__(self) -> Iterator[Batch]:
+    def begin(self) -> list[dict[str, Any]]:
+        """Of each row: the sequence it reads, its place in each, and what it took from each."""
+        sizes = [len(s) for s in self.mixture.sequences]
+        none = [0] * len(sizes)
+        first = self.mixture.furthest_behind(none)
+        return [
+            {"reads": first, "at": [row * (size // self.batch_size) for size in sizes], "taken": none}
+            for row in self.rows
+        ]
+
+    def read(self, place: list[dict[str, Any]]) -> Batch:
+        """The batch at a place."""
+        tokens, starts, after = [], [], []
+        for row in place:
+            some, begins, row = self._take(row, self.length)
+            next_one, _, _ = self._take(row, 1)
+            tokens.append(np.concatenate([some, next_one]))
+            starts.append(begins)
+            after.append(row)
+        return _batch(tokens, starts, after)
+
+    def _take(self, row: dict[str, Any], count: int) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+        reads, at, taken = row["reads"], list(row["at"]), list(row["taken"])
+        if len(at) == 1:
+            tokens, starts = self.mixture.sequences[0].read(at[0], count)
+            return (
+                tokens,
+                starts,
+                {"reads": 0, "at": [(at[0] + count) % len(self.mixture.sequences[0])], "taken": taken},
+            )
+        parts = []
+        while count:
+            sequence = self.mixture.sequences[reads]
+            rest = sequence.rest_of_document(at[reads])
+            some = min(rest, count)
+            parts.append(sequence.read(at[reads], some))
+            at[reads] = (at[reads] + some) % len(sequence)
+            taken[reads] += some
+            count -= some
+            if some == rest:
+                reads = self.mixture.furthest_behind(taken)
+        tokens, starts = (np.concatenate(p) for p in zip(*parts, strict=True))
+        return tokens, starts, {"reads": reads, "at": at, "taken": taken}
+
+
+class Windows:
+    """Windows of L tokens in random order, cut from the documents in a row; each begins from an empty state.
+
+    Documents that share a window are told apart by `starts`. Every epoch has an order of its own.
+
+    Args:
+        mixture, batch_size, length, rank, ranks: as for Stream.
+        seed: of the orders.
+    """
+
+    def __init__(self, mixture: Mixture, batch_size: int, length: int, seed: int, rank: int = 0, ranks: int = 1):
+        _check_length(mixture, length)
+        self.mixture, self.length, self.batch_size, self.seed = mixture, length, batch_size, seed
+        self.rows = range(rank * batch_size // ranks, (rank + 1) * batch_size // ranks)
+        self.fingerprint = f"{mixture.fingerprint}, windows {seed}"
+        self._orders: dict[tuple[int, int], np.ndarray] = {}
+
+    def begin(self) -> list[int]:
+        """How many windows were taken of each sequence."""
+        return [0] * len(self.mixture.sequences)
+
+    def read(self, place: list[int]) -> Batch:
+        """The batch at a place."""
+        taken = list(place)
+        tokens, starts = [], []
+        for row in range(self.batch_size):
+            number = self.mixture.furthest_behind(taken)
+            if row in self.rows:
+                at = self._window(number, taken[number])
+                some, begins = self.mixture.sequences[number].read(at, self.length + 1)
+                tokens.append(some)
+                starts.append(begins[:-1])
+            taken[number] += 1
+        return _batch(tokens, starts, taken)
+
+    def _window(self, number: int, count: int) -> int:
+        """Where the window is that comes after `count` others."""
+        windows = len(self.mixture.sequences[number]) // self.length
+        epoch, index = divmod(count, windows)
+        if (number, epoch) not in self._orders:
+            self._orders = {key: order for key, order in self._orders.items() if key[0] != number}
+            self._orders[number, epoch] = np.random.default_rng([self.seed, number, epoch]).permutation(windows)
+        return int(self._orders[number, epoch][index]) * self.length
+
+
+def prefetched(batches: Batches, place: Any) -> Generator[Batch]:
+    """Batches from a place on, read in a thread of its own a little before they are asked for."""
+    with ThreadPoolExecutor(1, "batches") as thread:
+        waiting = deque([thread.submit(batches.read, place)])
         while True:
-            index = (self.at[:, None] + np.arange(self.length + 1)) % len(self.tokens)
-            piece = torch.from_numpy(self.tokens[index].astype(np.int64))
-            starts = piece[:, :-1] == self.begin
-            yield Batch(piece[:, :-1], piece[:, 1:], starts if bool(starts.any()) else None)
-            self.at = (self.at + self.length) % len(self.tokens)
+            while len(waiting) < AHEAD:
+                before = waiting[-1]
+                waiting.append(thread.submit(lambda before=before: batches.read(before.result().place)))
+            yield waiting.popleft().result()
+
+
+def _check_length(mixture: Mixture, length: int) -> None:
+    shortest = min(len(s) for s in mixture.sequences)
+    if shortest <= length:
+        raise ValueError(f"the text has {shortest} tokens; length {length} needs at least {length + 1}")
+
+
+def _batch(tokens: list[np.ndarray], starts: list[np.ndarray], place: Any) -> Batch:
+    whole, begins = torch.from_numpy(np.stack(tokens)), torch.from_numpy(np.stack(starts))
+    return Batch(whole[:, :-1], whole[:, 1:], begins if bool(begins.any()) else None, place)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from ..data.tokenizer import ByteTokenizer
 from ..generation.stream import generate
 from ..ops import backend
 from ..training.precision import autocast
@@ -28,7 +27,7 @@ def measure(
         prompt: the beginning of the sample.
         watch: called with the fraction done and a note.
     """
-    model, tokenizer, length = trainer.model.eval(), ByteTokenizer(), trainer.recipe.training.length
+    model, tokenizer, length = trainer.model.eval(), trainer.tokenizer, trainer.recipe.training.length
     tokens = tokenizer.encode(text)
     contexts = [c for c in (length * 4**k // 16 for k in range(6)) if 1 <= c <= len(tokens)]
     stretch = tokens[: min(len(tokens), STRETCH_WINDOWS * 64 * length)]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..config import ModelConfig
-from ..data.tokenizer import ByteTokenizer
+from ..data.tokenizer import Tokenizer
 from ..model.decoder import Megalodon
 from ..state import State, StateFile, is_cache
 from ..training.loss import token_losses
@@ -116,7 +116,7 @@ class Context:
     def _cache_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.precision == "bf16" else self.model.embed.weight.dtype
 
-    def save(self, path: str | Path, tokenizer: ByteTokenizer) -> None:
+    def save(self, path: str | Path, tokenizer: Tokenizer) -> None:
         """Write a bookmark, atomically: the new one or the old one is there, whatever happens.
 
         Raises:
@@ -132,9 +132,7 @@ class Context:
         StateFile(self._state, self.model.fingerprint(), torch.from_numpy(self._waiting), notes).write(path)
 
     @classmethod
-    def load(
-        cls, path: str | Path, model: Megalodon, tokenizer: ByteTokenizer, precision: Precision = "auto"
-    ) -> "Context":
+    def load(cls, path: str | Path, model: Megalodon, tokenizer: Tokenizer, precision: Precision = "auto") -> "Context":
         """Read a bookmark.
 
         Raises:

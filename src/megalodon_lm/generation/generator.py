@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from ..data.corpus import Source, blocks
-from ..data.tokenizer import ByteTokenizer
+from ..data.tokenizer import Tokenizer
 from ..model.decoder import Megalodon
 from ..state import State
 from ..training.precision import Precision
@@ -42,7 +42,7 @@ class Generator:
         precision: of matrix products; see Decoder.
     """
 
-    def __init__(self, model: Megalodon, tokenizer: ByteTokenizer, precision: Precision = "auto"):
+    def __init__(self, model: Megalodon, tokenizer: Tokenizer, precision: Precision = "auto"):
         self.model, self.tokenizer, self.precision = model, tokenizer, precision
 
     def context(self, bookmark: Path | None = None) -> Context:
@@ -72,8 +72,8 @@ class Generator:
             ValueError: the source is missing or unreadable.
         """
         context = context or self.context()
-        for block in blocks(source):
-            context.read(self.tokenizer.encode(block))
+        for tokens in self.tokenizer.encode_blocks(blocks(source)):
+            context.read(tokens)
             watch(context)
         return context
 
@@ -137,7 +137,7 @@ class Generator:
 class _Row:
     """What was written to one row, and whether it goes on."""
 
-    def __init__(self, tokenizer: ByteTokenizer, sampling: Sampling):
+    def __init__(self, tokenizer: Tokenizer, sampling: Sampling):
         self.tokenizer, self.sampling = tokenizer, sampling
         self.tokens: list[int] = []
         self.finished: Literal["", "length", "stop", "end"] = ""

@@ -24,15 +24,25 @@ class DataRecipe:
     """The text."""
 
     train: list[str] = field(default_factory=lambda: ["bundled:train"])
-    """Training documents: text files, folders of .txt files, or bundled:train."""
+    """Training documents: prepared folders, text files, folders of .txt files, or bundled:train."""
+    weights: list[float] = field(default_factory=list)
+    """How much to take of each of them, relative to each other; nothing for all by their lengths."""
+    tokenizer: str = "bytes"
+    """bytes; a tokenizer.json; a SentencePiece model; or bpe:4096, say, trained on the text when the run begins."""
+    order: str = "stream"
+    """stream: rows read documents in order from step to step; shuffled: windows of `length` tokens in random order."""
     validation: list[str] = field(default_factory=lambda: ["bundled:validation"])
-    """Validation documents."""
+    """Validation texts: files, folders of .txt files, or bundled:validation."""
+    prompt: str = ""
+    """Beginning of the samples written at each validation; empty for none."""
 
 
 @dataclass
 class TrainingRecipe:
     """The optimisation."""
 
+    begin_from: str = ""
+    """Model folder whose weights the run begins with, to train it further; empty for random ones."""
     length: int = 1024
     """Tokens a row reads in a step."""
     batch_size: int = 2
@@ -43,14 +53,24 @@ class TrainingRecipe:
     """Steps of the whole run."""
     minutes: float = 0.0
     """End after this many minutes of training instead of `steps`, with the schedule stretched to fit; 0 for steps."""
+    accumulate: int = 1
+    """Batches whose gradients make one step."""
+    ramp_steps: int = 0
+    """Steps over which that number grows from 1 to `accumulate`."""
     learning_rate: float = 2e-3
     """At the peak."""
     warmup_steps: int = 100
     """Steps of linear warm-up."""
+    schedule: str = "cosine"
+    """After the warm-up: cosine, linear, constant, or wsd: constant, then linear in the last part of the run."""
     final_learning_rate: float = 0.02
-    """At the end of the cosine, as a fraction of the peak."""
+    """At the end of the run, as a fraction of the peak; not for constant."""
+    decay_part: float = 0.2
+    """Of wsd: the last part of the run, in which the rate falls."""
     weight_decay: float = 0.1
     """Decoupled, on every weight."""
+    decay_cema: bool = True
+    """Also on alpha, delta and theta of CEMA, as in the authors' released code; their research code spares them."""
     beta1: float = 0.9
     """Of AdamW."""
     beta2: float = 0.95
@@ -63,8 +83,22 @@ class TrainingRecipe:
     """Recompute blocks in the backward pass to save memory."""
     compile: bool = False
     """Compile each block with torch.compile: some 6 % faster after half a minute; the CPU needs a C++ compiler."""
+    average: float = 0.0
+    """Keep an exponential moving average of the weights with this decay and export it; 0 for none."""
+    bad_step: str = "stop"
+    """What to do when the loss is not finite or spikes: stop, skip the batch, or go back to the last checkpoint."""
+    spike: float = 0.0
+    """Nats above its running mean from which a loss is a spike; 0 for no such limit."""
     checkpoint_minutes: float = 5.0
     """Minutes between checkpoints."""
+    checkpoint_steps: int = 0
+    """Steps between checkpoints; 0 for minutes alone."""
+    keep_checkpoints: int = 2
+    """The newest ones that are kept, besides the best."""
+    validate_steps: int = 0
+    """Steps between measurements on the validation text; 0 for none."""
+    validate_bytes: int = 200_000
+    """Bytes of the validation text to measure on; 0 for all."""
     seed: int = 0
     """Of the initial weights, the order of documents and dropout."""
 
@@ -116,6 +150,27 @@ class Recipe:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
+    def changed(self, change: str) -> "Recipe":
+        """The recipe with one value changed.
+
+        Args:
+            change: such as training.steps=2000, the value as in TOML; a bare word is a string.
+
+        Raises:
+            ValueError: unknown key or wrong value.
+        """
+        name, equals, value = change.partition("=")
+        part, _, key = name.strip().partition(".")
+        if not equals or part not in ("model", "data", "training"):
+            raise ValueError(f"{change!r} must be like training.steps=2000: a table, a key and a value")
+        try:
+            parsed = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            parsed = value.strip()
+        values = {"model": self.model.to_dict(), "data": vars(self.data).copy(), "training": vars(self.training).copy()}
+        values[part][key] = parsed
+        return Recipe.from_dict(values)
+
     def to_toml(self) -> str:
         """The whole recipe, defaults included, as TOML."""
         lines = []
@@ -130,13 +185,20 @@ class Recipe:
             ValueError: naming the key, the value and the rule.
         """
         t = self.training
-        for key in ("length", "batch_size", "steps"):
+        if self.data.order == "shuffled" and t.carry_state:
+            raise ValueError('data.order = "shuffled" has no state to carry; set training.carry_state = false')
+        if self.data.weights and len(self.data.weights) != len(self.data.train):
+            raise ValueError(f"data.weights = {self.data.weights} must have one number for each of {self.data.train}")
+        for key in ("length", "batch_size", "steps", "accumulate", "keep_checkpoints"):
             _rule(getattr(t, key) >= 1, key, getattr(t, key), "must be at least 1")
         for key in ("learning_rate", "clip", "checkpoint_minutes"):
             _rule(getattr(t, key) > 0, key, getattr(t, key), "must be positive")
-        for key in ("minutes", "warmup_steps", "weight_decay"):
+        for key in (
+            "minutes", "warmup_steps", "weight_decay", "ramp_steps", "spike", "checkpoint_steps", "validate_steps",
+            "validate_bytes",
+        ):  # fmt: skip
             _rule(getattr(t, key) >= 0, key, getattr(t, key), "must not be negative")
-        for key in ("beta1", "beta2", "final_learning_rate"):
+        for key in ("beta1", "beta2", "final_learning_rate", "decay_part", "average"):
             _rule(0 <= getattr(t, key) <= 1, key, getattr(t, key), "must be between 0 and 1")
 
 
@@ -159,7 +221,12 @@ def _fill(kind: Any, name: str, values: dict[str, Any]) -> Any:
     """A recipe part from its table, with every value of the type of its default."""
     defaults = {f.name: getattr(kind(), f.name) for f in dataclasses.fields(kind)}
     _known(f"table [{name}]", values, list(defaults))
-    choices = {"precision": ("auto", "bf16", "float32")}
+    choices = {
+        "precision": ("auto", "bf16", "float32"),
+        "order": ("stream", "shuffled"),
+        "schedule": ("cosine", "linear", "constant", "wsd"),
+        "bad_step": ("stop", "skip", "rewind"),
+    }
     for key, value in values.items():
         default = defaults[key]
         if isinstance(default, float) and type(value) is int:
@@ -168,8 +235,11 @@ def _fill(kind: Any, name: str, values: dict[str, Any]) -> Any:
             raise ValueError(f"{name}.{key} = {value!r} must be of type {type(default).__name__}")
         if key in choices:
             _rule(value in choices[key], key, value, f"must be one of {', '.join(choices[key])}")
-        if isinstance(default, list) and not all(isinstance(v, str) for v in value):
-            raise ValueError(f"{name}.{key} = {value!r} must be a list of strings")
+        if isinstance(default, list):
+            inside: Any = (int, float) if key == "weights" else str
+            if not all(isinstance(v, inside) for v in value):
+                kinds = "numbers" if key == "weights" else "strings"
+                raise ValueError(f"{name}.{key} = {value!r} must be a list of {kinds}")
     return kind(**values)
 
 

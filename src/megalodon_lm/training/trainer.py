@@ -1,31 +1,46 @@
-"""The trainer: reads long documents in order, carries the State from step to step, and leaves a usable run folder."""
+"""The trainer: reads documents, carries the State from step to step, and leaves a run that can be resumed."""
 
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..data.batches import Batch, Stream
-from ..data.corpus import read_documents
-from ..data.tokenizer import ByteTokenizer
-from ..files import write_atomically
+from ..data.batches import Batch, Batches, Stream, Windows, prefetched
+from ..data.corpus import blocks, find_documents
+from ..data.mixture import load_mixture
+from ..data.subword import SubwordTokenizer, train_bpe
+from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..model.decoder import Megalodon
-from ..state import State
+from ..state import State, from_tensors
+from .checkpoint import Checkpoint, newest, prefixed, under
+from .checkpoint_writer import CheckpointWriter
 from .loss import linear_cross_entropy
+from .machine import product_rate
+from .memory import resident
 from .optimizer import build_optimizer, learning_rate
 from .precision import autocast, choose_precision
-from .recipe import Recipe
-from .run_folder import RECIPE_FILE, MetricsFile, create_run_folder
+from .recipe import Recipe, TrainingRecipe
+from .run_folder import MetricsFile, Resume, open_run
+
+BAD_IN_A_ROW = 10  # batches skipped, or times gone back without a new checkpoint, before the run gives up
+USUAL_LOSS_STEPS = 50  # of the running mean that spikes are measured from
 
 
 @dataclass
 class StepMetrics:
-    """What one step did: loss in bits per token, rates in tokens per second, times in seconds since the start."""
+    """What one step did.
+
+    Loss in bits per token, validation loss in bits per byte where it was measured, time in seconds of all steps so far,
+    memory in resident bytes; utilisation is the model's operations per second over those of the machine's matrix
+    products.
+    """
 
     step: int
     tokens: int
@@ -35,106 +50,317 @@ class StepMetrics:
     tokens_per_second: float
     seconds: float
     progress: float
+    utilisation: float
+    memory: int | None
+    validation: float | None = None
+    event: str = ""
 
 
 class Trainer:
-    """One training run.
+    """One training run, new or gone on with.
 
     Args:
         recipe: what to train on what.
-        folder: a new or empty run folder.
+        folder: of the run.
         device: where to train.
+        resume: "no" needs a new or empty folder; "last" goes on from the newest checkpoint; "auto" does so where there
+            is one, passes over broken ones, and begins where there is none.
 
     Raises:
-        ValueError: unusable folder, missing text, or a vocabulary too small for the tokenizer.
+        ValueError: unusable folder, broken checkpoint, another recipe, missing or changed text, or a vocabulary too
+            small for the tokenizer.
     """
 
-    def __init__(self, recipe: Recipe, folder: str | Path, device: torch.device | str = "cpu"):
+    def __init__(self, recipe: Recipe, folder: str | Path, device: torch.device | str = "cpu", resume: Resume = "no"):
         self.recipe, self.device = recipe, torch.device(device)
         t = recipe.training
-        self.tokenizer = ByteTokenizer()
+        self.tokenizer = _tokenizer(recipe, Path(folder), resume)
         if recipe.model.vocab_size < self.tokenizer.vocab_size:
             raise ValueError(
-                f"vocab_size = {recipe.model.vocab_size} is too small for bytes and their special tokens; "
-                f"use {self.tokenizer.vocab_size}"
+                f"vocab_size = {recipe.model.vocab_size} is too small for the tokenizer {recipe.data.tokenizer} and "
+                f"its special tokens; use {self.tokenizer.vocab_size}"
             )
-        documents = read_documents(recipe.data.train)
-        self.batches = Stream(list(documents.values()), self.tokenizer, t.batch_size, t.length, t.seed)
-        self.folder = create_run_folder(folder)
-        write_atomically(self.folder / RECIPE_FILE, recipe.to_toml())
+        mixture = load_mixture(recipe.data.train, recipe.data.weights, self.tokenizer, t.seed)
+        self.batches: Batches = Stream(mixture, t.batch_size, t.length)
+        if recipe.data.order == "shuffled":
+            self.batches = Windows(mixture, t.batch_size, t.length, t.seed)
+        self.place = self.batches.begin()
+        self.folder, self.run_id, goes_on = open_run(folder, recipe, resume)
+        self.tokenizer.save(self.folder)
         torch.manual_seed(t.seed)
         with self.device:
             self.model = Megalodon(recipe.model, t.activation_checkpointing)
+        if t.begin_from:
+            self._begin_from(Path(t.begin_from))
         if t.compile:
             compile_blocks(self.model, self.device)
         self.optimizer = build_optimizer(self.model, t)
         self.precision = choose_precision(t.precision, self.device)
+        self.average = {n: p.detach().clone() for n, p in self.model.named_parameters()} if t.average else None
         self.state: State | None = None
-        self.tokens = 0
+        self.step = self.tokens = 0
+        self.saved_step: int | None = None
         self.seconds = 0.0
+        self.usual_loss = math.nan
+        self.best: tuple[float, int] | None = None
+        self.notes: list[str] = []
+        if goes_on:
+            checkpoint, self.notes = newest(self.folder, self.run_id, accept_older=resume == "auto")
+            if checkpoint is not None:
+                self.restore(checkpoint)
 
-    def train(self, watch: Callable[[StepMetrics], None] = lambda metrics: None) -> bool:
-        """Run to the end of the recipe, or to an interrupt; either way the weights are saved.
+    def _begin_from(self, folder: Path) -> None:
+        """Take the weights of a trained model."""
+        trained = Megalodon.load(folder)
+        if load_tokenizer(folder).fingerprint != self.tokenizer.fingerprint:
+            raise ValueError(f"{folder} has another tokenizer than the data; set data.tokenizer to {folder}")
+        ours, theirs = self.recipe.model.to_dict(), trained.config.to_dict()
+        changed = [key for key in ours if ours[key] != theirs[key] and "drop" not in key]
+        if changed:
+            raise ValueError(
+                f"{folder} differs from the recipe in model.{', model.'.join(changed)}; set them as in its config.json"
+            )
+        self.model.load_state_dict(trained.state_dict())
+
+    @property
+    def progress(self) -> float:
+        """Fraction of the run done, in time or in steps."""
+        t = self.recipe.training
+        return self.seconds / (60 * t.minutes) if t.minutes else self.step / t.steps
+
+    def train(
+        self,
+        watch: Callable[[StepMetrics], None] = lambda metrics: None,
+        validate: Callable[[Megalodon], float] | None = None,
+    ) -> bool:
+        """Run to the end of the recipe, or to an interrupt; either way a checkpoint is left.
 
         Args:
             watch: called after every step.
+            validate: called with the model every validate_steps; the checkpoint with the lowest result is kept.
 
         Returns:
             Whether the run reached its end.
+
+        Raises:
+            ValueError: the disk is full, or the loss is not finite or spikes and the recipe says to stop; the last
+                checkpoint can be used.
         """
         t = self.recipe.training
         metrics = MetricsFile(self.folder)
+        metrics.cut(self.step)
+        writer = CheckpointWriter(self.folder, self.run_id, t.keep_checkpoints)
+        operations = self.recipe.model.flops_per_token(backward=True) / product_rate(self.precision, self.device)
+        saved, bad, event = time.perf_counter(), 0, ""
         self.model.train()
-        began = saved = time.perf_counter()
-        step, progress = 0, 0.0
         try:
-            with _interruptible() as interrupted:
-                for batch in self.batches:
-                    rate = learning_rate(t, step, progress)
-                    at = time.perf_counter()
-                    loss, norm = self._step(batch, rate)
-                    now = time.perf_counter()
-                    step += 1
-                    self.tokens += batch.inputs.numel()
-                    self.seconds = now - began
-                    progress = self.seconds / (60 * t.minutes) if t.minutes else step / t.steps
-                    speed = batch.inputs.numel() / (now - at)
+            with _interruptible() as interrupted, closing(prefetched(self.batches, self.place)) as batches:
+                while self.progress < 1 and not interrupted():
+                    writer.check()
+                    began = time.perf_counter()
+                    tokens = self.tokens
+                    rate = learning_rate(t, self.step, self.progress)
+                    trouble, loss, norm = self._step(batches, rate)
+                    took = time.perf_counter() - began
+                    self.step += 1
+                    self.seconds += took
+                    bad = bad + 1 if trouble else 0
+                    if trouble:
+                        event = self._trouble(trouble, bad, writer, metrics)
+                        if t.bad_step == "rewind":
+                            continue
+                    validation = None
+                    if validate is not None and t.validate_steps and self.step % t.validate_steps == 0:
+                        validation = self._validate(validate)
+                    speed = (self.tokens - tokens) / took
                     record = StepMetrics(
-                        step, self.tokens, loss / math.log(2), rate, norm, speed, self.seconds, min(1.0, progress)
-                    )
+                        self.step, self.tokens, loss / math.log(2), rate, norm, speed, self.seconds,
+                        min(1.0, self.progress), speed * operations, resident(), validation, event,
+                    )  # fmt: skip
                     metrics.write(asdict(record))
                     watch(record)
-                    if not math.isfinite(loss):
-                        raise ValueError(
-                            f"the loss is {loss} at step {step}; lower training.learning_rate = {t.learning_rate}, "
-                            "or raise training.warmup_steps"
-                        )
-                    if progress >= 1 or interrupted():
-                        break
-                    if now - saved > 60 * t.checkpoint_minutes:
-                        self.model.save(self.folder)
+                    event = ""
+                    now = time.perf_counter()
+                    due = t.checkpoint_steps and self.step % t.checkpoint_steps == 0
+                    if due or now - saved > 60 * t.checkpoint_minutes or self._is_best():
+                        self._save(writer, metrics)
                         saved = now
+            self._save(writer, metrics)
+            writer.wait()
         finally:
+            writer.close()
             metrics.close()
-        self.model.save(self.folder)
-        return progress >= 1
+        return self.progress >= 1
 
-    def _step(self, batch: Batch, rate: float) -> tuple[float, float]:
-        """One optimiser step: loss in nats per token, and the norm of the gradient before clipping."""
+    def _step(self, batches: Iterator[Batch], rate: float) -> tuple[str, float, float]:
+        """One step: what is wrong with it, its loss in nats per token, and the norm of the gradient before clipping."""
         t = self.recipe.training
-        inputs, targets = batch.inputs.to(self.device), batch.targets.to(self.device)
-        state = self.state if t.carry_state else None
-        with autocast(self.precision, self.device):
-            hidden, state = self.model.features(inputs, state, document_starts=batch.starts)
-            loss = linear_cross_entropy(hidden, self.model.output.output.weight, targets)
-        self.state = state.detach()
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.clip)
+        count = accumulated(t, self.step)
+        total = 0.0
+        for _ in range(count):
+            batch = next(batches)
+            self.place = batch.place
+            inputs, targets = batch.inputs.to(self.device), batch.targets.to(self.device)
+            state = self.state if t.carry_state else None
+            with autocast(self.precision, self.device):
+                hidden, state = self.model.features(inputs, state, document_starts=batch.starts)
+                loss = linear_cross_entropy(hidden, self.model.output.output.weight, targets)
+            self.state = state.detach()
+            (loss / count).backward()
+            total += loss.item() / count
+            self.tokens += inputs.numel()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.clip).item()
+        if not math.isfinite(total + norm):
+            return f"the loss is {total} and the gradient's norm {norm}", total, norm
+        if t.spike and total > self.usual_loss + t.spike:
+            return f"the loss is {total:.3f}, usually {self.usual_loss:.3f}", total, norm
+        fresh = 1.0 if math.isnan(self.usual_loss) else 1 / min(self.step + 1, USUAL_LOSS_STEPS)
+        self.usual_loss = total if fresh == 1.0 else self.usual_loss + fresh * (total - self.usual_loss)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        return loss.item(), norm.item()
+        if self.average is not None:
+            names, weights = zip(*self.model.named_parameters(), strict=True)
+            torch._foreach_lerp_([self.average[n] for n in names], [w.detach() for w in weights], 1 - t.average)
+        return "", total, norm
+
+    def _save(self, writer: CheckpointWriter, metrics: MetricsFile) -> None:
+        if self.saved_step != self.step:
+            metrics.flush()
+            writer.submit(self.checkpoint(), self.best and self.best[1])
+            self.saved_step = self.step
+
+    def _trouble(self, trouble: str, bad: int, writer: CheckpointWriter, metrics: MetricsFile) -> str:
+        """Do with a bad step what the recipe says; the step itself changed no weight.
+
+        Returns:
+            What was done, for the record.
+        """
+        t, step = self.recipe.training, self.step
+        advice = f"lower training.learning_rate = {t.learning_rate}, or raise training.warmup_steps"
+        if t.bad_step == "stop":
+            raise ValueError(f"{trouble} at step {step}; {advice}, or set training.bad_step to skip or rewind")
+        if bad >= BAD_IN_A_ROW:
+            raise ValueError(f"{trouble} at step {step}, the {bad}th time in a row; {advice}")
+        self.state = None  # what it carries may be spoilt
+        if t.bad_step == "skip":
+            return f"skipped: {trouble}"
+        writer.wait()
+        checkpoint, _ = newest(self.folder, self.run_id, accept_older=True)
+        if checkpoint is None:
+            raise ValueError(f"{trouble} at step {step}, and there is no checkpoint yet to go back to; {advice}")
+        place, tokens, seconds = self.place, self.tokens, self.seconds
+        self.restore(checkpoint)
+        self.place, self.tokens, self.seconds = place, tokens, seconds  # past the batches that led here
+        self.state = None
+        metrics.cut(self.step)
+        return f"went back from step {step}: {trouble}"
+
+    def _validate(self, validate: Callable[[Megalodon], float]) -> float:
+        with self.averaged():
+            self.model.eval()
+            result = validate(self.model)
+            self.model.train()
+        if self.best is None or result < self.best[0]:
+            self.best = (result, self.step)
+        return result
+
+    def _is_best(self) -> bool:
+        return self.best is not None and self.best[1] == self.step
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model with the averaged weights, if the recipe asks for them."""
+        own = {n: p.detach().clone() for n, p in self.model.named_parameters()} if self.average else {}
+        self._put(self.average or {})
+        try:
+            yield
+        finally:
+            self._put(own)
+
+    @torch.no_grad()
+    def _put(self, weights: dict[str, Tensor]) -> None:
+        parameters = dict(self.model.named_parameters())
+        for name, weight in weights.items():
+            parameters[name].copy_(weight)
+
+    def checkpoint(self) -> Checkpoint:
+        """Everything the run is now, copied."""
+        weights = dict(self.model.named_parameters())
+        names = {parameter: name for name, parameter in weights.items()}
+        training: dict[str, Tensor] = {"random": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            training["random_cuda"] = torch.cuda.get_rng_state(self.device)
+        for parameter, moments in self.optimizer.state.items():
+            training |= prefixed(f"optimizer.{names[parameter]}", moments)
+        if self.average is not None:
+            training |= prefixed("weights", weights)
+        if self.state is not None:
+            training |= prefixed("state", self.state.tensors())
+        progress = {
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "usual_loss": None if math.isnan(self.usual_loss) else self.usual_loss,
+            "best": self.best,
+            "place": self.place,
+            "data": self.batches.fingerprint,
+        }
+        return Checkpoint(self.step, self.recipe.model, _copied(self.average or weights), _copied(training), progress)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Be what the run was at a checkpoint.
+
+        Raises:
+            ValueError: the text is not the same.
+        """
+        progress: dict[str, Any] = dict(checkpoint.progress)
+        if progress["data"] != self.batches.fingerprint:
+            raise ValueError("the training text is not the one the run was begun with; restore it, or begin a new run")
+        raw = under("weights", checkpoint.training)
+        self._put(raw or dict(checkpoint.weights))
+        if self.average is not None:
+            self.average = {name: weight.to(self.device) for name, weight in checkpoint.weights.items()}
+        for name, parameter in self.model.named_parameters():
+            moments = under(f"optimizer.{name}", checkpoint.training)
+            if moments:
+                self.optimizer.state[parameter] = {
+                    key: value if key == "step" and self.device.type == "cpu" else value.to(self.device)
+                    for key, value in moments.items()
+                }
+        carried = under("state", checkpoint.training)
+        self.state = from_tensors(carried).to(self.device) if carried else None
+        torch.set_rng_state(checkpoint.training["random"])
+        if self.device.type == "cuda" and "random_cuda" in checkpoint.training:
+            torch.cuda.set_rng_state(checkpoint.training["random_cuda"], self.device)
+        self.step = self.saved_step = checkpoint.step
+        self.tokens, self.seconds = progress["tokens"], progress["seconds"]
+        self.usual_loss = math.nan if progress["usual_loss"] is None else progress["usual_loss"]
+        self.best = progress["best"] and tuple(progress["best"])
+        self.place = progress["place"]
+
+
+def _tokenizer(recipe: Recipe, folder: Path, resume: Resume) -> Tokenizer:
+    """The tokenizer a recipe names; bpe:N is trained on the text when the run begins, and found in its folder later."""
+    kind, _, size = recipe.data.tokenizer.partition(":")
+    if kind != "bpe" or not size.isdecimal():
+        return load_tokenizer(recipe.data.tokenizer)
+    if resume != "no" and (folder / "tokenizer.json").exists():
+        return load_tokenizer(folder)
+    texts = find_documents(recipe.data.train).values()
+    pieces = (b"".join(blocks(text)).decode("utf-8", "replace") for text in texts)
+    return SubwordTokenizer(train_bpe(pieces, int(size)))
+
+
+def accumulated(recipe: TrainingRecipe, step: int) -> int:
+    """Batches of a step: grows evenly from 1 to `accumulate` over `ramp_steps`."""
+    if step >= recipe.ramp_steps:
+        return recipe.accumulate
+    return 1 + (recipe.accumulate - 1) * step // recipe.ramp_steps
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
 
 
 def compile_blocks(model: Megalodon, device: torch.device) -> None:

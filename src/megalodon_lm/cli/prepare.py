@@ -1,0 +1,54 @@
+"""megalodon prepare"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+
+@dataclass
+class Prepare:
+    """Turn text into token shards that training reads through memory maps.
+
+    Takes text, Markdown, JSONL and Parquet, each also compressed with gzip or zstd, and folders of them. What cannot be
+    taken as it is, such as a malformed line, is counted and listed with its place in faults.jsonl. Interrupted, the
+    same command goes on where it was, and the result is the same.
+    """
+
+    sources: Positional[list[str]]
+    """Files and folders. A text file is one document, a line or row is one document."""
+    out: Path
+    """Folder to make; a recipe names it in data.train."""
+    tokenizer: str = "bytes"
+    """bytes; a tokenizer.json, as megalodon tokenizer train makes; or a SentencePiece model."""
+    field: str = "text"
+    """Field of JSONL and Parquet that holds the text."""
+    encoding: str = "utf-8"
+    """Of text files without a byte order mark."""
+    workers: int = 0
+    """Processes; 0 for one a processor."""
+
+    def run(self) -> None:
+        """Carry out the command."""
+        import time
+
+        from ..data.prepare import FAULTS, Progress, prepare
+        from .progress import console, progress_bar
+
+        if self.workers < 0:
+            raise ValueError(f"--workers {self.workers} must be at least 0; 0 takes one a processor")
+        began = time.perf_counter()
+        with progress_bar("prepare", None) as move:
+
+            def watch(p: Progress) -> None:
+                move(p.done, f"{p.done / max(1, p.total):.0%}, {p.tokens:,} tokens, {p.faults:,} faults")
+
+            made = prepare(self.sources, self.out, self.tokenizer, self.field, self.encoding, self.workers, watch)
+        seconds = time.perf_counter() - began
+        size = sum(size for _, size, _ in made["files"])
+        print(
+            f"{made['tokens']:,} tokens of {made['documents']:,} documents in {len(made['shards'])} shards; "
+            f"{size / 1e6 / seconds:.1f} MB/s; {self.out}"
+        )
+        if made["faults"]:
+            console.print(f"{made['faults']:,} faults, listed in {self.out / FAULTS}", highlight=False)

@@ -1,0 +1,46 @@
+"""megalodon tokenizer"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+
+@dataclass
+class Tokenizer:
+    """Train a tokenizer: byte-level BPE, as a tokenizer.json that the tokenizers library reads too."""
+
+    action: Positional[Literal["train"]]
+    """What to do."""
+    sources: Positional[list[str]]
+    """Files and folders, as for megalodon prepare."""
+    out: Path
+    """File to write, tokenizer.json usually."""
+    vocab_size: int = 8192
+    """Tokens, the three special ones included."""
+    field: str = "text"
+    """Field of JSONL and Parquet that holds the text."""
+    encoding: str = "utf-8"
+    """Of text files without a byte order mark."""
+
+    def run(self) -> None:
+        """Carry out the command."""
+        from ..data.documents import Reading, find_files, parts_of
+        from ..data.subword import pieces, train_bpe
+        from ..files import check_writable, write_atomically
+        from .progress import console
+
+        check_writable(self.out)
+        reading = Reading(self.field, self.encoding)
+        texts = (
+            piece
+            for path in find_files(self.sources)
+            for part in parts_of(path, 1 << 26)
+            for document in reading.documents(part)
+            for piece in pieces((block.decode() for block in document.blocks), prefixed=False)
+        )
+        write_atomically(self.out, train_bpe(texts, self.vocab_size))
+        for fault in reading.faults[:10]:
+            console.print(f"{fault['path']}, {fault['place']}: {fault['reason']}, {fault['outcome']}", highlight=False)
+        print(self.out)

@@ -1,0 +1,227 @@
+"""From files of text to token shards: in parallel, in constant memory, and going on where it was interrupted."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from ..files import digest, write_atomically
+from .documents import Part, Reading, find_files, parts_of
+from .shards import DOCUMENT, MANIFEST, read_manifest, token_dtype
+from .tokenizer import Tokenizer, load_tokenizer
+
+SHARD_BYTES = 1 << 26  # of text, about
+FAULTS = "faults.jsonl"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be made: the same sources and choices give the same shards, bit for bit.
+
+    Attributes:
+        tokenizer: name or path.
+        fingerprint: of the tokenizer.
+        dtype: of tokens.
+        field, encoding: see Reading.
+        files: path, bytes and time of change of each file.
+        parts: of files, that make each shard.
+    """
+
+    tokenizer: str
+    fingerprint: str
+    dtype: str
+    field: str
+    encoding: str
+    files: list[list[Any]]
+    parts: list[list[list[Any]]]
+
+
+@dataclass
+class Progress:
+    """Text read so far, in bytes as stored; tokens, documents and faults found."""
+
+    done: int = 0
+    total: int = 0
+    tokens: int = 0
+    documents: int = 0
+    faults: int = 0
+
+
+def prepare(
+    sources: list[str],
+    out: Path,
+    tokenizer: str = "bytes",
+    field: str = "text",
+    encoding: str = "utf-8",
+    workers: int = 0,
+    watch: Callable[[Progress], None] = lambda progress: None,
+) -> dict[str, Any]:
+    """Turn files into a prepared folder; see shards.
+
+    Args:
+        sources: files and folders; see find_files.
+        out: folder to make, or one in which the same was begun.
+        tokenizer: see load_tokenizer.
+        field: of JSONL and Parquet that holds the text.
+        encoding: of text files without a byte order mark.
+        workers: processes; 0 for one a processor.
+        watch: called after each shard.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ValueError: missing or unreadable source, no text at all, or `out` holds something else.
+    """
+    plan = _plan(sources, tokenizer, field, encoding)
+    _begin(out, plan)
+    todo = [i for i in range(len(plan.parts)) if _done(out, i) is None]
+    progress = Progress(total=sum(part[3] for parts in plan.parts for part in parts))
+    records: dict[int, dict[str, Any]] = {}
+
+    def count(number: int, record: dict[str, Any]) -> None:
+        records[number] = record
+        progress.done += sum(part[3] for part in plan.parts[number])
+        progress.tokens += record["tokens"]
+        progress.documents += record["documents"]
+        progress.faults += len(record["faults"])
+        watch(progress)
+
+    for i in range(len(plan.parts)):
+        if i not in todo and (record := _done(out, i)) is not None:
+            count(i, record)
+    for number, record in _run(plan, out, todo, workers or os.cpu_count() or 1):
+        count(number, record)
+    if not progress.tokens:
+        raise ValueError("the sources hold no text; see the faults: " + _first_fault(records))
+    return _finish(out, plan, [records[i] for i in range(len(plan.parts))])
+
+
+def _plan(sources: list[str], tokenizer: str, field: str, encoding: str) -> Plan:
+    try:
+        "".encode(encoding)
+    except LookupError:
+        raise ValueError(f"unknown encoding {encoding!r}; utf-8, latin-1 and cp1252 are usual ones") from None
+    loaded = load_tokenizer(tokenizer)
+    paths = find_files(sources)
+    numbers = {str(path): i for i, path in enumerate(paths)}
+    parts: list[list[list[Any]]] = []
+    held = SHARD_BYTES
+    for path in paths:
+        for part in parts_of(path, SHARD_BYTES):
+            if held + part.size > SHARD_BYTES:
+                parts.append([])
+                held = 0
+            parts[-1].append([numbers[part.path], part.start, part.stop, part.size])
+            held += part.size
+    files = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
+    dtype = token_dtype(loaded.vocab_size).str
+    return Plan(tokenizer, loaded.fingerprint, dtype, field, encoding, files, parts)
+
+
+def _begin(out: Path, plan: Plan) -> None:
+    """Write the plan, or find the same one there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        used = any(out.iterdir())
+    except OSError as error:
+        raise ValueError(f"cannot create the folder {out}: {error.strerror}") from None
+    if not used:
+        write_atomically(out / MANIFEST, json.dumps({**asdict(plan), "complete": False}) + "\n")
+        return
+    if not (out / MANIFEST).exists():
+        raise ValueError(f"the folder {out} is not empty; choose another one, nothing was overwritten")
+    before = read_manifest(out)
+    changed = [key for key, value in asdict(plan).items() if before.get(key) != value]
+    if changed:
+        raise ValueError(f"{out} was begun with other {' and '.join(changed)}; choose another folder")
+
+
+def _run(plan: Plan, out: Path, todo: list[int], workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Make shards in processes of their own, and yield their records as they are finished."""
+    if workers == 1 or len(todo) < 2:
+        yield from ((number, make_shard(plan, out, number)) for number in todo)
+        return
+    with ProcessPoolExecutor(min(workers, len(todo)), multiprocessing.get_context("spawn")) as pool:
+        try:
+            pending: list[Future[dict[str, Any]]] = [pool.submit(make_shard, plan, out, number) for number in todo]
+            yield from ((number, future.result()) for number, future in zip(todo, pending, strict=True))
+        except BrokenProcessPool:
+            raise ValueError("a process was killed, perhaps for lack of memory; try fewer --workers") from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def make_shard(plan: Plan, out: Path, number: int) -> dict[str, Any]:
+    """Write one shard and its record, which comes last and so stands for the whole."""
+    tokenizer, reading = load_tokenizer(plan.tokenizer), Reading(plan.field, plan.encoding)
+    name = f"{number:05d}"
+    names = [f"{name}.tokens", f"{name}.documents"]
+    record: dict[str, Any] = {"name": name, "tokens": 0, "documents": 0, "faults": reading.faults}
+    try:
+        with contextlib.ExitStack() as stack:
+            tokens_file, documents_file = (stack.enter_context((out / f".{n}").open("wb")) for n in names)
+            for file, start, stop, size in plan.parts[number]:
+                part = Part(plan.files[file][0], start, stop, size)
+                for place, blocks in reading.documents(part):
+                    count = _write_document(tokenizer, blocks, np.dtype(plan.dtype), tokens_file)
+                    record["tokens"] += count
+                    record["documents"] += 1
+                    documents_file.write(np.array([(record["tokens"], file, place)], DOCUMENT).tobytes())
+            for file in (tokens_file, documents_file):
+                file.flush()
+                os.fsync(file.fileno())
+        for n in names:
+            os.replace(out / f".{n}", out / n)
+        record["files"] = {n: digest(out / n) for n in names}
+    except OSError as error:
+        raise ValueError(f"cannot write the shard {out / name}: {error.strerror}") from None
+    write_atomically(out / f"{name}.json", json.dumps(record) + "\n")
+    return record
+
+
+def _write_document(tokenizer: Tokenizer, blocks: Iterator[bytes], dtype: np.dtype, file: BinaryIO) -> int:
+    """The begin token and the text; how many tokens that were."""
+    file.write(np.array([tokenizer.begin], dtype).tobytes())
+    count = 1
+    for tokens in tokenizer.encode_blocks(blocks):
+        file.write(tokens.astype(dtype).tobytes())
+        count += len(tokens)
+    return count
+
+
+def _done(out: Path, number: int) -> dict[str, Any] | None:
+    """The record of a finished shard."""
+    try:
+        return dict(json.loads((out / f"{number:05d}.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _finish(out: Path, plan: Plan, records: list[dict[str, Any]]) -> dict[str, Any]:
+    faults = [fault for record in records for fault in record["faults"]]
+    write_atomically(out / FAULTS, "".join(json.dumps(fault) + "\n" for fault in faults))
+    manifest = {
+        **asdict(plan),
+        "complete": True,
+        "shards": [{key: value for key, value in record.items() if key != "faults"} for record in records],
+        "tokens": sum(record["tokens"] for record in records),
+        "documents": sum(record["documents"] for record in records),
+        "faults": len(faults),
+    }
+    load_tokenizer(plan.tokenizer).save(out)
+    write_atomically(out / MANIFEST, json.dumps(manifest) + "\n")
+    return manifest
+
+
+def _first_fault(records: dict[int, dict[str, Any]]) -> str:
+    fault = next((f for record in records.values() for f in record["faults"]), None)
+    return f"{fault['path']}, {fault['reason']}" if fault else "none; the files are empty"

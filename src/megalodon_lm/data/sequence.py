@@ -1,0 +1,71 @@
+"""Documents in a row: one long sequence of tokens, in an order given by a seed, read from anywhere."""
+
+import hashlib
+from collections.abc import Sequence as Several
+from functools import cached_property
+
+import numpy as np
+
+
+class Sequence:
+    """The documents of one or more arrays of tokens; the end joins the beginning.
+
+    Args:
+        tokens: arrays or memory maps of tokens.
+        ends: for each, where its documents end; the last is its length.
+        seed: of the order of the documents.
+        fingerprint: of the tokens; None to compute it from them.
+
+    Raises:
+        ValueError: no tokens at all.
+    """
+
+    def __init__(
+        self, tokens: Several[np.ndarray], ends: Several[np.ndarray], seed: int, fingerprint: str | None = None
+    ):
+        self._tokens = tokens
+        stops = [np.asarray(e, np.int64) for e in ends]
+        starts = [np.concatenate([np.zeros(1, np.int64), e])[:-1] for e in stops]
+        array = np.repeat(np.arange(len(tokens), dtype=np.int32), [len(e) for e in stops])
+        order = np.random.default_rng(seed).permutation(len(array))
+        self._array, self._begin = array[order], np.concatenate(starts)[order]
+        self._ends = np.cumsum((np.concatenate(stops) - np.concatenate(starts))[order])
+        self._given, self._seed = fingerprint, seed
+        if len(self) == 0:
+            raise ValueError("the text has no tokens")
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the tokens and their order."""
+        whole = hashlib.sha256(str(self._seed).encode())
+        if self._given is not None:
+            whole.update(self._given.encode())
+        else:
+            for tokens in self._tokens:
+                whole.update(tokens.tobytes())
+        return whole.hexdigest()
+
+    def rest_of_document(self, at: int) -> int:
+        """Tokens from a place to the end of its document."""
+        at %= len(self)
+        return int(self._ends[np.searchsorted(self._ends, at, "right")]) - at
+
+    def read(self, at: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (count,) int64 from a place on, and where among them a document starts (count,) bool."""
+        tokens, starts = np.empty(count, np.int64), np.zeros(count, np.bool_)
+        done = 0
+        while done < count:
+            place = (at + done) % len(self)
+            document = int(np.searchsorted(self._ends, place, "right"))
+            end = int(self._ends[document])
+            length = int(self._ends[document] - (self._ends[document - 1] if document else 0))
+            into = place - (end - length)
+            taken = min(end - place, count - done)
+            begin = int(self._begin[document]) + into
+            tokens[done : done + taken] = self._tokens[self._array[document]][begin : begin + taken]
+            starts[done] = into == 0
+            done += taken
+        return tokens, starts

@@ -1,0 +1,192 @@
+"""Checkpoints: everything a run needs to go on exactly where it was.
+
+A checkpoint is the folder `checkpoints/step-N` of a run:
+
+    model.safetensors, config.json   a model folder like any other
+    training.safetensors             the optimiser's moments, the carried State, the random numbers
+    progress.json                    step, tokens, seconds, the place in the text, fingerprints
+    manifest.json                    the run's id, size and SHA-256 of each file, and a checksum of itself
+
+It is written under another name, flushed to disk and renamed: it is there whole, or not at all.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..config import ModelConfig
+from ..files import check, digest, flush
+from ..model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+
+CHECKPOINTS = "checkpoints"
+TRAINING_FILE, PROGRESS_FILE, MANIFEST_FILE = "training.safetensors", "progress.json", "manifest.json"
+CONTENTS = (WEIGHTS_FILE, CONFIG_FILE, TRAINING_FILE, PROGRESS_FILE)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run is at one step.
+
+    Attributes:
+        step: steps done.
+        config: of the model.
+        weights: its parameters by name.
+        training: tensors of the optimiser, the carried State and the random numbers, by name.
+        progress: plain values for JSON.
+    """
+
+    step: int
+    config: ModelConfig
+    weights: Mapping[str, Tensor]
+    training: Mapping[str, Tensor]
+    progress: Mapping[str, Any]
+
+    def write(self, run: Path, run_id: str) -> Path:
+        """Write into the folder of the run.
+
+        Raises:
+            ValueError: the disk is full or the folder not writable; older checkpoints stay as they are.
+        """
+        target = run / CHECKPOINTS / f"step-{self.step:08d}"
+        unfinished = target.with_name(f".{target.name}")
+        try:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        except OSError as error:
+            raise ValueError(f"cannot write the checkpoint {target}: {error.strerror}") from None
+        try:
+            save_file(dict(self.weights), unfinished / WEIGHTS_FILE, {"format": "pt"})
+            save_file(dict(self.training), unfinished / TRAINING_FILE)
+            (unfinished / CONFIG_FILE).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+            (unfinished / PROGRESS_FILE).write_text(json.dumps({**self.progress, "step": self.step}, indent=2) + "\n")
+            manifest = {"run": run_id, "step": self.step, "files": {n: digest(unfinished / n) for n in CONTENTS}}
+            (unfinished / MANIFEST_FILE).write_text(json.dumps({**manifest, "checksum": _checksum(manifest)}))
+            for name in (*CONTENTS, MANIFEST_FILE, ""):
+                flush(unfinished / name)
+            if target.exists():  # a run that went back and came here again
+                shutil.rmtree(target)
+            os.replace(unfinished, target)
+            flush(target.parent)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"cannot write the checkpoint {target}: {reason}") from None
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        return target
+
+    @classmethod
+    def read(cls, path: Path, run_id: str) -> "Checkpoint":
+        """Read and check a checkpoint.
+
+        Raises:
+            ValueError: naming the file that is missing, truncated, altered, or of another run.
+        """
+        manifest = _manifest(path, run_id)
+        for name in CONTENTS:
+            check(path / name, manifest["files"][name])
+        try:
+            progress = json.loads((path / PROGRESS_FILE).read_text())
+            config = ModelConfig.load(path / CONFIG_FILE)
+            weights, training = load_file(path / WEIGHTS_FILE), load_file(path / TRAINING_FILE)
+        except (OSError, ValueError, SafetensorError) as error:  # written so by another version
+            raise ValueError(f"the checkpoint {path} cannot be understood: {error}") from None
+        return cls(progress["step"], config, weights, training, progress)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, the newest first."""
+    return sorted((run / CHECKPOINTS).glob("step-*"), reverse=True)
+
+
+def prune(run: Path, keep: int, best: int | None = None) -> None:
+    """Delete all checkpoints but the newest `keep` and the one of step `best`."""
+    for path in checkpoints(run)[keep:]:
+        if best is None or path.name != f"step-{best:08d}":
+            doomed = path.with_name(f".{path.name}")  # so that half of one is never taken for one
+            os.replace(path, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def newest(run: Path, run_id: str, accept_older: bool) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint of a run, or None if there is none.
+
+    Args:
+        run: folder.
+        run_id: of the run.
+        accept_older: take the newest one that is whole; otherwise the newest must be.
+
+    Returns:
+        It, and a line for each broken one that was passed over.
+
+    Raises:
+        ValueError: naming what is broken.
+    """
+    passed: list[str] = []
+    for path in checkpoints(run):
+        try:
+            return Checkpoint.read(path, run_id), passed
+        except ValueError as error:
+            if not accept_older:
+                raise ValueError(f"{error}; --resume auto takes the newest checkpoint that is whole") from None
+            passed.append(str(error))
+    return None, passed
+
+
+def export(checkpoint: Path, folder: Path) -> None:
+    """Put the model of a checkpoint into a folder, as hard links where the file system has them.
+
+    Raises:
+        ValueError: the folder cannot be written.
+    """
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        link = folder / f".{name}.new"
+        try:
+            link.unlink(missing_ok=True)
+            try:
+                os.link(checkpoint / name, link)
+            except OSError:
+                shutil.copyfile(checkpoint / name, link)
+            os.replace(link, folder / name)
+        except OSError as error:
+            raise ValueError(f"cannot write {folder / name}: {error.strerror}") from None
+
+
+def _manifest(path: Path, run_id: str) -> dict[str, Any]:
+    file = path / MANIFEST_FILE
+    try:
+        manifest = json.loads(file.read_bytes())
+        checksum = manifest.pop("checksum")
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing") from None
+    except (OSError, ValueError, KeyError, AttributeError):
+        raise ValueError(f"{file} cannot be read; it was truncated or altered") from None
+    if checksum != _checksum(manifest):
+        raise ValueError(f"{file} was altered: its checksum does not match")
+    if manifest["run"] != run_id:
+        raise ValueError(f"{file} belongs to another run, {manifest['run']}")
+    if path.name != f"step-{manifest['step']:08d}":
+        raise ValueError(f"{file} belongs to step {manifest['step']}")
+    return manifest
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors with a prefix to their names."""
+    yield from ((f"{prefix}.{name}", t) for name, t in tensors.items())
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names have the prefix, without it."""
+    return {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")}

@@ -1,0 +1,54 @@
+"""Writing checkpoints while training goes on."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from .checkpoint import Checkpoint, export, prune
+
+
+class CheckpointWriter:
+    """Writes one checkpoint at a time in a thread of its own, then puts its model into the run folder.
+
+    Args:
+        run: folder.
+        run_id: of the run.
+        keep: newest checkpoints to keep.
+    """
+
+    def __init__(self, run: Path, run_id: str, keep: int):
+        self.run, self.run_id, self.keep = run, run_id, keep
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+
+    def submit(self, checkpoint: Checkpoint, best: int | None) -> None:
+        """Begin to write; waits for the one before.
+
+        Args:
+            checkpoint: its tensors must not change any more.
+            best: step of the checkpoint that is kept for its validation.
+
+        Raises:
+            ValueError: the one before could not be written.
+        """
+        self.wait()
+        self._pending = self._thread.submit(self._write, checkpoint, best)
+
+    def _write(self, checkpoint: Checkpoint, best: int | None) -> None:
+        written = checkpoint.write(self.run, self.run_id)
+        export(written, self.run)
+        prune(self.run, self.keep, best)
+
+    def check(self) -> None:
+        """Raise what went wrong in the meantime."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the last one is on disk; raises what went wrong."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """End the thread after what it is writing."""
+        self._thread.shutdown()

@@ -1,0 +1,39 @@
+"""Metrics for TensorBoard."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .trainer import StepMetrics
+
+
+class TensorBoard:
+    """Writes the metrics of each step as event files into a run folder.
+
+    Args:
+        folder: of the run.
+        step: steps done before; later ones, of a run that was cut off, are hidden.
+
+    Raises:
+        ValueError: tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path, step: int = 0):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError(
+                "tensorboard is not installed; pip install tensorboard, or leave out --tensorboard"
+            ) from None
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def write(self, metrics: "StepMetrics") -> None:
+        """The numbers of one step."""
+        for name, value in asdict(metrics).items():
+            if name != "step" and isinstance(value, int | float):
+                self._writer.add_scalar(name, value, metrics.step)
+
+    def close(self) -> None:
+        """Write what waits."""
+        self._writer.close()

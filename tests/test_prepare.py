@@ -1,0 +1,223 @@
+import gzip
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megalodon_lm import ByteTokenizer
+from megalodon_lm.data import prepare as prepare_module
+from megalodon_lm.data.books import bundled
+from megalodon_lm.data.mixture import load_mixture
+from megalodon_lm.data.prepare import FAULTS, prepare
+from megalodon_lm.data.shards import Prepared
+from megalodon_lm.data.subword import PIECE, pieces, train_bpe
+from megalodon_lm.data.tokenizer import load_tokenizer
+
+NOVELS = {name: text[:400_000] for name, text in bundled("train").items()}
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    path.write_bytes(train_bpe((text[:100_000].decode() for text in NOVELS.values()), 1000))
+    return path
+
+
+def write_text(folder):
+    folder.mkdir()
+    for i, text in enumerate(NOVELS.values()):
+        (folder / f"{i}.txt").write_bytes(text)
+
+
+def lines():
+    return "".join(json.dumps({"text": text.decode(), "id": name}) + "\n" for name, text in NOVELS.items()).encode()
+
+
+def write_jsonl(folder):
+    folder.mkdir()
+    (folder / "all.jsonl").write_bytes(lines())
+
+
+def write_gzip(folder):
+    folder.mkdir()
+    (folder / "all.jsonl.gz").write_bytes(gzip.compress(lines()))
+
+
+def write_zstd(folder):
+    zstandard = pytest.importorskip("zstandard")
+    folder.mkdir()
+    (folder / "all.jsonl.zst").write_bytes(zstandard.compress(lines()))
+
+
+def write_parquet(folder):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    folder.mkdir()
+    table = pa.table({"text": [text.decode() for text in NOVELS.values()]})
+    pq.write_table(table, folder / "all.parquet", row_group_size=3)
+
+
+def tokens_of(folder):
+    prepared = Prepared.open(folder, verify=True)
+    return np.concatenate(prepared.tokens)
+
+
+@pytest.mark.parametrize("write", [write_text, write_jsonl, write_gzip, write_zstd, write_parquet])
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_every_format_gives_the_same_tokens(write, kind, bpe, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "SHARD_BYTES", 1_000_000)
+    tokenizer = ByteTokenizer() if kind == "bytes" else load_tokenizer(bpe)
+    write(tmp_path / "source")
+    made = prepare([str(tmp_path / "source")], tmp_path / "out", str(bpe) if kind == "bpe" else "bytes", workers=1)
+    expected = np.concatenate([tokenizer.encode(text, begin=True) for text in NOVELS.values()])
+    assert np.array_equal(tokens_of(tmp_path / "out"), expected)
+    assert (made["documents"], made["faults"], made["tokens"]) == (len(NOVELS), 0, len(expected))
+    assert load_tokenizer(tmp_path / "out").fingerprint == tokenizer.fingerprint
+    mixture = load_mixture([str(tmp_path / "out")], [], tokenizer, seed=0)
+    assert len(mixture.sequences[0]) == len(expected)
+
+
+def test_pieces_encode_as_the_whole(bpe):
+    tokenizer = load_tokenizer(bpe)
+    text = next(iter(NOVELS.values())).decode()
+    assert len(text) > 3 * PIECE
+    assert tokenizer.encode(text).tolist() == tokenizer._tokenizer.encode(text).ids
+    blocks = [text.encode()[at : at + 777] for at in range(0, len(text.encode()), 777)]
+    assert np.concatenate(list(tokenizer.encode_blocks(blocks))).tolist() == tokenizer.encode(text).tolist()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert "".join(pieces([text], prefixed=False)) == text
+
+
+def test_special_tokens_in_a_text_are_text(bpe):
+    tokenizer = load_tokenizer(bpe)
+    tokens = tokenizer.encode("<|end|>", begin=True)
+    assert tokens[0] == tokenizer.begin
+    assert tokenizer.end not in tokens
+    assert tokenizer.decode(tokens) == "<|end|>"
+    assert tokenizer.decode_bytes([tokenizer.begin, tokenizer.end]) == b""
+
+
+def test_faults_are_counted_with_their_places(tmp_path):
+    good = [json.dumps({"text": f"line {i}"}).encode() for i in range(4)]
+    bad = [b"{not json", b'{"other": 1}', b'{"text": 5}', b"[]", b'{"text": "lone \\ud800"}', b""]
+    (tmp_path / "some.jsonl").write_bytes(b"\n".join([good[0], *bad, *good[1:]]) + b"\n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 and more")
+    made = prepare([str(tmp_path)], tmp_path / "out", workers=1)
+    faults = [json.loads(line) for line in (tmp_path / "out" / FAULTS).read_text().splitlines()]
+    assert made["faults"] == len(faults) == 6
+    assert faults[0] == {"path": str(tmp_path / "latin.txt"), "place": 3, "reason": "not utf-8", "outcome": "mended"}
+    raw = (tmp_path / "some.jsonl").read_bytes()
+    for fault, line in zip(faults[1:], bad, strict=False):
+        assert raw[fault["place"] :].startswith(line)
+    assert [f["outcome"] for f in faults[1:]] == ["left out"] * 4 + ["mended"]
+    text = bytes(t for t in tokens_of(tmp_path / "out") if t < 256).decode()
+    assert text == "caf\ufffd and moreline 0lone \ufffdline 1line 2line 3"
+    again = prepare([str(tmp_path / "latin.txt")], tmp_path / "latin", encoding="latin-1", workers=1)
+    assert again["faults"] == 0
+    assert bytes(t for t in tokens_of(tmp_path / "latin") if t < 256).decode() == "café and more"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_byte_order_marks_are_obeyed(encoding, tmp_path):
+    text = "Grüße, 世界 🦈 " * 20_000
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    prepare([str(tmp_path / "a.txt")], tmp_path / "out", workers=1)
+    assert bytes(t for t in tokens_of(tmp_path / "out") if t < 256).decode() == text
+
+
+def test_damaged_compressed_file_is_reported(tmp_path):
+    whole = gzip.compress(lines())
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    made = prepare([str(tmp_path / "cut.jsonl.gz")], tmp_path / "out", workers=1)
+    assert made["documents"] >= 1
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "out" / FAULTS).read_text().splitlines()]
+    assert any("damaged" in reason for reason in reasons)
+
+
+def digests(folder):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.slow)])
+def test_interrupted_preparation_goes_on_to_the_same_shards(kills, tmp_path):
+    """Real processes, killed at random moments."""
+    rng = random.Random(0)
+    with (tmp_path / "big.jsonl").open("wb") as file:
+        for _ in range(60):
+            file.write(json.dumps({"text": rng.randbytes(200_000).hex()}).encode() + b"\n")
+    code = (
+        "import sys; from pathlib import Path; from megalodon_lm.data import prepare as p; p.SHARD_BYTES = 1_000_000\n"
+        "p.prepare(['big.jsonl'], Path(sys.argv[1]), workers=1)"
+    )
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", code, "whole"], cwd=tmp_path, check=True)
+    took = time.monotonic() - began
+    for _ in range(kills):
+        process = subprocess.Popen([sys.executable, "-c", code, "parts"], cwd=tmp_path)
+        time.sleep(rng.uniform(0.3, 1) * took)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run([sys.executable, "-c", code, "parts"], cwd=tmp_path, check=True)
+    assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
+
+
+def test_processes_side_by_side_give_the_same_shards(tmp_path):
+    write_jsonl(tmp_path / "source")
+    for workers in (1, 2):
+        command = [sys.executable, "-m", "megalodon_lm.cli.main", "prepare", "source/all.jsonl", "source", "--out",
+                   f"out{workers}", "--workers", str(workers)]  # fmt: skip
+        shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        assert f"{2 * len(NOVELS)} documents" in shown
+    assert digests(tmp_path / "out1") == digests(tmp_path / "out2")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p.write_bytes(p.read_bytes()[:-1]), r"00000\.tokens has \d+ bytes, not \d+"),
+        (lambda p: p.write_bytes(b"\7" + p.read_bytes()[1:]), r"00000\.tokens was altered"),
+        (Path.unlink, r"00000\.tokens is missing"),
+    ],
+)
+def test_altered_shards_are_refused(change, message, tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    prepare([str(tmp_path / "a.txt")], tmp_path / "out", workers=1)
+    change(tmp_path / "out" / "00000.tokens")
+    with pytest.raises(ValueError, match=message):
+        Prepared.open(tmp_path / "out", verify=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sources": ["missing.txt"]}, "no such file"),
+        ({"sources": []}, "no text given"),
+        ({"encoding": "klingon"}, "unknown encoding"),
+        ({"tokenizer": "missing.json"}, "cannot read the tokenizer"),
+        ({"out": "a.txt"}, "cannot create the folder"),
+        ({"out": "."}, "is not empty"),
+    ],
+)
+def test_unusable_requests_are_refused(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("some text")
+    request = {"sources": ["a.txt"], "out": "out", "workers": 1} | arguments
+    with pytest.raises(ValueError, match=message):
+        prepare(**request | {"out": Path(request["out"])})
+
+
+def test_another_request_for_the_same_folder_is_refused(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("some text")
+    prepare([str(tmp_path / "a.txt")], tmp_path / "out", workers=1)
+    before = digests(tmp_path / "out")
+    with pytest.raises(ValueError, match="begun with other files"):
+        prepare([str(tmp_path / "b.txt")], tmp_path / "out", workers=1)
+    assert digests(tmp_path / "out") == before

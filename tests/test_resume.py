@@ -1,0 +1,334 @@
+"""Runs that are killed, damaged or short of disk, and go on."""
+
+import json
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megalodon_lm import Megalodon
+from megalodon_lm.training import trainer as trainer_module
+from megalodon_lm.training.checkpoint import CONTENTS, MANIFEST_FILE, checkpoints
+from megalodon_lm.training.recipe import Recipe
+from megalodon_lm.training.trainer import Trainer, accumulated
+
+TEXT = bytes(random.Random(1).choices(b"abcdefgh \n", k=20_000))
+
+
+def recipe(folder, model=None, data=None, **training):
+    text = folder / "text.txt"
+    if not text.exists():
+        text.write_bytes(TEXT)
+    return Recipe.from_dict(
+        {
+            "model": {"size": "tiny", "dropout": 0.1, **(model or {})},
+            "data": {"train": [str(text)], "validation": [str(text)], **(data or {})},
+            "training": {"length": 48, "batch_size": 2, "steps": 12, "warmup_steps": 2, "checkpoint_steps": 4,
+                         "precision": "float32", **training},
+        }
+    )  # fmt: skip
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(folder):
+    return [record["step"] for record in metrics(folder)]
+
+
+def same_weights(a, b):
+    left, right = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(step):
+    def watch(metrics):
+        if metrics.step == step:
+            raise Stopped
+
+    return watch
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"training": {"carry_state": False}},
+        {"training": {"accumulate": 3, "ramp_steps": 6}},
+        {"training": {"average": 0.9}},
+        {"training": {"carry_state": False}, "data": {"order": "shuffled"}},
+    ],
+)
+def test_a_run_that_goes_on_is_the_run_that_never_stopped(change, tmp_path):
+    given = recipe(tmp_path, data=change.get("data"), **change.get("training", {}))
+    assert Trainer(given, tmp_path / "whole").train()
+    trainer = Trainer(given, tmp_path / "parts")
+    with pytest.raises(Stopped):
+        trainer.train(stop_after(7))
+    assert steps(tmp_path / "parts") == list(range(1, 8))
+    resumed = Trainer(given, tmp_path / "parts", resume="last")
+    assert resumed.step == 4
+    assert resumed.train()
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
+    assert steps(tmp_path / "parts") == list(range(1, 13))
+    records = [
+        [json.loads(x) for x in (tmp_path / f / "metrics.jsonl").read_text().splitlines()] for f in ("whole", "parts")
+    ]
+    for whole, parts in zip(*records, strict=True):
+        assert whole["bits_per_token"] == parts["bits_per_token"]
+        assert whole["tokens"] == parts["tokens"]
+
+
+def test_only_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
+    results = iter([3.0, 1.0, 2.0, 2.5, 2.0, 1.5])
+    trainer = Trainer(recipe(tmp_path, validate_steps=2, keep_checkpoints=1), tmp_path / "run")
+    trainer.train(validate=lambda model: next(results))
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-00000012", "step-00000004"]
+    assert trainer.best == (1.0, 4)
+
+
+def test_average_of_weights_is_what_is_exported(tmp_path):
+    trainer = Trainer(recipe(tmp_path, average=0.5, steps=5), tmp_path / "run")
+    seen = []
+    trainer.train(lambda m: seen.append({n: p.detach().double().clone() for n, p in trainer.model.named_parameters()}))
+    torch.manual_seed(0)
+    expected = {n: p.detach().double() for n, p in Megalodon(trainer.recipe.model).named_parameters()}
+    for weights in seen:
+        expected = {n: 0.5 * e + 0.5 * weights[n] for n, e in expected.items()}
+    exported = dict(Megalodon.load(tmp_path / "run").named_parameters())
+    for name, e in expected.items():
+        torch.testing.assert_close(exported[name].double(), e, rtol=1e-5, atol=1e-6)
+
+
+def test_batches_of_a_step_grow():
+    t = recipe_training(accumulate=5, ramp_steps=8)
+    assert [accumulated(t, step) for step in range(10)] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+
+
+def recipe_training(**values):
+    from megalodon_lm.training.recipe import TrainingRecipe
+
+    return TrainingRecipe(**values)
+
+
+def test_accumulated_batches_train_as_one(tmp_path):
+    """Two rows at once, or one after the other with an average of the gradients: the same first step."""
+    first, second = (
+        Trainer(recipe(tmp_path, model={"dropout": 0.0}, steps=1, carry_state=False, clip=1e9, **t), tmp_path / name)
+        for name, t in (("one", {"batch_size": 1, "accumulate": 2}), ("two", {"batch_size": 1, "length": 96}))
+    )
+    for trainer in (first, second):
+        trainer.train()
+    tokens = [t.tokens for t in (first, second)]
+    assert tokens == [96, 96]
+
+
+BREAK = {
+    "truncated": lambda path, other: path.write_bytes(path.read_bytes()[:-1]),
+    "flipped": lambda path, other: path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:]),
+    "deleted": lambda path, other: path.unlink(),
+    "swapped": lambda path, other: shutil.copyfile(other, path),
+}
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    for name, seed in (("run", 0), ("other", 1)):
+        Trainer(recipe(folder, seed=seed, steps=8), folder / name).train()
+    return folder
+
+
+@pytest.mark.parametrize("file", [*CONTENTS, MANIFEST_FILE])
+@pytest.mark.parametrize("how", BREAK)
+def test_broken_checkpoint_is_refused_by_name_and_the_last_good_one_used(file, how, two_runs, tmp_path):
+    if (file, how) == ("config.json", "swapped"):
+        pytest.skip("the same in both runs")
+    shutil.copytree(two_runs / "run", tmp_path / "run")
+    given = recipe(two_runs, steps=12)
+    name = "step-00000008"
+    broken = tmp_path / "run" / "checkpoints" / name / file
+    BREAK[how](broken, two_runs / "other" / "checkpoints" / name / file)
+    with pytest.raises(ValueError, match=rf"{name}/{file}.*--resume auto"):
+        Trainer(given, tmp_path / "run", resume="last")
+    trainer = Trainer(given, tmp_path / "run", resume="auto")
+    assert trainer.step == 4
+    assert len(trainer.notes) == 1
+    assert file in trainer.notes[0]
+    assert trainer.train()
+    assert steps(tmp_path / "run") == list(range(1, 13))
+
+
+def command(path, run, *more):
+    return [sys.executable, "-m", "megalodon_lm.cli.main", "train", str(path), "--out", str(run), *more]
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_the_run_ends_the_same(kills, tmp_path):
+    """Real processes. Steps, checkpoints every other step, and the loader's thread are hit as they come."""
+    given = recipe(tmp_path, steps=200, checkpoint_steps=2)
+    (tmp_path / "r.toml").write_text(given.to_toml())
+    began = time.monotonic()
+    subprocess.run(command(tmp_path / "r.toml", tmp_path / "whole"), check=True, capture_output=True)
+    took = metrics(tmp_path / "whole")[-1]["seconds"]
+    startup = time.monotonic() - began - took
+    rng, killed, run = random.Random(kills), 0, tmp_path / "parts"
+    for _ in range(kills):
+        process = subprocess.Popen(
+            command(tmp_path / "r.toml", run, "--resume", "auto"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        time.sleep(rng.uniform(0.7, 1.1) * startup + rng.uniform(0, took / kills))
+        process.send_signal(signal.SIGKILL)
+        errors = process.communicate()[1].decode()
+        assert process.returncode in (0, -signal.SIGKILL), errors
+        killed += process.returncode != 0
+    assert killed > kills / 2
+    subprocess.run(command(tmp_path / "r.toml", run, "--resume", "auto"), check=True, capture_output=True)
+    assert same_weights(tmp_path / "whole", run)
+    assert steps(run) == list(range(1, 201))
+
+
+def test_full_disk_ends_in_one_line_and_the_last_checkpoint_can_be_used(tmp_path):
+    """A limit on the size of files stands for the full disk: the system refuses in the middle of writing."""
+    given = recipe(tmp_path, steps=8)
+    (tmp_path / "r.toml").write_text(given.to_toml())
+    subprocess.run(command(tmp_path / "r.toml", tmp_path / "run"), check=True, capture_output=True)
+    (tmp_path / "r.toml").write_text(recipe(tmp_path, steps=12).to_toml())
+    size = (tmp_path / "run" / "model.safetensors").stat().st_size
+    ended = subprocess.run(
+        command(tmp_path / "r.toml", tmp_path / "run", "--resume", "last"),
+        capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2)),  
+    )  # fmt: skip
+    assert ended.returncode == 2, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "cannot write the checkpoint" in ended.stderr
+    trainer = Trainer(recipe(tmp_path, steps=12), tmp_path / "run", resume="last")
+    assert trainer.step == 8
+    assert trainer.train()
+    assert steps(tmp_path / "run") == list(range(1, 13))
+    assert not [p for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.startswith(".")]
+
+
+def poisoned(trainer, *at, value=float("nan")):
+    """Spoil the loss of the batches with these numbers, counted over the life of the trainer."""
+    count = 0
+    plain = trainer_module.linear_cross_entropy
+
+    def loss(*arguments):
+        nonlocal count
+        count += 1
+        return plain(*arguments) * (value if count in at else 1.0)
+
+    return loss
+
+
+def test_bad_step_stops_and_says_how_to_go_on(tmp_path, monkeypatch):
+    trainer = Trainer(recipe(tmp_path), tmp_path / "run")
+    monkeypatch.setattr(trainer_module, "linear_cross_entropy", poisoned(trainer, 6))
+    with pytest.raises(ValueError, match=r"the loss is nan .* at step 6; lower training.learning_rate"):
+        trainer.train()
+    assert Trainer(recipe(tmp_path), tmp_path / "run", resume="last").step == 4
+
+
+@pytest.mark.parametrize("value", [float("nan"), 3.0])
+def test_bad_batch_is_skipped(value, tmp_path, monkeypatch):
+    trainer = Trainer(recipe(tmp_path, bad_step="skip", spike=1.0), tmp_path / "run")
+    monkeypatch.setattr(trainer_module, "linear_cross_entropy", poisoned(trainer, 6, 7, value=value))
+    seen = {}
+    assert trainer.train(lambda m: seen.update({m.step: (m.event, trainer.model.fingerprint())}))
+    assert [step for step, (event, _) in seen.items() if event.startswith("skipped")] == [6, 7]
+    assert seen[5][1] == seen[7][1] != seen[8][1]
+    assert steps(tmp_path / "run") == list(range(1, 13))
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_run_goes_back_to_the_last_checkpoint_and_past_the_bad_batch(tmp_path, monkeypatch):
+    trainer = Trainer(recipe(tmp_path, bad_step="rewind"), tmp_path / "run")
+    monkeypatch.setattr(trainer_module, "linear_cross_entropy", poisoned(trainer, 7))
+    seen = []
+    assert trainer.train(seen.append)
+    assert [m.step for m in seen] == [1, 2, 3, 4, 5, 6, 5, 6, 7, 8, 9, 10, 11, 12]
+    assert seen[6].event.startswith("went back from step 7: the loss is nan")
+    assert seen[6].tokens == 8 * 96
+    assert steps(tmp_path / "run") == list(range(1, 13))
+
+
+def test_a_loss_that_stays_bad_ends_the_run(tmp_path, monkeypatch):
+    for policy in ("skip", "rewind"):
+        trainer = Trainer(recipe(tmp_path, bad_step=policy, steps=40), tmp_path / policy)
+        monkeypatch.setattr(trainer_module, "linear_cross_entropy", poisoned(trainer, *range(6, 99)))
+        with pytest.raises(ValueError, match="the 10th time in a row"):
+            trainer.train()
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"num_layers": 1}}, r"differs from that of the run in model\.num_layers"),
+        ({"length": 32}, r"differs .* in training\.length"),
+        ({"data": {"order": "shuffled"}, "carry_state": False}, r"differs .* data\.order"),
+    ],
+)
+def test_going_on_with_another_recipe_is_refused(change, message, tmp_path):
+    Trainer(recipe(tmp_path), tmp_path / "run").train()
+    with pytest.raises(ValueError, match=message):
+        Trainer(recipe(tmp_path, **change), tmp_path / "run", resume="last")
+
+
+def test_going_on_with_another_text_is_refused(tmp_path):
+    given = recipe(tmp_path)
+    Trainer(given, tmp_path / "run").train()
+    (tmp_path / "text.txt").write_bytes(TEXT[::-1])
+    with pytest.raises(ValueError, match="text is not the one the run was begun with"):
+        Trainer(given, tmp_path / "run", resume="last")
+
+
+def test_a_run_goes_on_beyond_its_end(tmp_path):
+    Trainer(recipe(tmp_path), tmp_path / "run").train()
+    longer = Trainer(recipe(tmp_path, steps=16), tmp_path / "run", resume="last")
+    assert longer.train()
+    assert steps(tmp_path / "run") == list(range(1, 17))
+    assert Recipe.load(tmp_path / "run" / "recipe.toml").training.steps == 16
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"),
+    [
+        (lambda folder: None, ["--resume", "last"], "there is no run to go on with"),
+        (lambda folder: (folder / "run").write_text("a file"), [], "cannot create the run folder"),
+        (lambda folder: (folder / "text.txt").unlink(), [], "no such file"),
+        (lambda folder: (folder / "run").mkdir() or (folder / "run" / "x").touch(), [], "not empty"),
+    ],
+)
+def test_unusable_places_end_in_one_line(make, arguments, message, tmp_path):
+    (tmp_path / "r.toml").write_text(recipe(tmp_path).to_toml())
+    make(tmp_path)
+    ended = subprocess.run(command("r.toml", "run", *arguments), cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert message in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_fine_tuning_begins_with_the_weights_of_a_model(tmp_path):
+    trained = Trainer(recipe(tmp_path), tmp_path / "first")
+    trained.train()
+    tuned = Trainer(recipe(tmp_path, begin_from=str(tmp_path / "first")), tmp_path / "second")
+    assert tuned.model.fingerprint() == trained.model.fingerprint()
+    assert tuned.step == 0
+    with pytest.raises(ValueError, match=r"differs from the recipe in model\.num_layers"):
+        Trainer(recipe(tmp_path, model={"num_layers": 1}, begin_from=str(tmp_path / "first")), tmp_path / "third")
