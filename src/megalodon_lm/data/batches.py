@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Generator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -150,12 +150,15 @@ class Windows:
 
 def prefetched(batches: Batches, place: Any) -> Generator[Batch]:
     """Batches from a place on, read in a thread of its own a little before they are asked for."""
+
+    def after(before: Future[Batch]) -> Batch:
+        return batches.read(before.result().place)
+
     with ThreadPoolExecutor(1, "batches") as thread:
         waiting = deque([thread.submit(batches.read, place)])
         while True:
             while len(waiting) < AHEAD:
-                before = waiting[-1]
-                waiting.append(thread.submit(lambda before=before: batches.read(before.result().place)))
+                waiting.append(thread.submit(after, waiting[-1]))
             yield waiting.popleft().result()
 
 

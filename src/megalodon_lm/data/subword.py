@@ -87,7 +87,8 @@ class SubwordTokenizer(_Subwords):
         added = {t["id"] for t in description.get("added_tokens", ()) if t.get("special")}
         before = json.dumps([description.get(part) for part in ("normalizer", "pre_tokenizer")])
         by_bytes = '"ByteLevel"' in before + json.dumps(description.get("decoder"))
-        self.prefixed = any(mark in before for mark in ('"Prepend"', '"add_prefix_space": true', '"prepend_scheme": "a'))
+        marks = ('"Prepend"', '"add_prefix_space": true', '"prepend_scheme": "a')
+        self.prefixed = any(mark in before for mark in marks)
         self._bytes = [b""] * self.vocab_size
         for piece, number in vocabulary.items():
             self._bytes[number] = None if number in added else _byte_level(piece) if by_bytes else _spaced(piece)

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from ..layers.block import Block
 from ..model.decoder import Megalodon
 from ..ops.cema import cema_coefficients
 
@@ -19,6 +20,7 @@ def inspect_layers(model: Megalodon) -> list[dict[str, float]]:
     """
     found = []
     for block in model.layers:
+        assert isinstance(block, Block)
         cema, mega = block.mega.cema, block.mega
         _, q, _ = cema_coefficients(cema.alpha, cema.delta, cema.theta, cema.gamma)
         size = q.abs().double().clamp(max=1 - 1e-12)

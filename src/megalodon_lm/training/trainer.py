@@ -287,7 +287,7 @@ class Trainer:
 
     def checkpoint(self) -> Checkpoint:
         """Everything the run is now, copied."""
-        weights = dict(self.model.named_parameters())
+        weights: dict[str, Tensor] = dict(self.model.named_parameters())
         names = {parameter: name for name, parameter in weights.items()}
         training: dict[str, Tensor] = {"random": torch.get_rng_state()}
         if self.device.type == "cuda":
