@@ -16,8 +16,9 @@ from megalodon_lm.benchmark.pairs import alternate, rate_ratio, rounds_within
 from megalodon_lm.benchmark.records import Record, write_records
 from megalodon_lm.benchmark.report import draw, table
 from megalodon_lm.benchmark.suite import LENGTHS, MEASURES, PEERS, QUICK_LENGTHS, left_out, plan
-from megalodon_lm.benchmark.worker import ContenderFailed, Worker, resident
+from megalodon_lm.benchmark.worker import ContenderFailed, Worker
 from megalodon_lm.benchmark.workloads import contender, timed
+from megalodon_lm.training.memory import resident
 
 TINY = ModelConfig.named("tiny")
 
