@@ -29,9 +29,10 @@ def refused(*arguments, cwd=None, says):
     assert line.count("\n") == 0
 
 
-@pytest.mark.parametrize(
-    "command", ["quickstart", "tokenizer", "prepare", "train", "read", "generate", "chat", "evaluate", "bench", "info"]
-)
+COMMANDS = ("quickstart", "tokenizer", "prepare", "train", "read", "generate", "chat", "evaluate", "bench", "info")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_teaches(command):
     result = megalodon(command, "--help")
     assert result.returncode == 0
@@ -225,6 +226,6 @@ def test_documented_commands_and_links_exist(page):
     """Every `megalodon ...` line parses up to its options, and every relative link leads somewhere."""
     text = (ROOT / page).read_text()
     for line in re.findall(r"^\s*(?:\$ )?megalodon ([a-z]+)", text, re.MULTILINE):
-        assert line in {"quickstart", "train", "read", "generate", "chat", "state", "evaluate", "bench", "info"}, line
+        assert line in (*COMMANDS, "state"), line
     for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
         assert ((ROOT / page).parent / link).exists(), link
