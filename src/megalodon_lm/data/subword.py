@@ -48,8 +48,8 @@ class _Subwords:
         yield from (np.array(self._ids(piece), np.int64) for piece in pieces(texts, self.prefixed))
 
     def decode_bytes(self, tokens: Iterable[int]) -> bytes:
-        """The bytes of the tokens, special tokens left out."""
-        return b"".join(self._bytes[int(t)] or b"" for t in tokens)
+        """The bytes of the tokens, without special tokens and those that only a larger model's vocabulary has."""
+        return b"".join(self._bytes[int(t)] or b"" for t in tokens if int(t) < self.vocab_size)
 
     def decode(self, tokens: Iterable[int]) -> str:
         """As decode_bytes, as a string, without the space that was put before the text."""
