@@ -62,7 +62,6 @@ def test_quickstart_end_to_end(tmp_path):
 
 def test_from_text_to_a_model(tmp_path):
     """The way of docs/training.md: tokenizer, shards, training with validation and samples, and use."""
-    pytest.importorskip("tensorboard")
     (tmp_path / "texts").mkdir()
     for i in range(3):
         (tmp_path / "texts" / f"{i}.txt").write_text(f"Once upon a time {i} the shark swam. " * 200)

@@ -10,7 +10,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 
 from megalodon_lm import ByteTokenizer
 from megalodon_lm.data import prepare as prepare_module
@@ -52,16 +55,14 @@ def write_gzip(folder):
 
 
 def write_zstd(folder):
-    zstandard = pytest.importorskip("zstandard")
     folder.mkdir()
     (folder / "all.jsonl.zst").write_bytes(zstandard.compress(lines()))
 
 
 def write_parquet(folder):
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     folder.mkdir()
-    table = pa.table({"text": [text.decode() for text in NOVELS.values()]})
-    pq.write_table(table, folder / "all.parquet", row_group_size=3)
+    table = pyarrow.table({"text": [text.decode() for text in NOVELS.values()]})
+    pyarrow.parquet.write_table(table, folder / "all.parquet", row_group_size=3)
 
 
 def tokens_of(folder):

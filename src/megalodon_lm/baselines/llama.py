@@ -57,13 +57,13 @@ def loss(model: nn.Module, tokens: Tensor) -> Tensor:
 
 def prefill(model: nn.Module, tokens: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
     """See Baseline.prefill."""
-    out = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return out.logits[:, -1], out.past_key_values
+    out = model(tokens, cache=cache, use_cache=True, logits_to_keep=1)
+    return out.logits[:, -1], out.cache
 
 
 def step(model: nn.Module, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
     """See Baseline.step."""
-    out = model(tokens, past_key_values=cache, use_cache=True)
+    out = model(tokens, cache=cache, use_cache=True)
     return out.logits[:, -1], cache
 
 

@@ -92,7 +92,7 @@ class Reading:
     def _lines(self, part: Part) -> Iterator[Document]:
         """A document a line. Lines that begin in the part belong to it."""
         with opened(Path(part.path)) as file:
-            at, number = part.start, 0
+            at = part.start
             if part.start:
                 file.seek(part.start - 1)
                 at += len(file.readline(LONGEST_LINE)) - 1
@@ -100,7 +100,6 @@ class Reading:
                 line = _read(self, part.path, at, lambda: file.readline(LONGEST_LINE))
                 if not line:
                     return
-                number += 1
                 if text := self._field(part.path, at, line):
                     yield Document(at, iter([text]))
                 at += len(line)

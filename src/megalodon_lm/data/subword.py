@@ -3,6 +3,7 @@
 import codecs
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,7 @@ BEGIN_NAMES = ("<|begin|>", "<s>", "<|begin_of_text|>", "<bos>", "[CLS]", "<|end
 END_NAMES = ("<|end|>", "</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "[SEP]")
 
 
-class _Subwords:
+class _Subwords(ABC):
     """What both kinds share: streams, bytes and special tokens. The subclass gives encode and the vocabulary."""
 
     content: bytes
@@ -33,8 +34,9 @@ class _Subwords:
         """Hash of the file."""
         return hashlib.sha256(self.content).hexdigest()[:32]
 
+    @abstractmethod
     def _ids(self, text: str) -> list[int]:
-        raise NotImplementedError
+        """The tokens of a piece of text."""
 
     def encode(self, text: str | bytes, begin: bool = False) -> np.ndarray:
         """Text to int64 tokens (L,); bytes are UTF-8, and what is not valid becomes U+FFFD."""
