@@ -146,6 +146,11 @@ def digests(folder):
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
 
 
+SMALL_SHARDS = (
+    "import sys; from pathlib import Path; from megalodon_lm.data import prepare as p; p.SHARD_BYTES = 1_000_000\n"
+)
+
+
 @pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.slow)])
 def test_interrupted_preparation_goes_on_to_the_same_shards(kills, tmp_path):
     """Real processes, killed at random moments."""
@@ -153,10 +158,7 @@ def test_interrupted_preparation_goes_on_to_the_same_shards(kills, tmp_path):
     with (tmp_path / "big.jsonl").open("wb") as file:
         for _ in range(60):
             file.write(json.dumps({"text": rng.randbytes(200_000).hex()}).encode() + b"\n")
-    code = (
-        "import sys; from pathlib import Path; from megalodon_lm.data import prepare as p; p.SHARD_BYTES = 1_000_000\n"
-        "p.prepare(['big.jsonl'], Path(sys.argv[1]), workers=1)"
-    )
+    code = SMALL_SHARDS + "p.prepare(['big.jsonl'], Path(sys.argv[1]), workers=1)"
     began = time.monotonic()
     subprocess.run([sys.executable, "-c", code, "whole"], cwd=tmp_path, check=True)
     took = time.monotonic() - began
@@ -167,6 +169,34 @@ def test_interrupted_preparation_goes_on_to_the_same_shards(kills, tmp_path):
         process.wait()
     subprocess.run([sys.executable, "-c", code, "parts"], cwd=tmp_path, check=True)
     assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
+
+
+def test_killed_without_its_workers_it_goes_on_beside_them(tmp_path):
+    """As when the system is out of memory: the command dies, its workers learn of it a moment later."""
+    document = json.dumps({"text": random.Random(0).randbytes(200_000).hex()}).encode() + b"\n"
+    (tmp_path / "big.jsonl").write_bytes(document * 60)
+    code = SMALL_SHARDS + "p.prepare(['big.jsonl'], Path(sys.argv[1]), workers=int(sys.argv[2]))"
+    subprocess.run([sys.executable, "-c", code, "whole", "1"], cwd=tmp_path, check=True)
+    process = subprocess.Popen([sys.executable, "-c", code, "parts", "2"], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not any((tmp_path / "parts").glob("0*.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    subprocess.run([sys.executable, "-c", code, "parts", "2"], cwd=tmp_path, check=True)
+    Prepared.open(tmp_path / "parts", verify=True)
+    assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
+
+
+def test_a_shard_that_vanished_is_made_again(tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    prepare([str(tmp_path / "a.txt")], tmp_path / "out", workers=1)
+    before = digests(tmp_path / "out")
+    (tmp_path / "out" / "00000.tokens").unlink()
+    (tmp_path / "out" / ".prepared.json.x").touch()
+    prepare([str(tmp_path / "a.txt")], tmp_path / "out", workers=1)
+    assert digests(tmp_path / "out") == before
 
 
 def test_processes_side_by_side_give_the_same_shards(tmp_path):

@@ -306,6 +306,14 @@ def test_going_on_with_another_text_is_refused(tmp_path):
         Trainer(given, tmp_path / "run", resume="last")
 
 
+@pytest.mark.parametrize("left", ["run.json", ".run.json.half"])
+def test_a_run_killed_at_its_very_beginning_begins_again(left, tmp_path):
+    Trainer(recipe(tmp_path), tmp_path / "run")
+    (tmp_path / "run" / "recipe.toml").unlink()
+    (tmp_path / "run" / "run.json").rename(tmp_path / "run" / left)
+    assert Trainer(recipe(tmp_path), tmp_path / "run", resume="auto").step == 0
+
+
 def test_a_run_goes_on_beyond_its_end(tmp_path):
     Trainer(recipe(tmp_path), tmp_path / "run").train()
     longer = Trainer(recipe(tmp_path, steps=16), tmp_path / "run", resume="last")

@@ -31,6 +31,11 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
+def is_unfinished(path: Path, name: str) -> bool:
+    """Whether a file is what a killed write_atomically to `name` leaves behind."""
+    return path.name.startswith(f".{name}.")
+
+
 def flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on disk. Folders cannot be opened on Windows; then nothing."""
     if os.name == "nt" and path.is_dir():

@@ -37,18 +37,19 @@ class Prepare:
 
         if self.workers < 0:
             raise ValueError(f"--workers {self.workers} must be at least 0; 0 takes one a processor")
-        began = time.perf_counter()
+        began, read = time.perf_counter(), 0
         with progress_bar("prepare", None) as move:
 
             def watch(p: Progress) -> None:
+                nonlocal read
+                read = p.done - p.earlier
                 move(p.done, f"{p.done / max(1, p.total):.0%}, {p.tokens:,} tokens, {p.faults:,} faults")
 
             made = prepare(self.sources, self.out, self.tokenizer, self.field, self.encoding, self.workers, watch)
         seconds = time.perf_counter() - began
-        size = sum(size for _, size, _ in made["files"])
         print(
             f"{made['tokens']:,} tokens of {made['documents']:,} documents in {len(made['shards'])} shards; "
-            f"{size / 1e6 / seconds:.1f} MB/s; {self.out}"
+            f"{read / 1e6 / seconds:.1f} MB/s; {self.out}"
         )
         if made["faults"]:
             console.print(f"{made['faults']:,} faults, listed in {self.out / FAULTS}", highlight=False)

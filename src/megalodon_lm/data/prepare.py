@@ -3,7 +3,9 @@
 import contextlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -13,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..files import digest, write_atomically
+from ..files import check, digest, is_unfinished, write_atomically
 from .documents import Part, Reading, find_files, parts_of
 from .shards import DOCUMENT, MANIFEST, read_manifest, token_dtype
 from .tokenizer import Tokenizer, load_tokenizer
@@ -46,9 +48,10 @@ class Plan:
 
 @dataclass
 class Progress:
-    """Text read so far, in bytes as stored; tokens, documents and faults found."""
+    """Text read so far, in bytes as stored, and how much of it by an earlier call; tokens, documents, faults found."""
 
     done: int = 0
+    earlier: int = 0
     total: int = 0
     tokens: int = 0
     documents: int = 0
@@ -98,6 +101,7 @@ def prepare(
     for i in range(len(plan.parts)):
         if i not in todo and (record := _done(out, i)) is not None:
             count(i, record)
+    progress.earlier = progress.done
     for number, record in _run(plan, out, todo, workers or os.cpu_count() or 1):
         count(number, record)
     if not progress.tokens:
@@ -131,7 +135,7 @@ def _begin(out: Path, plan: Plan) -> None:
     """Write the plan, or find the same one there."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        used = any(out.iterdir())
+        used = any(not is_unfinished(path, MANIFEST) for path in out.iterdir())
     except OSError as error:
         raise ValueError(f"cannot create the folder {out}: {error.strerror}") from None
     if not used:
@@ -150,7 +154,8 @@ def _run(plan: Plan, out: Path, todo: list[int], workers: int) -> Iterator[tuple
     if workers == 1 or len(todo) < 2:
         yield from ((number, make_shard(plan, out, number)) for number in todo)
         return
-    with ProcessPoolExecutor(min(workers, len(todo)), multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(todo)), context, _end_with_parent) as pool:
         try:
             pending: list[Future[dict[str, Any]]] = [pool.submit(make_shard, plan, out, number) for number in todo]
             yield from ((number, future.result()) for number, future in zip(todo, pending, strict=True))
@@ -160,15 +165,31 @@ def _run(plan: Plan, out: Path, todo: list[int], workers: int) -> Iterator[tuple
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+def _end_with_parent() -> None:
+    """Let a worker not outlive the command: when that is killed, a queue of shards would keep it busy."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=wait, daemon=True).start()
+
+
 def make_shard(plan: Plan, out: Path, number: int) -> dict[str, Any]:
-    """Write one shard and its record, which comes last and so stands for the whole."""
+    """Write one shard and its record, which comes last and so stands for the whole.
+
+    Until then its files have names of this process's own: another one may be at the same shard, with the same result.
+    """
     tokenizer, reading = load_tokenizer(plan.tokenizer), Reading(plan.field, plan.encoding)
     name = f"{number:05d}"
     names = [f"{name}.tokens", f"{name}.documents"]
+    unfinished = {n: out / f".{n}.{os.getpid()}" for n in names}
     record: dict[str, Any] = {"name": name, "tokens": 0, "documents": 0, "faults": reading.faults}
     try:
         with contextlib.ExitStack() as stack:
-            tokens_file, documents_file = (stack.enter_context((out / f".{n}").open("wb")) for n in names)
+            tokens_file, documents_file = (stack.enter_context(unfinished[n].open("wb")) for n in names)
             for file, start, stop, size in plan.parts[number]:
                 part = Part(plan.files[file][0], start, stop, size)
                 for place, blocks in reading.documents(part):
@@ -179,9 +200,9 @@ def make_shard(plan: Plan, out: Path, number: int) -> dict[str, Any]:
             for file in (tokens_file, documents_file):
                 file.flush()
                 os.fsync(file.fileno())
+        record["files"] = {n: digest(unfinished[n]) for n in names}
         for n in names:
-            os.replace(out / f".{n}", out / n)
-        record["files"] = {n: digest(out / n) for n in names}
+            os.replace(unfinished[n], out / n)
     except OSError as error:
         raise ValueError(f"cannot write the shard {out / name}: {error.strerror}") from None
     write_atomically(out / f"{name}.json", json.dumps(record) + "\n")
@@ -199,11 +220,14 @@ def _write_document(tokenizer: Tokenizer, blocks: Iterator[bytes], dtype: np.dty
 
 
 def _done(out: Path, number: int) -> dict[str, Any] | None:
-    """The record of a finished shard."""
+    """The record of a finished shard whose files are there."""
     try:
-        return dict(json.loads((out / f"{number:05d}.json").read_text()))
-    except (OSError, ValueError, TypeError):
+        record = dict(json.loads((out / f"{number:05d}.json").read_text()))
+        for name, expected in record["files"].items():
+            check(out / name, expected, verify=False)
+    except (OSError, ValueError, TypeError, KeyError):
         return None
+    return record
 
 
 def _finish(out: Path, plan: Plan, records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -218,6 +242,8 @@ def _finish(out: Path, plan: Plan, records: list[dict[str, Any]]) -> dict[str, A
         "faults": len(faults),
     }
     load_tokenizer(plan.tokenizer).save(out)
+    for path in out.glob(".*"):  # of processes that were killed
+        path.unlink(missing_ok=True)
     write_atomically(out / MANIFEST, json.dumps(manifest) + "\n")
     return manifest
 

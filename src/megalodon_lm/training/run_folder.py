@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .. import __version__
-from ..files import flush, write_atomically
+from ..files import flush, is_unfinished, write_atomically
 from .recipe import Recipe
 
 METRICS_FILE, RECIPE_FILE, RUN_FILE = "metrics.jsonl", "recipe.toml", "run.json"
@@ -27,7 +27,7 @@ def create_run_folder(path: str | Path) -> Path:
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        used = any(path.iterdir())
+        used = any(not is_unfinished(p, RUN_FILE) for p in path.iterdir())
     except OSError as error:
         raise ValueError(f"cannot create the run folder {path}: {error.strerror}") from None
     if used:
@@ -69,14 +69,14 @@ def open_run(path: str | Path, recipe: Recipe, resume: Resume) -> tuple[Path, st
         raise ValueError(f"there is no run to go on with in {path}: it has no {RUN_FILE}")
     if goes_on:
         run_id = _identity(path / RUN_FILE)
-        _compare(Recipe.load(path / RECIPE_FILE), recipe)
+        if (path / RECIPE_FILE).exists():  # unless killed right here
+            _compare(Recipe.load(path / RECIPE_FILE), recipe)
     else:
         path = create_run_folder(path)
         run_id = uuid.uuid4().hex
-    write_atomically(path / RECIPE_FILE, recipe.to_toml())
-    if not goes_on:  # last, so that a folder without it holds nothing to go on with
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         write_atomically(path / RUN_FILE, json.dumps({"id": run_id, "created": created, "version": __version__}) + "\n")
+    write_atomically(path / RECIPE_FILE, recipe.to_toml())
     return path, run_id, goes_on
 
 
