@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from megalodon_lm import Megalodon
+from megalodon_lm import Megalodon, ModelConfig
+from megalodon_lm.data.prepare import prepare
 from megalodon_lm.training import loss as loss_module
 from megalodon_lm.training.loss import linear_cross_entropy
 from megalodon_lm.training.optimizer import learning_rate
@@ -125,16 +127,23 @@ def test_wrong_recipes_are_refused(values, message):
 
 
 @pytest.mark.parametrize("name", bundled_recipes())
-def test_every_recipe_runs_two_steps_when_shrunk(name, text, tmp_path):
+def test_every_recipe_runs_two_steps_when_shrunk(name, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = {"num_layers": 1, "model_dim": 32, "z_dim": 16, "value_dim": 32, "ffn_hidden_dim": 32,
+             "norm_num_groups": 4, "chunk_size": 16}  # fmt: skip
+    Megalodon(ModelConfig.named("tiny", **small)).save("runs/books")  # where fine-tuning begins
     loaded = Recipe.load(name)
-    shrunk = loaded.model.to_dict() | {"num_layers": 1, "model_dim": 32, "z_dim": 16, "value_dim": 32,
-                                       "ffn_hidden_dim": 32, "norm_num_groups": 4, "chunk_size": 16}  # fmt: skip
-    loaded.model = type(loaded.model).from_dict(shrunk)
+    loaded.model = type(loaded.model).from_dict(loaded.model.to_dict() | small)
     t = loaded.training
     t.length, t.batch_size, t.minutes, t.steps, t.validate_steps = 32, 2, 0.0, 2, 0
     loaded.data.train = [text]
     if not loaded.data.tokenizer.startswith("bpe:"):
         loaded.data.tokenizer = "bytes"
+    if name == "chat":
+        turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Dracula. " * 9}]
+        (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+        prepare(["chats.jsonl"], Path("chats"), chats=True, workers=1)
+        loaded.data.train = ["chats"]
     steps = []
     assert Trainer(loaded, tmp_path / "run").train(steps.append)
     assert len(steps) == 2

@@ -1,11 +1,13 @@
 """megalodon chat"""
 
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 from tyro.conf import Positional
 
 if TYPE_CHECKING:
@@ -24,14 +26,17 @@ COMMANDS = """/save FILE   keep the conversation as a bookmark
 class Chat:
     """Talk with a model in the terminal; its context is never cut.
 
-    What you type is read by the model as it stands, and the model writes on until it writes a stop string. Lines that
-    begin with / are commands; /help lists them.
+    What you type is read by the model as it stands, and the model writes on until it writes a stop string. A model that
+    was trained on chats wants --roles. Lines that begin with / are commands; /help lists them.
     """
 
     model: Positional[Path]
     """A run folder or a saved model."""
     state: Path | None = None
     """A bookmark to talk about."""
+    roles: bool = False
+    """Talk in messages of a user and an assistant, as in chats that megalodon prepare --chats made; what you type is a
+    whole message, and --before, --after and --stop are not used."""
     before: str = ""
     """Put before what you type, such as "User: "."""
     after: str = "\n"
@@ -61,7 +66,7 @@ class Chat:
 
         sampling = Sampling(
             self.max_tokens, self.temperature, top_p=self.top_p, repetition_penalty=self.repetition_penalty,
-            stop=self.stop, seed=self.seed,
+            stop=() if self.roles else self.stop, seed=self.seed,
         )  # fmt: skip
         model, tokenizer = load_trained(self.model, self.device)
         conversation = _Conversation(Generator(model, tokenizer, self.precision), sampling, self.state)
@@ -74,6 +79,8 @@ class Chat:
                     print(conversation.command(line))
                 except ValueError as error:
                     print(error, file=sys.stderr)
+            elif line and self.roles:
+                conversation.ask(line)
             elif line:
                 conversation.say(self.before + line + self.after)
 
@@ -98,9 +105,20 @@ class _Conversation:
 
     def say(self, text: str) -> None:
         """Read what the user said and answer. Ctrl-C ends the answer, not the conversation."""
-        import time
-
         self.generator.read(text, self.context)
+        self._answer()
+
+    def ask(self, text: str) -> None:
+        """The same in messages of roles."""
+        from ..data.chat import ANSWERS, Message, encode_message, encode_opening
+
+        tokenizer = self.generator.tokenizer
+        self.context.read(encode_message(Message("user", text), tokenizer))
+        self.context.read(encode_opening(ANSWERS, tokenizer))
+        self._answer()
+        self.context.read(np.array([tokenizer.end]))
+
+    def _answer(self) -> None:
         began, count = time.perf_counter(), 0
         seed = self.sampling.seed + self.context.position
         answer = self.generator.stream([self.context], self.sampling, [seed])

@@ -21,10 +21,13 @@ class Prepare:
     """Folder to make; a recipe names it in data.train."""
     tokenizer: str = "bytes"
     """bytes; a tokenizer.json, as megalodon tokenizer train makes; or a SentencePiece model."""
-    field: str = "text"
-    """Field of JSONL and Parquet that holds the text."""
+    field: str = ""
+    """Field of JSONL and Parquet that holds the text; by default text, or messages with --chats."""
     encoding: str = "utf-8"
     """Of text files without a byte order mark."""
+    chats: bool = False
+    """Every line or row is a chat: a list of messages, each with a role and a content. Training on them learns the
+    messages of the assistant alone."""
     workers: int = 0
     """Processes; 0 for one a processor."""
 
@@ -45,7 +48,9 @@ class Prepare:
                 read = p.done - p.earlier
                 move(p.done, f"{p.done / max(1, p.total):.0%}, {p.tokens:,} tokens, {p.faults:,} faults")
 
-            made = prepare(self.sources, self.out, self.tokenizer, self.field, self.encoding, self.workers, watch)
+            made = prepare(
+                self.sources, self.out, self.tokenizer, self.field, self.encoding, self.chats, self.workers, watch
+            )
         seconds = time.perf_counter() - began
         print(
             f"{made['tokens']:,} tokens of {made['documents']:,} documents in {len(made['shards'])} shards; "

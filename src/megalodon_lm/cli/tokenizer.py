@@ -1,5 +1,6 @@
 """megalodon tokenizer"""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -33,14 +34,15 @@ class Tokenizer:
 
         check_writable(self.out)
         reading = Reading(self.field, self.encoding)
-        texts = (
-            piece
-            for path in find_files(self.sources)
-            for part in parts_of(path, 1 << 26)
-            for document in reading.documents(part)
-            for piece in pieces((block.decode() for block in document.blocks), prefixed=False)
-        )
-        write_atomically(self.out, train_bpe(texts, self.vocab_size))
+
+        def texts() -> Iterator[str]:
+            for path in find_files(self.sources):
+                for part in parts_of(path, 1 << 26):
+                    for document in reading.documents(part):
+                        assert not isinstance(document.content, list)
+                        yield from pieces((block.decode() for block in document.content), prefixed=False)
+
+        write_atomically(self.out, train_bpe(texts(), self.vocab_size))
         for fault in reading.faults[:10]:
             console.print(f"{fault['path']}, {fault['place']}: {fault['reason']}, {fault['outcome']}", highlight=False)
         print(self.out)

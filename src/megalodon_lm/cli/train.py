@@ -37,11 +37,9 @@ class Train:
         from ..training.trainer import Trainer
         from .training import train_with_progress
 
-        recipe = Recipe.load(self.recipe)
+        recipe = Recipe.load(self.recipe, self.set)
         if self.resume != "no" and self.out is None:
             raise ValueError(f"--resume {self.resume} needs --out, the folder of the run to go on with")
-        for change in self.set:
-            recipe = recipe.changed(change)
         folder = self.out or free_run_folder(Path("runs") / self.recipe.stem)
         finished, _ = train_with_progress(Trainer(recipe, folder, self.device, self.resume), self.tensorboard)
         write_report(folder)

@@ -10,17 +10,31 @@ import torch
 from torch import Tensor
 
 from .mixture import Mixture
+from .sequence import Stretch
 
 AHEAD = 2  # batches read before they are asked for
 
 
 class Batch(NamedTuple):
-    """inputs and targets (B, L) int64; starts (B, L) bool, or None where no document starts; the place after it."""
+    """One step's tokens.
+
+    Attributes:
+        inputs, targets: (B, L) int64.
+        starts: (B, L) bool, inputs at which a document starts; None where none does.
+        learnt: (B, L) bool, targets that count in the loss; None where all do.
+        place: after it.
+    """
 
     inputs: Tensor
     targets: Tensor
     starts: Tensor | None
+    learnt: Tensor | None
     place: Any
+
+    @property
+    def num_learnt(self) -> int:
+        """Targets that count in the loss."""
+        return self.targets.numel() if self.learnt is None else int(self.learnt.sum())
 
 
 class Batches(Protocol):
@@ -70,24 +84,18 @@ class Stream:
 
     def read(self, place: list[dict[str, Any]]) -> Batch:
         """The batch at a place."""
-        tokens, starts, after = [], [], []
+        rows, after = [], []
         for row in place:
-            some, begins, row = self._take(row, self.length)
-            next_one, _, _ = self._take(row, 1)
-            tokens.append(np.concatenate([some, next_one]))
-            starts.append(begins)
+            stretch, row = self._take(row, self.length)
+            rows.append(_joined([stretch, self._take(row, 1)[0]]))
             after.append(row)
-        return _batch(tokens, starts, after)
+        return _batch(rows, after)
 
-    def _take(self, row: dict[str, Any], count: int) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    def _take(self, row: dict[str, Any], count: int) -> tuple[Stretch, dict[str, Any]]:
         reads, at, taken = row["reads"], list(row["at"]), list(row["taken"])
         if len(at) == 1:
-            tokens, starts = self.mixture.sequences[0].read(at[0], count)
-            return (
-                tokens,
-                starts,
-                {"reads": 0, "at": [(at[0] + count) % len(self.mixture.sequences[0])], "taken": taken},
-            )
+            stretch = self.mixture.sequences[0].read(at[0], count)
+            return stretch, {"reads": 0, "at": [(at[0] + count) % len(self.mixture.sequences[0])], "taken": taken}
         parts = []
         while count:
             sequence = self.mixture.sequences[reads]
@@ -99,8 +107,7 @@ class Stream:
             count -= some
             if some == rest:
                 reads = self.mixture.furthest_behind(taken)
-        tokens, starts = (np.concatenate(p) for p in zip(*parts, strict=True))
-        return tokens, starts, {"reads": reads, "at": at, "taken": taken}
+        return _joined(parts), {"reads": reads, "at": at, "taken": taken}
 
 
 class Windows:
@@ -126,17 +133,14 @@ class Windows:
 
     def read(self, place: list[int]) -> Batch:
         """The batch at a place."""
-        taken = list(place)
-        tokens, starts = [], []
+        taken, rows = list(place), []
         for row in range(self.batch_size):
             number = self.mixture.furthest_behind(taken)
             if row in self.rows:
                 at = self._window(number, taken[number])
-                some, begins = self.mixture.sequences[number].read(at, self.length + 1)
-                tokens.append(some)
-                starts.append(begins[:-1])
+                rows.append(self.mixture.sequences[number].read(at, self.length + 1))
             taken[number] += 1
-        return _batch(tokens, starts, taken)
+        return _batch(rows, taken)
 
     def _window(self, number: int, count: int) -> int:
         """Where the window is that comes after `count` others."""
@@ -168,6 +172,15 @@ def _check_length(mixture: Mixture, length: int) -> None:
         raise ValueError(f"the text has {shortest} tokens; length {length} needs at least {length + 1}")
 
 
-def _batch(tokens: list[np.ndarray], starts: list[np.ndarray], place: Any) -> Batch:
-    whole, begins = torch.from_numpy(np.stack(tokens)), torch.from_numpy(np.stack(starts))
-    return Batch(whole[:, :-1], whole[:, 1:], begins if bool(begins.any()) else None, place)
+def _joined(parts: list[Stretch]) -> Stretch:
+    return Stretch(*(np.concatenate(p) for p in zip(*parts, strict=True)))
+
+
+def _batch(rows: list[Stretch], place: Any) -> Batch:
+    """A batch of stretches of L + 1 tokens."""
+    tokens, starts, learnt = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+    starts, learnt = starts[:, :-1], learnt[:, 1:]
+    return Batch(
+        tokens[:, :-1], tokens[:, 1:], starts if bool(starts.any()) else None,
+        None if bool(learnt.all()) else learnt, place,
+    )  # fmt: skip

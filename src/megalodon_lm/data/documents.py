@@ -1,4 +1,7 @@
-"""Documents in files of any kind: text, JSONL, both also compressed, and Parquet. Nothing is dropped unseen."""
+"""Documents in files of any kind: text, JSONL, both also compressed, and Parquet. Nothing is dropped unseen.
+
+A document is a text, or a chat of several messages.
+"""
 
 import codecs
 import dataclasses
@@ -10,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+
+from .chat import Message, messages_of
 
 BLOCK = 1 << 16  # bytes
 LONGEST_LINE = 1 << 28  # bytes of a JSONL line
@@ -28,10 +33,10 @@ class Part(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A text in blocks, and the line or row it stands in."""
+    """A text in blocks of UTF-8 or the messages of a chat, and the line or row it stands in."""
 
     place: int
-    blocks: Iterator[bytes]
+    content: Iterator[bytes] | list[Message]
 
 
 @dataclass
@@ -39,13 +44,15 @@ class Reading:
     """How to read, and what was wrong with what was read.
 
     Attributes:
-        column: field of JSONL and Parquet that holds the text.
+        column: field of JSONL and Parquet that holds the text or the messages.
         encoding: of text files without a byte order mark.
+        chats: every line or row is a chat; see chat.messages_of.
         faults: what could not be taken as it is: path, line or byte, reason, and whether it was left out or mended.
     """
 
     column: str = "text"
     encoding: str = "utf-8"
+    chats: bool = False
     faults: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def fault(self, path: str, place: int, reason: str, outcome: str = "left out") -> None:
@@ -56,9 +63,11 @@ class Reading:
         """The documents of a part, in order.
 
         Raises:
-            ValueError: the file cannot be opened, or lacks the field.
+            ValueError: the file cannot be opened, lacks the field, or is a text file where chats are wanted.
         """
         kind = kind_of(Path(part.path))
+        if self.chats and kind not in (".parquet", ".jsonl", ".ndjson"):
+            raise ValueError(f"{part.path} is a text file; chats come as JSONL or Parquet")
         if kind == ".parquet":
             return self._rows(part)
         return self._lines(part) if kind in (".jsonl", ".ndjson") else self._text(part)
@@ -77,7 +86,7 @@ class Reading:
                 decoder = codecs.getincrementaldecoder(encoding)("megalodon.mend")
                 block, at = block[mark:], mark
             begin = at - len(decoder.getstate()[0])
-            note = functools.partial(self._mended, path, begin, encoding)
+            note = functools.partial(self._undecodable, path, begin, encoding)
             with _mending(note):
                 text = decoder.decode(block, not block)
             if text:
@@ -86,7 +95,7 @@ class Reading:
                 return
             at += len(block)
 
-    def _mended(self, path: str, begin: int, encoding: str, start: int) -> None:
+    def _undecodable(self, path: str, begin: int, encoding: str, start: int) -> None:
         self.fault(path, begin + start, f"not {encoding}", "mended")
 
     def _lines(self, part: Part) -> Iterator[Document]:
@@ -100,23 +109,33 @@ class Reading:
                 line = _read(self, part.path, at, lambda: file.readline(LONGEST_LINE))
                 if not line:
                     return
-                if text := self._field(part.path, at, line):
-                    yield Document(at, iter([text]))
+                if content := self._line(part.path, at, line):
+                    yield Document(at, content)
                 at += len(line)
 
-    def _field(self, path: str, at: int, line: bytes) -> bytes:
-        """The text of a line, or nothing."""
+    def _line(self, path: str, at: int, line: bytes) -> Iterator[bytes] | list[Message] | None:
+        """The content of a line, or nothing."""
         if not line.strip():
-            return b""
+            return None
         try:
             value = json.loads(line)
         except ValueError as error:
             self.fault(path, at, "longer than 256 MB" if len(line) >= LONGEST_LINE else f"not JSON: {error}")
-            return b""
-        if not isinstance(value, dict) or not isinstance(value.get(self.column), str):
-            self.fault(path, at, f"no text in the field {self.column!r}")
-            return b""
-        return _encoded(self, path, at, value[self.column])
+            return None
+        return self._content(path, at, value.get(self.column) if isinstance(value, dict) else None)
+
+    def _content(self, path: str, place: int, value: Any) -> Iterator[bytes] | list[Message] | None:
+        """What a field holds, or nothing."""
+        if self.chats:
+            try:
+                return [Message(*(_mended(self, path, place, text) for text in m)) for m in messages_of(value)]
+            except ValueError as error:
+                self.fault(path, place, f"{error} in the field {self.column!r}")
+        elif not isinstance(value, str):
+            self.fault(path, place, f"no text in the field {self.column!r}")
+        elif value:
+            return iter([_mended(self, path, place, value).encode()])
+        return None
 
     def _rows(self, part: Part) -> Iterator[Document]:
         """A document a row."""
@@ -129,10 +148,8 @@ class Reading:
         row = sum(table.metadata.row_group(i).num_rows for i in range(part.start))
         for batch in table.iter_batches(256, groups, columns=[self.column]):
             for value in batch.column(0).to_pylist():
-                if not isinstance(value, str):
-                    self.fault(part.path, row, f"no text in the field {self.column!r}")
-                elif text := _encoded(self, part.path, row, value):
-                    yield Document(row, iter([text]))
+                if content := self._content(part.path, row, value):
+                    yield Document(row, content)
                 row += 1
 
 
@@ -249,13 +266,14 @@ def _read(reading: Reading, path: str, at: int, read: Callable[[], bytes]) -> by
         return b""
 
 
-def _encoded(reading: Reading, path: str, place: int, text: str) -> bytes:
-    """UTF-8; lone surrogates, which JSON can hold, are mended."""
+def _mended(reading: Reading, path: str, place: int, text: str) -> str:
+    """A text without lone surrogates, which JSON can hold and UTF-8 cannot."""
     try:
-        return text.encode()
+        text.encode()
     except UnicodeEncodeError:
         reading.fault(path, place, "lone surrogates", "mended")
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _encoding(first: bytes, usual: str) -> tuple[str, int]:

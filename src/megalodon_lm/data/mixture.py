@@ -7,7 +7,7 @@ import numpy as np
 
 from .corpus import blocks, find_documents
 from .sequence import Sequence
-from .shards import MANIFEST, Prepared
+from .shards import Prepared, is_prepared
 from .tokenizer import Tokenizer
 
 
@@ -61,16 +61,12 @@ def load_mixture(sources: list[str], weights: list[float], tokenizer: Tokenizer,
 
 def _together(sources: list[str]) -> list[list[str]]:
     """Raw texts as one sequence, and each prepared folder as another."""
-    raw = [source for source in sources if not _is_prepared(source)]
-    return ([raw] if raw or not sources else []) + [[source] for source in sources if _is_prepared(source)]
-
-
-def _is_prepared(source: str) -> bool:
-    return (Path(source) / MANIFEST).exists()
+    raw = [source for source in sources if not is_prepared(source)]
+    return ([raw] if raw or not sources else []) + [[source] for source in sources if is_prepared(source)]
 
 
 def _sequence(sources: list[str], tokenizer: Tokenizer, seed: int) -> Sequence:
-    if len(sources) == 1 and _is_prepared(sources[0]):
+    if len(sources) == 1 and is_prepared(sources[0]):
         prepared = Prepared.open(Path(sources[0]))
         if prepared.manifest["fingerprint"] != tokenizer.fingerprint:
             raise ValueError(
@@ -78,7 +74,7 @@ def _sequence(sources: list[str], tokenizer: Tokenizer, seed: int) -> Sequence:
                 "set data.tokenizer to it"
             )
         ends = [documents["end"] for documents in prepared.documents]
-        return Sequence(prepared.tokens, ends, seed, prepared.digest)
+        return Sequence(prepared.tokens, ends, seed, prepared.digest, prepared.answers)
     documents = find_documents(sources).values()
     begin = np.array([tokenizer.begin])
     return in_memory((np.concatenate([begin, *tokenizer.encode_blocks(blocks(d))]) for d in documents), seed)

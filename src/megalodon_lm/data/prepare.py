@@ -11,12 +11,13 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from ..files import check, digest, is_unfinished, write_atomically
-from .documents import Part, Reading, find_files, parts_of
+from .chat import ANSWERS, encode_chat
+from .documents import Document, Part, Reading, find_files, parts_of
 from .shards import DOCUMENT, MANIFEST, read_manifest, token_dtype
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -32,7 +33,7 @@ class Plan:
         tokenizer: name or path.
         fingerprint: of the tokenizer.
         dtype: of tokens.
-        field, encoding: see Reading.
+        field, encoding, chats: see Reading.
         files: path, bytes and time of change of each file.
         parts: of files, that make each shard.
     """
@@ -42,6 +43,7 @@ class Plan:
     dtype: str
     field: str
     encoding: str
+    chats: bool
     files: list[list[Any]]
     parts: list[list[list[Any]]]
 
@@ -62,8 +64,9 @@ def prepare(
     sources: list[str],
     out: Path,
     tokenizer: str = "bytes",
-    field: str = "text",
+    field: str = "",
     encoding: str = "utf-8",
+    chats: bool = False,
     workers: int = 0,
     watch: Callable[[Progress], None] = lambda progress: None,
 ) -> dict[str, Any]:
@@ -73,8 +76,9 @@ def prepare(
         sources: files and folders; see find_files.
         out: folder to make, or one in which the same was begun.
         tokenizer: see load_tokenizer.
-        field: of JSONL and Parquet that holds the text.
+        field: of JSONL and Parquet that holds the text; by default "text", or "messages" of chats.
         encoding: of text files without a byte order mark.
+        chats: every line or row is a chat, whose answers are marked; see chat.
         workers: processes; 0 for one a processor.
         watch: called after each shard.
 
@@ -82,9 +86,9 @@ def prepare(
         The manifest.
 
     Raises:
-        ValueError: missing or unreadable source, no text at all, or `out` holds something else.
+        ValueError: missing or unreadable source, no text or no answer at all, or `out` holds something else.
     """
-    plan = _plan(sources, tokenizer, field, encoding)
+    plan = _plan(sources, tokenizer, field or ("messages" if chats else "text"), encoding, chats)
     _begin(out, plan)
     todo = [i for i in range(len(plan.parts)) if _done(out, i) is None]
     progress = Progress(total=sum(part[3] for parts in plan.parts for part in parts))
@@ -106,10 +110,12 @@ def prepare(
         count(number, record)
     if not progress.tokens:
         raise ValueError("the sources hold no text; see the faults: " + _first_fault(records))
+    if chats and not any(record["answers"] for record in records.values()):
+        raise ValueError(f"no message in the chats has the role {ANSWERS!r}: there would be nothing to learn")
     return _finish(out, plan, [records[i] for i in range(len(plan.parts))])
 
 
-def _plan(sources: list[str], tokenizer: str, field: str, encoding: str) -> Plan:
+def _plan(sources: list[str], tokenizer: str, field: str, encoding: str, chats: bool) -> Plan:
     try:
         "".encode(encoding)
     except LookupError:
@@ -128,7 +134,7 @@ def _plan(sources: list[str], tokenizer: str, field: str, encoding: str) -> Plan
             held += part.size
     files = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
     dtype = token_dtype(loaded.vocab_size).str
-    return Plan(tokenizer, loaded.fingerprint, dtype, field, encoding, files, parts)
+    return Plan(tokenizer, loaded.fingerprint, dtype, field, encoding, chats, files, parts)
 
 
 def _begin(out: Path, plan: Plan) -> None:
@@ -168,13 +174,13 @@ def _run(plan: Plan, out: Path, todo: list[int], workers: int) -> Iterator[tuple
 def _end_with_parent() -> None:
     """Let a worker not outlive the command: when that is killed, a queue of shards would keep it busy."""
     parent = multiprocessing.parent_process()
+    assert parent is not None
 
-    def wait() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
+    def wait(sentinel: int) -> None:
+        multiprocessing.connection.wait([sentinel])
         os._exit(1)
 
-    if parent is not None:
-        threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=wait, args=[parent.sentinel], daemon=True).start()
 
 
 def make_shard(plan: Plan, out: Path, number: int) -> dict[str, Any]:
@@ -182,22 +188,26 @@ def make_shard(plan: Plan, out: Path, number: int) -> dict[str, Any]:
 
     Until then its files have names of this process's own: another one may be at the same shard, with the same result.
     """
-    tokenizer, reading = load_tokenizer(plan.tokenizer), Reading(plan.field, plan.encoding)
+    tokenizer, reading = load_tokenizer(plan.tokenizer), Reading(plan.field, plan.encoding, plan.chats)
     name = f"{number:05d}"
-    names = [f"{name}.tokens", f"{name}.documents"]
+    names = [f"{name}.{kind}" for kind in ("tokens", "documents", "answers")[: 2 + plan.chats]]
     unfinished = {n: out / f".{n}.{os.getpid()}" for n in names}
-    record: dict[str, Any] = {"name": name, "tokens": 0, "documents": 0, "faults": reading.faults}
+    record: dict[str, Any] = {"name": name, "tokens": 0, "documents": 0, "answers": 0, "faults": reading.faults}
     try:
         with contextlib.ExitStack() as stack:
-            tokens_file, documents_file = (stack.enter_context(unfinished[n].open("wb")) for n in names)
+            tokens_file, documents_file, *rest = opened = [stack.enter_context(unfinished[n].open("wb")) for n in names]
             for file, start, stop, size in plan.parts[number]:
                 part = Part(plan.files[file][0], start, stop, size)
-                for place, blocks in reading.documents(part):
-                    count = _write_document(tokenizer, blocks, np.dtype(plan.dtype), tokens_file)
-                    record["tokens"] += count
+                for document in reading.documents(part):
+                    for tokens, answers in _encoded(tokenizer, document):
+                        tokens_file.write(tokens.astype(plan.dtype).tobytes())
+                        record["tokens"] += len(tokens)
+                        if answers is not None:
+                            rest[0].write(answers.tobytes())
+                            record["answers"] += int(answers.sum())
                     record["documents"] += 1
-                    documents_file.write(np.array([(record["tokens"], file, place)], DOCUMENT).tobytes())
-            for file in (tokens_file, documents_file):
+                    documents_file.write(np.array([(record["tokens"], file, document.place)], DOCUMENT).tobytes())
+            for file in opened:
                 file.flush()
                 os.fsync(file.fileno())
         record["files"] = {n: digest(unfinished[n]) for n in names}
@@ -209,14 +219,13 @@ def make_shard(plan: Plan, out: Path, number: int) -> dict[str, Any]:
     return record
 
 
-def _write_document(tokenizer: Tokenizer, blocks: Iterator[bytes], dtype: np.dtype, file: BinaryIO) -> int:
-    """The begin token and the text; how many tokens that were."""
-    file.write(np.array([tokenizer.begin], dtype).tobytes())
-    count = 1
-    for tokens in tokenizer.encode_blocks(blocks):
-        file.write(tokens.astype(dtype).tobytes())
-        count += len(tokens)
-    return count
+def _encoded(tokenizer: Tokenizer, document: Document) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """The begin token and what follows it, piece by piece; of a chat also which tokens are answers."""
+    if isinstance(document.content, list):
+        yield encode_chat(document.content, tokenizer)
+        return
+    yield np.array([tokenizer.begin]), None
+    yield from ((tokens, None) for tokens in tokenizer.encode_blocks(document.content))
 
 
 def _done(out: Path, number: int) -> dict[str, Any] | None:
@@ -239,6 +248,7 @@ def _finish(out: Path, plan: Plan, records: list[dict[str, Any]]) -> dict[str, A
         "shards": [{key: value for key, value in record.items() if key != "faults"} for record in records],
         "tokens": sum(record["tokens"] for record in records),
         "documents": sum(record["documents"] for record in records),
+        "answers": sum(record["answers"] for record in records),
         "faults": len(faults),
     }
     load_tokenizer(plan.tokenizer).save(out)

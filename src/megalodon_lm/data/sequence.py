@@ -3,8 +3,17 @@
 import hashlib
 from collections.abc import Sequence as Several
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
+
+
+class Stretch(NamedTuple):
+    """Tokens (L,) int64; where among them a document starts (L,) bool; which of them are to be learnt (L,) bool."""
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    learnt: np.ndarray
 
 
 class Sequence:
@@ -15,15 +24,21 @@ class Sequence:
         ends: for each, where its documents end; the last is its length.
         seed: of the order of the documents.
         fingerprint: of the tokens; None to compute it from them.
+        learnt: which tokens are to be learnt, bool arrays like `tokens`; None for all.
 
     Raises:
         ValueError: no tokens at all.
     """
 
     def __init__(
-        self, tokens: Several[np.ndarray], ends: Several[np.ndarray], seed: int, fingerprint: str | None = None
+        self,
+        tokens: Several[np.ndarray],
+        ends: Several[np.ndarray],
+        seed: int,
+        fingerprint: str | None = None,
+        learnt: Several[np.ndarray] | None = None,
     ):
-        self._tokens = tokens
+        self._tokens, self._learnt = tokens, learnt
         stops = [np.asarray(e, np.int64) for e in ends]
         starts = [np.concatenate([np.zeros(1, np.int64), e])[:-1] for e in stops]
         array = np.repeat(np.arange(len(tokens), dtype=np.int32), [len(e) for e in stops])
@@ -53,9 +68,9 @@ class Sequence:
         at %= len(self)
         return int(self._ends[np.searchsorted(self._ends, at, "right")]) - at
 
-    def read(self, at: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens (count,) int64 from a place on, and where among them a document starts (count,) bool."""
-        tokens, starts = np.empty(count, np.int64), np.zeros(count, np.bool_)
+    def read(self, at: int, count: int) -> Stretch:
+        """So many tokens from a place on."""
+        tokens, starts, learnt = np.empty(count, np.int64), np.zeros(count, np.bool_), np.ones(count, np.bool_)
         done = 0
         while done < count:
             place = (at + done) % len(self)
@@ -64,8 +79,10 @@ class Sequence:
             length = int(self._ends[document] - (self._ends[document - 1] if document else 0))
             into = place - (end - length)
             taken = min(end - place, count - done)
-            begin = int(self._begin[document]) + into
-            tokens[done : done + taken] = self._tokens[self._array[document]][begin : begin + taken]
+            begin, array = int(self._begin[document]) + into, self._array[document]
+            tokens[done : done + taken] = self._tokens[array][begin : begin + taken]
+            if self._learnt is not None:
+                learnt[done : done + taken] = self._learnt[array][begin : begin + taken]
             starts[done] = into == 0
             done += taken
-        return tokens, starts
+        return Stretch(tokens, starts, learnt)

@@ -4,6 +4,7 @@ A prepared folder holds `prepared.json` and for each shard NNNNN
 
     NNNNN.tokens       tokens of its documents one after the other, each behind a begin token, little-endian
     NNNNN.documents    a record a document: where its tokens end, the number of its file, and its place there
+    NNNNN.answers      of chats: a byte a token, 1 for those of an answer
 
 `prepared.json` names the tokenizer, the files the text came from, and size and SHA-256 of every shard file.
 """
@@ -35,11 +36,13 @@ class Prepared:
         manifest: what prepared.json says.
         tokens: of each shard, a memory map.
         documents: of each shard, DOCUMENT records.
+        answers: of each shard of chats, bool for each token; None where the text is none.
     """
 
     manifest: dict[str, Any]
     tokens: list[np.ndarray]
     documents: list[np.ndarray]
+    answers: list[np.ndarray] | None
 
     @classmethod
     def open(cls, folder: Path, verify: bool = False) -> "Prepared":
@@ -56,18 +59,25 @@ class Prepared:
         if not manifest.get("complete"):
             raise ValueError(f"{folder} is not prepared completely; run megalodon prepare again, it goes on")
         dtype = np.dtype(manifest["dtype"])
-        tokens, documents = [], []
+        tokens, documents, answers = [], [], []
         for shard in manifest["shards"]:
             for name, expected in shard["files"].items():
                 check(folder / name, expected, verify)
             tokens.append(_mapped(folder / f"{shard['name']}.tokens", dtype))
             documents.append(_mapped(folder / f"{shard['name']}.documents", DOCUMENT))
-        return cls(manifest, tokens, documents)
+            if manifest.get("chats"):
+                answers.append(_mapped(folder / f"{shard['name']}.answers", np.dtype(np.bool_)))
+        return cls(manifest, tokens, documents, answers or None)
 
     @property
     def digest(self) -> str:
         """Hash of all checksums."""
         return hashlib.sha256(json.dumps([shard["files"] for shard in self.manifest["shards"]]).encode()).hexdigest()
+
+
+def is_prepared(source: str) -> bool:
+    """Whether a source is a prepared folder."""
+    return (Path(source) / MANIFEST).exists()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

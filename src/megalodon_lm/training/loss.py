@@ -53,18 +53,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, learnt: Tensor | None = None) -> Tensor:
     """Mean cross-entropy in nats of the targets under softmax(hidden @ weight.T).
 
     Args:
         hidden: (..., D).
         weight: (vocabulary, D).
         targets: (...) int64.
+        learnt: (...) bool, the targets that count, at least one; None for all.
 
     Returns:
         A scalar in float32 or better. Differentiable once, with respect to hidden and weight.
     """
-    return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten())
+    hidden, targets = hidden.flatten(0, -2), targets.flatten()
+    if learnt is not None:
+        chosen = learnt.flatten().nonzero()[:, 0].to(hidden.device)
+        hidden, targets = hidden[chosen], targets[chosen]
+    return _LinearCrossEntropy.apply(hidden, weight, targets)
 
 
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

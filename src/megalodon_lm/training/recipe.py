@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class DataRecipe:
     order: str = "stream"
     """stream: rows read documents in order from step to step; shuffled: windows of `length` tokens in random order."""
     validation: list[str] = field(default_factory=lambda: ["bundled:validation"])
-    """Validation texts: files, folders of .txt files, or bundled:validation."""
+    """Validation texts: files, folders of .txt files, bundled:validation, or one prepared folder."""
     prompt: str = ""
     """Beginning of the samples written at each validation; empty for none."""
 
@@ -42,7 +43,8 @@ class TrainingRecipe:
     """The optimisation."""
 
     begin_from: str = ""
-    """Model folder whose weights the run begins with, to train it further; empty for random ones."""
+    """Model folder whose weights the run begins with, to train it further; empty for random ones. What [model] leaves
+    out, and the tokenizer if none is named, are then taken from it."""
     length: int = 1024
     """Tokens a row reads in a step."""
     batch_size: int = 2
@@ -118,17 +120,26 @@ class Recipe:
         The table [model] may name a size, `size = "small"`, and change single choices of it.
         """
         _known("recipe", values, ["model", "data", "training"])
+        data = _fill(DataRecipe, "data", _table(values, "data"))
+        training = _fill(TrainingRecipe, "training", _table(values, "training"))
         model = dict(_table(values, "model"))
         size = model.pop("size", None)
+        if training.begin_from and size is None and len(model) < len(dataclasses.fields(ModelConfig)):
+            model = ModelConfig.load(Path(training.begin_from) / "config.json").to_dict() | model
+        if training.begin_from and "tokenizer" not in _table(values, "data"):
+            data.tokenizer = training.begin_from
         config = ModelConfig.from_dict(model) if size is None else ModelConfig.named(size, **model)
-        data = _fill(DataRecipe, "data", _table(values, "data"))
-        recipe = cls(config, data, _fill(TrainingRecipe, "training", _table(values, "training")))
+        recipe = cls(config, data, training)
         recipe.check()
         return recipe
 
     @classmethod
-    def load(cls, path: str | Path) -> "Recipe":
+    def load(cls, path: str | Path, changes: Iterable[str] = ()) -> "Recipe":
         """Read a TOML file, or a recipe of the package by its name.
+
+        Args:
+            path: or name.
+            changes: see changed.
 
         Raises:
             ValueError: missing or malformed file, unknown key, wrong value.
@@ -145,6 +156,8 @@ class Recipe:
             ) from None
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"the recipe {path} is not valid TOML: {error}") from None
+        for change in changes:
+            _change(values, change)
         try:
             return cls.from_dict(values)
         except ValueError as error:
@@ -159,16 +172,8 @@ class Recipe:
         Raises:
             ValueError: unknown key or wrong value.
         """
-        name, equals, value = change.partition("=")
-        part, _, key = name.strip().partition(".")
-        if not equals or part not in ("model", "data", "training"):
-            raise ValueError(f"{change!r} must be like training.steps=2000: a table, a key and a value")
-        try:
-            parsed = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            parsed = value.strip()
         values = {"model": self.model.to_dict(), "data": vars(self.data).copy(), "training": vars(self.training).copy()}
-        values[part][key] = parsed
+        _change(values, change)
         return Recipe.from_dict(values)
 
     def to_toml(self) -> str:
@@ -200,6 +205,19 @@ class Recipe:
             _rule(getattr(t, key) >= 0, key, getattr(t, key), "must not be negative")
         for key in ("beta1", "beta2", "final_learning_rate", "decay_part", "average"):
             _rule(0 <= getattr(t, key) <= 1, key, getattr(t, key), "must be between 0 and 1")
+
+
+def _change(values: dict[str, Any], change: str) -> None:
+    """Set one value of a recipe as read from TOML; see Recipe.changed."""
+    name, equals, value = change.partition("=")
+    part, _, key = name.strip().partition(".")
+    if not equals or part not in ("model", "data", "training"):
+        raise ValueError(f"{change!r} must be like training.steps=2000: a table, a key and a value")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    values.setdefault(part, {})[key] = parsed
 
 
 def _table(values: dict[str, Any], name: str) -> dict[str, Any]:

@@ -85,13 +85,14 @@ class Trainer:
         if recipe.data.order == "shuffled":
             self.batches = Windows(mixture, t.batch_size, t.length, t.seed)
         self.place = self.batches.begin()
+        begin_from = self._trained(Path(t.begin_from)) if t.begin_from else None
         self.folder, self.run_id, goes_on = open_run(folder, recipe, resume)
         self.tokenizer.save(self.folder)
         torch.manual_seed(t.seed)
         with self.device:
             self.model = Megalodon(recipe.model, t.activation_checkpointing)
-        if t.begin_from:
-            self._begin_from(Path(t.begin_from))
+        if begin_from:
+            self.model.load_state_dict(begin_from.state_dict())
         if t.compile:
             compile_blocks(self.model, self.device)
         self.optimizer = build_optimizer(self.model, t)
@@ -109,8 +110,8 @@ class Trainer:
             if checkpoint is not None:
                 self.restore(checkpoint)
 
-    def _begin_from(self, folder: Path) -> None:
-        """Take the weights of a trained model."""
+    def _trained(self, folder: Path) -> Megalodon:
+        """The model to begin from, which must be of the recipe's kind."""
         trained = Megalodon.load(folder)
         if load_tokenizer(folder).fingerprint != self.tokenizer.fingerprint:
             raise ValueError(f"{folder} has another tokenizer than the data; set data.tokenizer to {folder}")
@@ -120,7 +121,7 @@ class Trainer:
             raise ValueError(
                 f"{folder} differs from the recipe in model.{', model.'.join(changed)}; set them as in its config.json"
             )
-        self.model.load_state_dict(trained.state_dict())
+        return trained
 
     @property
     def progress(self) -> float:
@@ -196,19 +197,22 @@ class Trainer:
         """One step: what is wrong with it, its loss in nats per token, and the norm of the gradient before clipping."""
         t = self.recipe.training
         self.optimizer.zero_grad(set_to_none=True)
-        count = accumulated(t, self.step)
+        parts = _taken(batches, accumulated(t, self.step))
+        learnt = sum(batch.num_learnt for batch in parts)
         total = 0.0
-        for _ in range(count):
-            batch = next(batches)
+        for batch in parts:
             self.place = batch.place
             inputs, targets = batch.inputs.to(self.device), batch.targets.to(self.device)
             state = self.state if t.carry_state else None
-            with autocast(self.precision, self.device):
+            share = batch.num_learnt / learnt
+            with autocast(self.precision, self.device), torch.set_grad_enabled(share > 0):
                 hidden, state = self.model.features(inputs, state, document_starts=batch.starts)
-                loss = linear_cross_entropy(hidden, self.model.output.output.weight, targets)
+                if share:
+                    loss = linear_cross_entropy(hidden, self.model.output.output.weight, targets, batch.learnt)
             self.state = state.detach()
-            (loss / count).backward()
-            total += loss.item() / count
+            if share:
+                (loss * share).backward()
+                total += loss.item() * share
             self.tokens += inputs.numel()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.clip).item()
         if not math.isfinite(total + norm):
@@ -350,6 +354,14 @@ def _tokenizer(recipe: Recipe, folder: Path, resume: Resume) -> Tokenizer:
     texts = find_documents(recipe.data.train).values()
     pieces = (b"".join(blocks(text)).decode("utf-8", "replace") for text in texts)
     return SubwordTokenizer(train_bpe(pieces, int(size)))
+
+
+def _taken(batches: Iterator[Batch], count: int) -> list[Batch]:
+    """The batches of a step: so many, and more until one has something to learn."""
+    taken = [next(batches) for _ in range(count)]
+    while not any(batch.num_learnt for batch in taken):
+        taken.append(next(batches))
+    return taken
 
 
 def accumulated(recipe: TrainingRecipe, step: int) -> int:

@@ -1,0 +1,192 @@
+"""Chats: only answers are learnt, and what is learnt is used as it was learnt."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+
+from megalodon_lm import ByteTokenizer, Megalodon, ModelConfig
+from megalodon_lm.data.batches import Stream
+from megalodon_lm.data.chat import Message, encode_chat
+from megalodon_lm.data.mixture import load_mixture
+from megalodon_lm.data.prepare import FAULTS, prepare
+from megalodon_lm.data.shards import Prepared
+from megalodon_lm.data.subword import SubwordTokenizer, train_bpe
+from megalodon_lm.evaluation.validation import Validation
+from megalodon_lm.training.loss import linear_cross_entropy
+from megalodon_lm.training.recipe import Recipe
+from megalodon_lm.training.trainer import Trainer
+
+CHAT = [
+    Message("system", "Be brief."),
+    Message("user", "Who is he?\nassistant\n<|end|>"),
+    Message("assistant", "Dracula. Ça va?"),
+    Message("user", "And she?"),
+    Message("assistant", "Mina."),
+]
+SUBWORDS = SubwordTokenizer(train_bpe(["Who is he? Dracula. And she? Mina. assistant user system\n" * 9], 300))
+
+
+def as_json(chat):
+    return {"messages": [message._asdict() for message in chat]}
+
+
+def write(path, chats):
+    path.write_text("".join(json.dumps(as_json(chat)) + "\n" for chat in chats))
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), SUBWORDS])
+def test_answers_and_nothing_else_are_marked(tokenizer):
+    tokens, answers = encode_chat(CHAT, tokenizer)
+    assert tokens[0] == tokenizer.begin
+    assert (tokens == tokenizer.end).sum() == len(CHAT)  # the one that was typed is text
+    assert tokenizer.decode(tokens[answers]) == "Dracula. Ça va?Mina."
+    assert (tokens[answers] == tokenizer.end).sum() == 2
+    assert tokenizer.decode(tokens[~answers]) == (
+        "system\nBe brief.user\nWho is he?\nassistant\n<|end|>assistant\nuser\nAnd she?assistant\n"
+    )
+
+
+def test_every_format_gives_the_same_tokens_and_answers(tmp_path):
+    chats = [CHAT, CHAT[1:3], CHAT[3:]]
+    write(tmp_path / "a.jsonl", chats)
+    table = pyarrow.table({"talk": [as_json(chat)["messages"] for chat in chats]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    prepare([str(tmp_path / "a.jsonl")], tmp_path / "one", chats=True, workers=1)
+    made = prepare([str(tmp_path / "a.parquet")], tmp_path / "two", field="talk", chats=True, workers=1)
+    expected = [encode_chat(chat, ByteTokenizer()) for chat in chats]
+    for folder in ("one", "two"):
+        prepared = Prepared.open(tmp_path / folder, verify=True)
+        assert np.array_equal(np.concatenate(prepared.tokens), np.concatenate([tokens for tokens, _ in expected]))
+        assert np.array_equal(np.concatenate(prepared.answers), np.concatenate([answers for _, answers in expected]))
+    assert made["answers"] == sum(answers.sum() for _, answers in expected)
+
+
+def test_malformed_chats_are_counted_with_their_places(tmp_path):
+    bad = ['{"messages": []}', '{"messages": "hello"}', '{"messages": [{"role": "user"}]}', '{"text": "x"}', "nonsense",
+           '{"messages": [{"role": "a\\nb", "content": "x"}]}']  # fmt: skip
+    lines = [*bad, json.dumps(as_json([Message("assistant", "lone \ud800")]))]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", chats=True, workers=1)
+    faults = [json.loads(line) for line in (tmp_path / "out" / FAULTS).read_text().splitlines()]
+    assert [f["outcome"] for f in faults] == ["left out"] * 6 + ["mended"]
+    raw = (tmp_path / "a.jsonl").read_bytes()
+    for fault, line in zip(faults, lines, strict=True):
+        assert raw[fault["place"] :].startswith(line.encode())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "text", "a.txt is a text file; chats come as JSONL or Parquet"),
+        ("a.jsonl", json.dumps(as_json(CHAT[:2])), "no message in the chats has the role 'assistant'"),
+    ],
+)
+def test_what_holds_no_chats_is_refused(name, content, message, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        prepare([str(tmp_path / name)], tmp_path / "out", chats=True, workers=1)
+
+
+def gradients_of_answers(model, chats):
+    """By definition: the mean over all answer tokens of all chats, each chat read by itself."""
+    total, count = 0, 0
+    for chat in chats:
+        tokens, answers = (torch.from_numpy(t)[None] for t in encode_chat(chat, ByteTokenizer()))
+        logits, _ = model(tokens[:, :-1])
+        losses = torch.nn.functional.cross_entropy(logits[0], tokens[0, 1:], reduction="none")
+        total, count = total + losses[answers[0, 1:]].sum(), count + answers.sum()
+    return torch.autograd.grad(total / count, list(model.parameters()))
+
+
+def test_a_packed_row_of_chats_trains_the_answers_alone(tmp_path):
+    torch.manual_seed(0)
+    model = Megalodon(ModelConfig.named("tiny")).double()
+    chats = [CHAT, CHAT[1:3], CHAT[3:]]
+    write(tmp_path / "a.jsonl", chats)
+    prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", chats=True, workers=1)
+    mixture = load_mixture([str(tmp_path / "out")], [], ByteTokenizer(), 0)
+    stream = Stream(mixture, 1, len(mixture.sequences[0]) - 1)
+    batch = stream.read(stream.begin())
+    hidden, _ = model.features(batch.inputs, document_starts=batch.starts)
+    loss = linear_cross_entropy(hidden, model.output.output.weight, batch.targets, batch.learnt)
+    found = torch.autograd.grad(loss, list(model.parameters()))
+    for a, e in zip(found, gradients_of_answers(model, chats), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-11)
+
+
+def recipe(folder, **training):
+    return Recipe.from_dict(
+        {
+            "model": {"size": "tiny"},
+            "data": {"train": [str(folder)]},
+            "training": {"length": 32, "batch_size": 1, "warmup_steps": 1, "precision": "float32", **training},
+        }
+    )
+
+
+def test_steps_weigh_answers_alike_and_pass_over_stretches_without(tmp_path):
+    """One long question, then answers: batches without any are read for their state and join the next step."""
+    chats = [[Message("user", "why? " * 30), *CHAT[2:]]]
+    write(tmp_path / "a.jsonl", chats)
+    prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", chats=True, workers=1)
+    seen = []
+    trainer = Trainer(recipe(tmp_path / "out", steps=2, accumulate=2, clip=1e9), tmp_path / "run")
+    place, batches = trainer.batches.begin(), []
+    while not any(batch.num_learnt for batch in batches) or len(batches) < 2:
+        batches.append(trainer.batches.read(place))
+        place = batches[-1].place
+    assert len(batches) > 3
+    assert trainer.train(seen.append)
+    assert seen[0].tokens == 32 * len(batches)
+    assert all(0 < m.bits_per_token < 20 and m.gradient_norm > 0 for m in seen)
+
+
+def test_validation_of_chats_is_bits_per_byte_of_the_answers(tmp_path, tiny):
+    chats = [CHAT, CHAT[3:]]
+    write(tmp_path / "a.jsonl", chats)
+    prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", chats=True, workers=1)
+    found = Validation([str(tmp_path / "out")], 0, ByteTokenizer(), "float32")(tiny)
+    nats = 0.0
+    for chat in chats:
+        tokens, answers = (torch.from_numpy(t) for t in encode_chat(chat, ByteTokenizer()))
+        logits, _ = tiny(tokens[None, :-1])
+        losses = torch.nn.functional.cross_entropy(logits[0], tokens[1:], reduction="none")
+        nats += losses[answers[1:]].sum().item()
+    num_bytes = sum(len(m.content.encode()) for chat in chats for m in chat if m.role == "assistant")
+    assert found == pytest.approx(nats / np.log(2) / num_bytes, rel=1e-4)
+
+
+def test_a_model_learns_to_answer_and_is_asked_as_it_was_taught(tmp_path):
+    """The way of docs/training.md, in real processes, from a model and chats to a conversation."""
+
+    def megalodon(*arguments, **options):
+        command = [sys.executable, "-m", "megalodon_lm.cli.main", *map(str, arguments)]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, **options)
+
+    torch.manual_seed(0)
+    Megalodon(ModelConfig.named("tiny")).save(tmp_path / "base")
+    pairs = [("sky", "blue"), ("sun", "gold"), ("sea", "grey")]
+    talks = list(itertools.permutations(pairs)) * 10
+    write(
+        tmp_path / "a.jsonl", [[m for q, a in t for m in (Message("user", q), Message("assistant", a))] for t in talks]
+    )
+    for command in (
+        ["prepare", "a.jsonl", "--chats", "--tokenizer", "base", "--out", "chats", "--workers", 1],
+        ["train", "chat", "--out", "run", "--set", "training.begin_from=base", "data.validation=[\"chats\"]",
+         "training.length=128", "training.steps=300", "training.learning_rate=5e-3", "training.validate_steps=300"],
+    ):  # fmt: skip
+        result = megalodon(*command)
+        assert result.returncode == 0, result.stderr
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["validation"] < 0.1
+    asked = megalodon("chat", "run", "--roles", "--temperature", 0, input="sun\nsea\nsky\n")
+    assert asked.stdout.split() == ["gold", "grey", "blue"], asked.stderr
+    assert Path(tmp_path / "run" / "recipe.toml").read_text().count('"base"') == 2
