@@ -115,11 +115,11 @@ class Measured(loop.Trainer):
     def bare_step(self, batches: list[Batch]) -> None:
         """What cannot be left out."""
         self.optimizer.zero_grad(set_to_none=True)
-        for inputs, targets, starts, _ in batches:
+        for batch in batches:
             state = self.bare_state if self.recipe.training.carry_state else None
             with autocast(self.precision, self.device):
-                hidden, state = self.model.features(inputs, state, document_starts=starts)
-                loss = linear_cross_entropy(hidden, self.model.output.output.weight, targets)
+                hidden, state = self.model.features(batch.inputs, state, document_starts=batch.starts)
+                loss = linear_cross_entropy(hidden, self.model.output.output.weight, batch.targets, batch.learnt)
             self.bare_state = state.detach()
             (loss / len(batches)).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.training.clip)
@@ -143,9 +143,7 @@ def measure(arguments: Overhead) -> dict[str, Any]:
     """All figures, in seconds and fractions."""
     blocks = [kind for i in range(arguments.rounds) for kind in (ROUND, ROUND[::-1])[i % 2]]
     length = arguments.block
-    recipe = Recipe.load(arguments.recipe)
-    for change in arguments.set:
-        recipe = recipe.changed(change)
+    recipe = Recipe.load(arguments.recipe, arguments.set)
     interval = 60 * recipe.training.checkpoint_minutes
     steps = length * (1 + sum(kind != "bare" for kind in blocks))
     for change in (f"steps={steps}", "minutes=0", "ramp_steps=0", "average=0", "validate_steps=0",

@@ -96,6 +96,27 @@ def test_pieces_encode_as_the_whole(bpe):
     assert "".join(pieces([text], prefixed=False)) == text
 
 
+MISTRAL = Path(__file__).parents[2] / "shared" / "data" / "tokenizers" / "mistral_tokenizer.model.v1"
+
+
+@pytest.mark.skipif(not MISTRAL.exists(), reason="needs a SentencePiece model of 32,000 pieces, not in the repository")
+def test_a_published_sentencepiece_model_encodes_as_its_own_library(tmp_path):
+    """Whole novels, in pieces and prepared: the same tokens as from the library in one go, and the same text back."""
+    import sentencepiece
+
+    tokenizer = load_tokenizer(MISTRAL)
+    assert (tokenizer.vocab_size, tokenizer.begin, tokenizer.end) == (32_000, 1, 2)
+    text = next(iter(NOVELS.values())).decode()
+    whole = sentencepiece.SentencePieceProcessor(model_file=str(MISTRAL)).encode(text)
+    assert tokenizer.encode(text).tolist() == whole
+    assert tokenizer.decode(whole) == text
+    assert tokenizer.decode(tokenizer.encode("Grüße, 世界 🦈\n  <s>")) == "Grüße, 世界 🦈\n  <s>"
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    prepare([str(tmp_path / "a.txt")], tmp_path / "out", str(MISTRAL), workers=1)
+    assert tokens_of(tmp_path / "out").tolist() == [tokenizer.begin, *whole]
+    assert load_tokenizer(tmp_path / "out").fingerprint == tokenizer.fingerprint
+
+
 def test_special_tokens_in_a_text_are_text(bpe):
     tokenizer = load_tokenizer(bpe)
     tokens = tokenizer.encode("<|end|>", begin=True)

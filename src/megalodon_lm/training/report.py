@@ -57,12 +57,14 @@ def _draw(path: Path, records: list[dict[str, Any]]) -> None:
     with picture(path, 3) as (loss, gradient, speed):
         smooth = [_mean(records[max(0, i + 1 - SMOOTHED) : i + 1]) for i in range(len(records))]
         loss.plot(tokens, [r["bits_per_token"] for r in records], color="0.8", linewidth=0.5)
-        loss.plot(tokens, smooth, label="training, bits per token")
+        loss.plot(tokens, smooth)
         validated = [(r["tokens"], r["validation"]) for r in records if r.get("validation") is not None]
+        loss.set(xlabel="tokens", title="Loss", ylabel="training, bits per token")
+        loss.set_ylim(0.9 * min(smooth), min(smooth[0], 3 * min(smooth)) * 1.05)
         if validated:
-            loss.plot(*zip(*validated, strict=True), "o-", label="validation, bits per byte")
-        loss.set(xlabel="tokens", title="Loss", ylim=(0.9 * min(smooth), min(smooth[0], 3 * min(smooth)) * 1.05))
-        loss.legend(fontsize=8)
+            other = loss.twinx()
+            other.plot(*zip(*validated, strict=True), "o-", color="tab:orange")
+            other.set_ylabel("validation, bits per byte", color="tab:orange")
         gradient.plot(tokens, [r["gradient_norm"] for r in records], linewidth=0.5)
         gradient.set(xlabel="tokens", title="Norm of the gradient", yscale="log")
         speed.plot(tokens, [r["tokens_per_second"] for r in records], linewidth=0.5)
