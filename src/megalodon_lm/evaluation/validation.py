@@ -80,6 +80,7 @@ class Validation:
                 losses = token_losses(hidden, model.output.output.weight, targets)
             counts = torch.ones_like(targets, dtype=torch.bool) if batch.learnt is None else batch.learnt.to(device)
             counts &= torch.arange(read + 1, read + 1 + length, device=device) < len(self.prepared.sequences[0])
+            counts &= targets != self.tokenizer.begin
             nats += losses[counts].double().sum().item()
             seen += len(self.tokenizer.decode_bytes(targets[counts].tolist()))
             read += length

@@ -1,0 +1,82 @@
+"""How long do the kernels take to compile at their first use, and to come from the cache later?
+
+    python benchmarks/compilation.py
+
+Two processes one after the other share a new cache folder. Each trains a step of a small model, reads a prompt and
+writes a few tokens, in float32 and bf16, so that every kernel is needed. What the same work takes longer at first than
+again is compiling in the first process, loading in the second; imports are not counted. Numba's clock stands beside.
+"""
+
+import importlib
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+import tempfile
+import time
+
+from rich.console import Console
+from rich.table import Table
+
+from megalodon_lm.ops import cpu
+
+RUN = "run"
+
+
+def work() -> None:
+    """Use every kernel once in each precision."""
+    import torch
+
+    from megalodon_lm import ByteTokenizer, Generator, Megalodon, ModelConfig, Sampling
+    from megalodon_lm.training.loss import linear_cross_entropy
+    from megalodon_lm.training.precision import autocast
+
+    torch.manual_seed(0)
+    model = Megalodon(ModelConfig.named("tiny"))
+    tokens = torch.randint(0, 256, (2, 101))
+    starts = torch.zeros(2, 100, dtype=torch.bool)
+    starts[0, 30] = True
+    for precision in ("float32", "bf16"):
+        with autocast(precision, torch.device("cpu")):  # type: ignore[arg-type]
+            _, state = model.features(tokens[:, :10])
+            hidden, _ = model.features(tokens[:, :-1], state, document_starts=starts)
+            loss = linear_cross_entropy(hidden, model.output.output.weight, tokens[:, 1:])
+        loss.backward()
+        generator = Generator(model.eval(), ByteTokenizer(), precision)  # type: ignore[arg-type]
+        generator.write([generator.read("a prompt") for _ in range(2)], Sampling(max_tokens=4))
+        model.train()
+
+
+def run() -> None:
+    """In a process of its own: the seconds of compiling, and of the work at first and again."""
+    from numba.core import event
+
+    for module in pkgutil.iter_modules(cpu.__path__, f"{cpu.__name__}."):
+        importlib.import_module(module.name)
+    with event.install_timer("numba:compile", lambda seconds: None) as timer:
+        began = time.perf_counter()
+        work()
+        first = time.perf_counter() - began
+    began = time.perf_counter()
+    work()
+    compiling = timer.duration if timer.done else 0.0
+    print(json.dumps({"compiling": compiling, "first": first, "again": time.perf_counter() - began}))
+
+
+def main() -> None:
+    """Measure and show."""
+    table = Table("seconds", "compiling", "the work at first", "again", title="every kernel, float32 and bf16")
+    with tempfile.TemporaryDirectory() as cache:
+        for name in ("new cache", "from the cache"):
+            done = subprocess.run(
+                [sys.executable, __file__, RUN], env=os.environ | {"NUMBA_CACHE_DIR": cache}, check=True,
+                capture_output=True, text=True,
+            )  # fmt: skip
+            seconds = json.loads(done.stdout.splitlines()[-1])
+            table.add_row(name, *(f"{value:.2f}" for value in seconds.values()))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    run() if sys.argv[1:] == [RUN] else main()
