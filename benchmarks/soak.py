@@ -152,14 +152,16 @@ def main() -> None:
     arguments, console = tyro.cli(Soak, description=__doc__), Console()
     found = read(arguments, console)
     records = found["steps"]
-    settled = [r["memory"] for r in records if r["position"] >= SETTLED] or [records[-1]["memory"]]
+    settled = [r for r in records if r["position"] >= SETTLED] or records[-1:]
+    beside = [r["memory"] for r in settled if r["position"] < arguments.compare]  # beside the copy in float64
+    alone = [r["memory"] for r in settled if r["position"] >= arguments.compare + 2 * found["step"]]
     tenth = max(1, len(records) // 10)
     times = [[r["seconds"] * STEP / found["step"] for r in part] for part in (records[1 : tenth + 1], records[-tenth:])]
-    found["memory_growth"] = max(settled) - settled[0]
+    found["memory_growth"] = max(max(part) - part[0] for part in (beside, alone, [0]) if part)
     found["time_ratio"] = median(found["turns"])
     table = Table("", "", title=f"{records[-1]['position']:,} tokens, {arguments.model}, {found['precision']}")
-    table.add_row("memory at 100,000 tokens", f"{settled[0] / 1e6:,.1f} MB")
-    table.add_row("most after that, beyond it", f"{found['memory_growth'] / 1e6:,.1f} MB")
+    table.add_row("memory at 100,000 tokens", f"{settled[0]['memory'] / 1e6:,.1f} MB")
+    table.add_row("growth after that, beside the copy in float64 or without it", f"{found['memory_growth'] / 1e6:,.1f} MB")
     table.add_row(f"time of {STEP:,} tokens, first tenth", f"{median(times[0]):.4f} s (median)")
     table.add_row(f"time of {STEP:,} tokens, last tenth", f"{median(times[1]):.4f} s (median)")
     spread = f"{min(found['turns']):.3f} - {max(found['turns']):.3f}"
