@@ -161,7 +161,7 @@ def main() -> None:
     found["time_ratio"] = median(found["turns"])
     table = Table("", "", title=f"{records[-1]['position']:,} tokens, {arguments.model}, {found['precision']}")
     table.add_row("memory at 100,000 tokens", f"{settled[0]['memory'] / 1e6:,.1f} MB")
-    table.add_row("growth after that, beside the copy in float64 or without it", f"{found['memory_growth'] / 1e6:,.1f} MB")
+    table.add_row("growth after that, with the copy or without", f"{found['memory_growth'] / 1e6:,.1f} MB")
     table.add_row(f"time of {STEP:,} tokens, first tenth", f"{median(times[0]):.4f} s (median)")
     table.add_row(f"time of {STEP:,} tokens, last tenth", f"{median(times[1]):.4f} s (median)")
     spread = f"{min(found['turns']):.3f} - {max(found['turns']):.3f}"
