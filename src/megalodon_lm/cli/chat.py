@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 from tyro.conf import Positional
 
 if TYPE_CHECKING:
@@ -110,6 +109,8 @@ class _Conversation:
 
     def ask(self, text: str) -> None:
         """The same in messages of roles."""
+        import numpy as np
+
         from ..data.chat import ANSWERS, Message, encode_message, encode_opening
 
         tokenizer = self.generator.tokenizer
