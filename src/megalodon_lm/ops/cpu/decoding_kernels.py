@@ -11,7 +11,7 @@ import numpy as np
 from . import scalars
 from .elementwise_kernels import gate_forward, norm_forward
 from .matrix_vector import products
-from .simd import LANES, add_product, compiled, exp, load, splat, store, sub_product, total
+from .simd import LANES, add_product, compiled, exp, load, sigmoid, splat, store, sub_product, total
 from .team import share
 from .timestep_norm_kernels import forward as timestep_norm
 
@@ -43,10 +43,9 @@ def _moving_average(
 
 @compiled
 def _silu(x: Any, at: int, y: Any, to: int, size: int) -> None:
-    one, zero = splat(np.float32(1)), splat(np.float32(0))
     for i in range(0, size, LANES):
         some = load(x, at + i)
-        store(y, to + i, some / (one + exp(zero - some)))
+        store(y, to + i, some * sigmoid(some))
 
 
 @compiled

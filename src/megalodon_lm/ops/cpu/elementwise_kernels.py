@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from .simd import LANES, compiled, exp, load, splat, store, total
+from .simd import LANES, compiled, load, sigmoid, splat, store, total
 from .team import share
 
 
@@ -81,10 +81,9 @@ def norm_backward(
 @compiled
 def gate_forward(first: int, last: int, size: int, gate: Any, x: Any, y: Any) -> None:
     """Stretches first..last of `size` elements, a multiple of 16: y = silu(gate) * x."""
-    one, zero = splat(np.float32(1)), splat(np.float32(0))
     for i in range(first * size, min(last * size, len(y)), LANES):
         g = load(gate, i)
-        store(y, i, g / (one + exp(zero - g)) * load(x, i))
+        store(y, i, g * sigmoid(g) * load(x, i))
 
 
 @compiled
@@ -92,12 +91,13 @@ def gate_backward(
     first: int, last: int, size: int, gate: Any, x: Any, grad_y: Any, grad_gate: Any, grad_x: Any
 ) -> None:
     """Gradients of gate_forward: d silu(g) / dg = s + g s (1 - s) with s = sigmoid(g)."""
-    one, zero = splat(np.float32(1)), splat(np.float32(0))
+    one = splat(np.float32(1))
     for i in range(first * size, min(last * size, len(grad_x)), LANES):
         g, grad = load(gate, i), load(grad_y, i)
-        s = one / (one + exp(zero - g))
-        store(grad_x, i, grad * g * s)
-        store(grad_gate, i, grad * load(x, i) * (s + g * s * (one - s)))
+        s = sigmoid(g)
+        y = g * s
+        store(grad_x, i, grad * y)
+        store(grad_gate, i, grad * load(x, i) * (s + y * (one - s)))
 
 
 @compiled

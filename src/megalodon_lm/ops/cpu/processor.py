@@ -1,0 +1,30 @@
+"""What the processor can do that kernels make use of."""
+
+import ctypes
+import functools
+import platform
+import sys
+
+import llvmlite.binding as llvm
+
+
+@functools.cache
+def rounds_to_bf16() -> bool:
+    """Whether one instruction rounds sixteen float32 to bf16."""
+    return _has("avx512bf16")
+
+
+@functools.cache
+def multiplies_tiles() -> bool:
+    """Whether there are AMX tiles for bf16, and Linux lets this process use them."""
+    if sys.platform != "linux" or platform.machine() != "x86_64" or not _has("amx-bf16"):
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+
+
+def _has(feature: str) -> bool:
+    try:
+        return bool(llvm.get_host_cpu_features().get(feature, False))
+    except RuntimeError:  # LLVM does not know this system's features
+        return False
