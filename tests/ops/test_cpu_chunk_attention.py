@@ -5,22 +5,25 @@ from megalodon_lm.ops import reference
 from megalodon_lm.ops.boundaries import Boundaries
 from megalodon_lm.ops.chunk_attention import KeyValueCache
 from megalodon_lm.ops.chunk_attention import chunk_attention as portable
-from megalodon_lm.ops.cpu import causal_attention as tiles
+from megalodon_lm.ops.cpu import causal_attention, rotary, tiled_attention
 from megalodon_lm.ops.cpu import open_chunk as exits
-from megalodon_lm.ops.cpu import rotary
 from megalodon_lm.ops.cpu.chunk_attention import chunk_attention
 
 from .cases import BOUNDARIES, assert_close, boundaries, gradients
 
 B, H, DK, DV, C = 3, 2, 4, 6, 16
+WIDTHS = [(DK, DV), (32, 64)]  # the second ones go into the matrix tiles of processors that have them
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
 def case(length, dtype=torch.float32, chunk_size=C, dk=DK, dv=DV, seed=0, batch=B):
+    """Drawn so that scores, and products of outputs and gradients, are as large at every width."""
     g = torch.Generator().manual_seed(seed)
     piece = [(batch, length, H, d) for d in (dk, dk, dv)]
     cache = [(batch, chunk_size, H, d) for d in (dk, dv)]
-    return [torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for s in (*piece, *cache)]
+    narrow = [(DK / dk) ** 0.25, (DK / dk) ** 0.25, (DV / dv) ** 0.5, (DK / dk) ** 0.25, (DV / dv) ** 0.5]
+    drawn = [torch.randn(s, generator=g, dtype=torch.float64) for s in (*piece, *cache)]
+    return [(t * scale).to(dtype) for t, scale in zip(drawn, narrow, strict=True)]
 
 
 def run(op, where, fill, chunk_size=C):
@@ -49,18 +52,22 @@ def compare(where, fill, inputs, chunk_size=C, slow=reference.chunk_attention):
 @pytest.mark.parametrize("fill", [(0, 0, 0), (5, 5, 5), (3, 15, 0)])
 @pytest.mark.parametrize("length", [1, 7, 16, 50])
 @pytest.mark.parametrize("few", [0, 8])
-def test_equals_reference_with_all_gradients(kind, fill, length, dtype, few, monkeypatch):
-    monkeypatch.setattr(tiles, "TILE_SIZE", 5)
-    monkeypatch.setattr(tiles, "FEW_QUERIES", few)
-    compare(boundaries(kind, B, length), torch.tensor(fill), case(length, dtype))
+@pytest.mark.parametrize("widths", WIDTHS)
+def test_equals_reference_with_all_gradients(kind, fill, length, dtype, few, widths, monkeypatch):
+    monkeypatch.setattr(causal_attention, "MERGED_KEYS", 5)
+    monkeypatch.setattr(tiled_attention, "TILE_SIZE", 5)
+    monkeypatch.setattr(causal_attention, "FEW_QUERIES", few)
+    compare(boundaries(kind, B, length), torch.tensor(fill), case(length, dtype, C, *widths))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("widths", [(18, 34), (64, 32)])
 @pytest.mark.parametrize("kind", BOUNDARIES)
-def test_merged_documents_and_long_chunks_equal_the_portable_path(kind):
-    """Default tiles: several short documents in one, chunks of three tiles, widths that fill no vector."""
+def test_merged_documents_and_long_chunks_equal_the_portable_path(kind, widths, dtype):
+    """Default tiles: several short documents in one, long chunks, widths that fill no vector or whole ones."""
     size = 600
     fill = torch.tensor([17, 0, 599])
-    compare(boundaries(kind, B, 900), fill, case(900, chunk_size=size, dk=18, dv=34), size, portable)
+    compare(boundaries(kind, B, 900), fill, case(900, dtype, size, *widths), size, portable)
 
 
 def test_without_cache():
@@ -77,7 +84,7 @@ def test_short_documents_cost_no_chunk():
     starts[0, :4000:10] = True
     starts[0, 4000] = True
     slots = Boundaries(starts).since_start(torch.zeros(1, dtype=torch.int64), 5000) % 1024
-    _, groups = tiles._plan(slots)
+    _, groups = causal_attention._plan(slots)
     keys = groups[:, 2] - groups[:, 1] + groups[:, 3]
     assert keys.sum() == 5000
     assert len(groups) == 4000 // 250 + 1
@@ -95,8 +102,9 @@ def test_holds_nothing_of_chunk_by_chunk():
     out.sum().backward()
 
 
-def test_is_bitwise_repeatable_on_any_number_of_threads():
-    inputs = case(700, torch.float32, 512, 32, 48)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_is_bitwise_repeatable(dtype):
+    inputs = case(700, dtype, 512, 32, 96)
     call = run(chunk_attention, boundaries("both", B, 700), torch.tensor([3, 15, 0]), 512)
     once, again = gradients(call, inputs), gradients(call, inputs)
     for a, b in zip(once[0] + once[1], again[0] + again[1], strict=True):
@@ -132,8 +140,8 @@ def test_operators_are_well_formed():
     slots[2, 15:] = -1
     stops, leaving = torch.tensor([20, 20, 15]), torch.tensor([9, 4, 2])
     torch.library.opcheck(rotary.rotate_pairs, (q, slots, 1e4, C, False))
-    torch.library.opcheck(tiles.attention_forward, (q, k, v, keys, values, slots))
-    torch.library.opcheck(tiles.attention_forward, (q, k, v, None, None, torch.arange(20).expand(B, 20) % C))
+    torch.library.opcheck(causal_attention.attention_forward, (q, k, v, keys, values, slots))
+    torch.library.opcheck(causal_attention.attention_forward, (q, k, v, None, None, torch.arange(20).expand(B, 20) % C))
     torch.library.opcheck(exits.take_open_chunk, (k, keys, stops, leaving, C))
 
 

@@ -1,8 +1,7 @@
-"""Causal attention inside the chunks of a piece, as an operator: matrix products of PyTorch, the rest compiled here.
+"""Causal attention inside the chunks of a piece, as an operator.
 
-Queries of a group (one chunk, or several short ones) are taken in tiles against the keys up to the tile; backward takes
-tiles of keys against the queries from there on and computes the weights anew. So nothing above the diagonal tile is
-computed, and nothing larger than a tile by a chunk is held.
+Rows are cut into groups, one chunk or several short ones. Groups of few queries are computed in one go; all others go
+to the tiles of the processor, where it has some (amx_attention), or to matrix products of PyTorch (tiled_attention).
 """
 
 from typing import Any
@@ -11,14 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import amx_attention, tiled_attention
 from . import attention_kernels as kernels
 from .scalars import array_of
 from .team import num_threads
 
-TILE_SIZE = 256
+MERGED_KEYS = 256  # short documents are taken together up to so many
 FEW_QUERIES = 8
-
-Group = tuple[int, int, int, int]  # row, first and last token, cached keys before them
 
 
 def causal_attention(
@@ -45,18 +43,13 @@ def _plan(slots: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Ends (B, L) and groups (M, 4)."""
     ends = np.empty(slots.shape, np.int64)
     groups = np.empty((slots.numel(), 4), np.int64)
-    count = kernels.plan_groups(array_of(slots), TILE_SIZE, ends, groups)
+    count = kernels.plan_groups(array_of(slots), MERGED_KEYS, ends, groups)
     return ends, groups[:count]
 
 
-def _by_heads(piece: Tensor, cached: Tensor | None, group: Group) -> Tensor:
-    """(H, cached keys and tokens of the group, d); a view if nothing is cached, matrix products take its strides."""
-    row, begin, end, before = group
-    tokens = piece[row, begin:end].transpose(0, 1)
-    if not before:
-        return tokens
-    assert cached is not None
-    return torch.cat([cached[row, :before].transpose(0, 1), tokens], 1)
+def _products(q: Tensor, v: Tensor) -> Any:
+    """The module that multiplies matrices for these."""
+    return amx_attention if amx_attention.fits(q, v) else tiled_attention
 
 
 def _forward(
@@ -77,25 +70,8 @@ def _forward(
         piece = [array_of(t) for t in (q, k, v)]
         places = (array_of(slots), some, np.empty(shape, np.float32))
         kernels.attend_few(num_threads(), *piece, *cache, *places, array_of(out), array_of(sums))
-        groups = groups[~few]
-    if len(groups) == 0:
-        return out, sums
-
-    threads, slots_of, sums_of = num_threads(), array_of(slots), array_of(sums)
-    scratch = q.new_empty(int((groups[:, 2] - groups[:, 1] + groups[:, 3]).max()) * heads * TILE_SIZE)
-    for group in map(tuple, groups.tolist()):
-        row, begin, end, before = group
-        qs, ks, vs = _by_heads(q, None, (row, begin, end, 0)), _by_heads(k, keys, group), _by_heads(v, values, group)
-        logs = sums_of[heads * (row * q.shape[1] + begin) :][: heads * (end - begin)].reshape(heads, end - begin)
-        for start in range(0, end - begin, TILE_SIZE):
-            stop = min(start + TILE_SIZE, end - begin)
-            high = before + stop
-            scores = scratch[: heads * (stop - start) * high].view(heads, stop - start, high)
-            for h in range(heads):
-                torch.mm(qs[h, start:stop], ks[h, :high].T, out=scores[h])
-            kernels.softmax(threads, array_of(scores), slots_of[row, begin:end], before, start, logs)
-            for h in range(heads):
-                torch.mm(scores[h], vs[h, :high], out=out[row, begin + start : begin + stop, h])
+    if not few.all():
+        _products(q, v).forward(q, k, v, keys, values, slots, groups[~few], out, sums)
     return out, sums
 
 
@@ -126,47 +102,12 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients to q, k, v, keys and values; the last two empty if there is no cache."""
     ends, groups = _plan(slots)
-    heads, threads = q.shape[2], num_threads()
     everywhere = (groups[:, 2] - groups[:, 1]).sum() == slots.numel()
-    grad_q, grad_k, grad_v = (t.new_empty(t.shape) if everywhere else t.new_zeros(t.shape) for t in (q, k, v))
-    grad_keys, grad_values = (q.new_zeros(0) if t is None else t.new_zeros(t.shape) for t in (keys, values))
-    longest = int((groups[:, 2] - groups[:, 1]).max(initial=0))
-    scratch = q.new_empty(2, longest * heads * TILE_SIZE)
-    output, incoming, sums_of = array_of(out), array_of(grad), array_of(sums)
-    for group in map(tuple, groups.tolist()):
-        row, begin, end, before = group
-        n = end - begin
-        qs, ks, vs = _by_heads(q, None, (row, begin, end, 0)), _by_heads(k, keys, group), _by_heads(v, values, group)
-        gs, deltas = v.new_empty(heads, n, v.shape[-1]), np.empty((heads, n), np.float32)
-        kernels.pack_gradient(threads, incoming, output, row, begin, array_of(gs), deltas)
-        logs = sums_of[heads * (row * q.shape[1] + begin) :][: heads * n].reshape(heads, n)
-        last = ends[row, begin:end] - begin
-        dq = qs.new_zeros(qs.shape, dtype=torch.float32)
-        if before:
-            dk, dv = torch.empty_like(ks), torch.empty_like(vs)
-        else:
-            dk, dv = (t[row, begin:end].transpose(0, 1) for t in (grad_k, grad_v))
-        for start in range(0, before + n, TILE_SIZE):
-            stop = min(start + TILE_SIZE, before + n)
-            query = max(start - before, 0)
-            shape = (heads, stop - start, n - query)
-            weights, scores = (t[: shape[0] * shape[1] * shape[2]].view(shape) for t in scratch)
-            for h in range(heads):
-                torch.mm(ks[h, start:stop], qs[h, query:].T, out=weights[h])
-                torch.mm(vs[h, start:stop], gs[h, query:].T, out=scores[h])
-            tile = (array_of(weights), array_of(scores), last, before, start, query, logs, deltas)
-            kernels.weight_gradients(threads, *tile)
-            for h in range(heads):
-                torch.mm(weights[h], gs[h, query:], out=dv[h, start:stop])
-                torch.mm(scores[h], qs[h, query:], out=dk[h, start:stop])
-                dq[h, query:] += scores[h].T @ ks[h, start:stop]
-        grad_q[row, begin:end] = dq.transpose(0, 1)
-        if before:
-            grad_k[row, begin:end] = dk[:, before:].transpose(0, 1)
-            grad_v[row, begin:end] = dv[:, before:].transpose(0, 1)
-            grad_keys[row, :before] = dk[:, :before].transpose(0, 1)
-            grad_values[row, :before] = dv[:, :before].transpose(0, 1)
-    return grad_q, grad_k, grad_v, grad_keys, grad_values
+    grads = [t.new_empty(t.shape) if everywhere else t.new_zeros(t.shape) for t in (q, k, v)]
+    grads += [q.new_zeros(0) if t is None else t.new_zeros(t.shape) for t in (keys, values)]
+    if len(groups):
+        _products(q, v).backward(grad, q, k, v, keys, values, ends, groups, out, sums, *grads)
+    return grads[0], grads[1], grads[2], grads[3], grads[4]
 
 
 @attention_backward.register_fake

@@ -1,0 +1,131 @@
+"""Causal attention of groups by matrix products of PyTorch, the rest compiled here.
+
+Queries of a group are taken in tiles against the keys up to the tile; backward takes tiles of keys against the queries
+from there on and computes the weights anew. So nothing above the diagonal tile is computed, and nothing larger than a
+tile by a chunk is held.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import attention_kernels as kernels
+from .scalars import array_of
+from .team import num_threads
+
+TILE_SIZE = 256
+
+Group = tuple[int, int, int, int]  # row, first and last token, cached keys before them
+
+
+def _by_heads(piece: Tensor, cached: Tensor | None, group: Group) -> Tensor:
+    """(H, cached keys and tokens of the group, d); a view if nothing is cached, matrix products take its strides."""
+    row, begin, end, before = group
+    tokens = piece[row, begin:end].transpose(0, 1)
+    if not before:
+        return tokens
+    assert cached is not None
+    return torch.cat([cached[row, :before].transpose(0, 1), tokens], 1)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor | None,
+    values: Tensor | None,
+    slots: Tensor,
+    groups: np.ndarray,
+    out: Tensor,
+    sums: Tensor,
+) -> None:
+    """Attention of groups of queries.
+
+    Args:
+        q, k, v: (B, L, H, d), float32 or bf16.
+        keys, values: (B, c, H, d) the unfinished chunks at the entry, or None.
+        slots: (B, L), place of each token in its chunk.
+        groups: (M, 4), M not 0: row, first and last token, cached keys before them.
+        out: (B, L, H, dv), out.
+        sums: (B * L * H,), out: logarithms of the softmax's sums, (H, n) for each group in turn.
+    """
+    heads = q.shape[2]
+    threads, slots_of, sums_of = num_threads(), array_of(slots), array_of(sums)
+    scratch = q.new_empty(int((groups[:, 2] - groups[:, 1] + groups[:, 3]).max()) * heads * TILE_SIZE)
+    for group in map(tuple, groups.tolist()):
+        row, begin, end, before = group
+        qs, ks, vs = _by_heads(q, None, (row, begin, end, 0)), _by_heads(k, keys, group), _by_heads(v, values, group)
+        logs = sums_of[heads * (row * q.shape[1] + begin) :][: heads * (end - begin)].reshape(heads, end - begin)
+        for start in range(0, end - begin, TILE_SIZE):
+            stop = min(start + TILE_SIZE, end - begin)
+            high = before + stop
+            scores = scratch[: heads * (stop - start) * high].view(heads, stop - start, high)
+            for h in range(heads):
+                torch.mm(qs[h, start:stop], ks[h, :high].T, out=scores[h])
+            kernels.softmax(threads, array_of(scores), slots_of[row, begin:end], before, start, logs)
+            for h in range(heads):
+                torch.mm(scores[h], vs[h, :high], out=out[row, begin + start : begin + stop, h])
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor | None,
+    values: Tensor | None,
+    ends: np.ndarray,
+    groups: np.ndarray,
+    out: Tensor,
+    sums: Tensor,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    grad_keys: Tensor,
+    grad_values: Tensor,
+) -> None:
+    """Gradients of `forward`.
+
+    Args:
+        grad: (B, L, H, dv) of the output.
+        q, k, v, keys, values, groups, out, sums: as there.
+        ends: (B, L), the token after the last one that sees this one.
+        grad_q, grad_k, grad_v, grad_keys, grad_values: in the shapes of their operands, out.
+    """
+    heads, threads = q.shape[2], num_threads()
+    longest = int((groups[:, 2] - groups[:, 1]).max(initial=0))
+    scratch = q.new_empty(2, longest * heads * TILE_SIZE)
+    output, incoming, sums_of = array_of(out), array_of(grad), array_of(sums)
+    for group in map(tuple, groups.tolist()):
+        row, begin, end, before = group
+        n = end - begin
+        qs, ks, vs = _by_heads(q, None, (row, begin, end, 0)), _by_heads(k, keys, group), _by_heads(v, values, group)
+        gs, deltas = v.new_empty(heads, n, v.shape[-1]), np.empty((heads, n), np.float32)
+        kernels.pack_gradient(threads, incoming, output, row, begin, array_of(gs), deltas)
+        logs = sums_of[heads * (row * q.shape[1] + begin) :][: heads * n].reshape(heads, n)
+        last = ends[row, begin:end] - begin
+        dq = qs.new_zeros(qs.shape, dtype=torch.float32)
+        if before:
+            dk, dv = torch.empty_like(ks), torch.empty_like(vs)
+        else:
+            dk, dv = (t[row, begin:end].transpose(0, 1) for t in (grad_k, grad_v))
+        for start in range(0, before + n, TILE_SIZE):
+            stop = min(start + TILE_SIZE, before + n)
+            query = max(start - before, 0)
+            shape = (heads, stop - start, n - query)
+            weights, scores = (t[: shape[0] * shape[1] * shape[2]].view(shape) for t in scratch)
+            for h in range(heads):
+                torch.mm(ks[h, start:stop], qs[h, query:].T, out=weights[h])
+                torch.mm(vs[h, start:stop], gs[h, query:].T, out=scores[h])
+            tile = (array_of(weights), array_of(scores), last, before, start, query, logs, deltas)
+            kernels.weight_gradients(threads, *tile)
+            for h in range(heads):
+                torch.mm(weights[h], gs[h, query:], out=dv[h, start:stop])
+                torch.mm(scores[h], qs[h, query:], out=dk[h, start:stop])
+                dq[h, query:] += scores[h].T @ ks[h, start:stop]
+        grad_q[row, begin:end] = dq.transpose(0, 1)
+        if before:
+            grad_k[row, begin:end] = dk[:, before:].transpose(0, 1)
+            grad_v[row, begin:end] = dv[:, before:].transpose(0, 1)
+            grad_keys[row, :before] = dk[:, :before].transpose(0, 1)
+            grad_values[row, :before] = dv[:, :before].transpose(0, 1)
