@@ -17,7 +17,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from .simd import compiled
+
 BLOCK = 32  # rows, columns and depth
+LINE = 64  # bytes of a cache line: tiles are read fastest from its start
 BLOCK_WORDS = BLOCK * BLOCK // 2  # 32-bit words of a packed block
 _SUMS, _LEFT, _RIGHT = 0, 4, 6  # first tile of each use
 _TILE = 16  # rows of a tile, and words of a row
@@ -139,3 +142,39 @@ def store_pairs(typingctx: Any, b: Any, b_at: Any, rows: Any, upper: Any, lower:
         return context.get_dummy_value()
 
     return types.void(b, types.intp, rows, types.intp, types.intp), codegen
+
+
+@compiled
+def scratch(words: int) -> Any:
+    """An array of so many 32-bit words from the start of a cache line."""
+    memory = np.empty(words + LINE // 4, np.uint32)
+    skip = (-memory.ctypes.data) % LINE // 4
+    return memory[skip : skip + words]
+
+
+@compiled
+def pack_transposed(words: Any, width: int, packed: Any, to: int, step: int) -> None:
+    """Pack the transpose of 32 rows of `width` elements: one block for each 32 columns, `step` words apart."""
+    for i in range(width // 2):
+        at = to + i // _TILE * step + i % _TILE * _TILE
+        for j in range(_TILE):
+            packed[at + j] = words[j * width // 2 + i]
+        for j in range(_TILE):
+            packed[at + _TILE * _TILE + j] = words[(j + _TILE) * width // 2 + i]
+
+
+@compiled
+def pack(rows: Any, at: int, stride: int, width: int, packed: Any, to: int, step: int) -> None:
+    """Pack 32 rows of `width` elements: one block for each 32 columns, `step` words apart."""
+    for i in range(_TILE):
+        upper, lower = at + 2 * i * stride, at + (2 * i + 1) * stride
+        for c in range(0, width, _TILE):
+            tile = to + c // BLOCK * step + c % BLOCK * _TILE + i * _TILE
+            store_pairs(packed, tile, rows, upper + c, lower + c)
+
+
+@compiled
+def multiply(a: Any, at: int, stride: int, b: Any, b_at: int, step: int, blocks: int) -> None:
+    """Add the product of 32 rows of A, `blocks` blocks wide, with as many packed blocks, `step` words apart."""
+    for i in range(blocks):
+        accumulate(a, at + i * BLOCK, stride, b, b_at + i * step)

@@ -1,7 +1,7 @@
 """Causal attention of a group of queries with all its matrix products in AMX tiles; see amx and attention_kernels.
 
 A group has n queries and, with those of the cache before it, m keys, of H heads. Queries, keys and values are taken in
-blocks of 32, the last one filled with zeros. Packed arrays hold blocks of 512 words, uint32.
+blocks of 32, the last one filled with zeros.
 """
 
 from typing import Any
@@ -11,26 +11,19 @@ import numpy as np
 from .amx import (
     BLOCK,
     BLOCK_WORDS,
-    accumulate,
+    LINE,
     clear,
     configure,
     load_sums,
+    multiply,
+    pack,
+    pack_transposed,
     save_configuration,
-    store_pairs,
+    scratch,
     store_sums,
 )
 from .simd import LANES, compiled, exp, highest, larger, load, splat, store, total
 from .team import share
-
-_LINE = 64  # bytes of a cache line: tiles are read fastest from its start
-
-
-@compiled
-def _scratch(words: int) -> Any:
-    """An array of so many 32-bit words from the start of a cache line."""
-    memory = np.empty(words + _LINE // 4, np.uint32)
-    skip = (-memory.ctypes.data) % _LINE // 4
-    return memory[skip : skip + words]
 
 
 @compiled
@@ -50,34 +43,6 @@ def _read_rows(cached: Any, piece: Any, group: Any, h: int, start: int, rows: An
         else:
             for i in range(width):
                 rows[to + i] = 0
-
-
-@compiled
-def _pack_transposed(words: Any, width: int, packed: Any, to: int, step: int) -> None:
-    """Pack the transpose of 32 rows of `width` elements: one block for each 32 columns, `step` words apart."""
-    for i in range(width // 2):
-        at = to + i // LANES * step + i % LANES * LANES
-        for j in range(LANES):
-            packed[at + j] = words[j * width // 2 + i]
-        for j in range(LANES):
-            packed[at + LANES * LANES + j] = words[(j + LANES) * width // 2 + i]
-
-
-@compiled
-def _pack(rows: Any, at: int, stride: int, width: int, packed: Any, to: int, step: int) -> None:
-    """Pack 32 rows of `width` elements: one block for each 32 columns, `step` words apart."""
-    for i in range(LANES):
-        upper, lower = at + 2 * i * stride, at + (2 * i + 1) * stride
-        for c in range(0, width, LANES):
-            tile = to + c // BLOCK * step + c % BLOCK * LANES + i * LANES
-            store_pairs(packed, tile, rows, upper + c, lower + c)
-
-
-@compiled
-def _multiply(a: Any, at: int, stride: int, b: Any, b_at: int, step: int, blocks: int) -> None:
-    """Add the product of 32 rows of A, `blocks` blocks wide, with as many packed blocks, `step` words apart."""
-    for i in range(blocks):
-        accumulate(a, at + i * BLOCK, stride, b, b_at + i * step)
 
 
 @compiled
@@ -119,15 +84,15 @@ def _pack_keys(
     first: int, last: int, k: Any, v: Any, keys: Any, values: Any, group: Any, blocks: int, packed_k: Any, packed_v: Any
 ) -> None:
     dk, dv = k.shape[3], v.shape[3]
-    words = _scratch(BLOCK * max(dk, dv) // 2)
+    words = scratch(BLOCK * max(dk, dv) // 2)
     rows = words.view(np.uint16)
     for task in range(first, last):
         h, block = task // blocks, task % blocks
         _read_rows(keys, k, group, h, block * BLOCK, rows)
-        _pack_transposed(words, dk, packed_k, task * (dk // BLOCK) * BLOCK_WORDS, BLOCK_WORDS)
+        pack_transposed(words, dk, packed_k, task * (dk // BLOCK) * BLOCK_WORDS, BLOCK_WORDS)
         _read_rows(values, v, group, h, block * BLOCK, rows)
         to = (h * (dv // BLOCK) * blocks + block) * BLOCK_WORDS
-        _pack(rows, 0, dv, dv, packed_v, to, blocks * BLOCK_WORDS)
+        pack(rows, 0, dv, dv, packed_v, to, blocks * BLOCK_WORDS)
 
 
 @compiled
@@ -148,12 +113,12 @@ def _attend_blocks(
     dk, dv = q.shape[3], out.shape[3]
     query_blocks = -(-(end - begin) // BLOCK)
     width = blocks * BLOCK
-    rows = _scratch(BLOCK * dk // 2).view(np.uint16)
-    scores = _scratch(BLOCK * width).view(np.float32)
-    weights = _scratch(BLOCK * width // 2).view(np.uint16)
-    mixed = _scratch(BLOCK * BLOCK).view(np.float32)
+    rows = scratch(BLOCK * dk // 2).view(np.uint16)
+    scores = scratch(BLOCK * width).view(np.float32)
+    weights = scratch(BLOCK * width // 2).view(np.uint16)
+    mixed = scratch(BLOCK * BLOCK).view(np.float32)
     scale = np.empty(BLOCK, np.float32)
-    saved = np.empty(_LINE, np.uint8)
+    saved = np.empty(LINE, np.uint8)
     save_configuration(saved)
     configure(config)
     for task in range(first, last):
@@ -166,7 +131,7 @@ def _attend_blocks(
         low, high = low // BLOCK, -(-(before + start + queries) // BLOCK)
         for j in range(low, high):
             clear()
-            _multiply(rows, 0, dk, packed_k, (h * blocks + j) * dk // BLOCK * BLOCK_WORDS, BLOCK_WORDS, dk // BLOCK)
+            multiply(rows, 0, dk, packed_k, (h * blocks + j) * dk // BLOCK * BLOCK_WORDS, BLOCK_WORDS, dk // BLOCK)
             store_sums(scores, j * BLOCK, width)
         left, right = low * BLOCK, high * BLOCK
         for r in range(queries):
@@ -180,7 +145,7 @@ def _attend_blocks(
         for c in range(dv // BLOCK):
             clear()
             at = ((h * (dv // BLOCK) + c) * blocks + low) * BLOCK_WORDS
-            _multiply(weights, left, width, packed_v, at, BLOCK_WORDS, high - low)
+            multiply(weights, left, width, packed_v, at, BLOCK_WORDS, high - low)
             store_sums(mixed, 0, BLOCK)
             _write_rows(mixed, scale, c * BLOCK, out, out, (row, begin, end, 0), h, start)
     configure(saved)
@@ -240,19 +205,19 @@ def _pack_queries(
     q_transposed, grad_transposed, q_pairs, grad_pairs = packed
     dk, dv = q.shape[3], out.shape[3]
     blocks = -(-(end - begin) // BLOCK)
-    words = _scratch(BLOCK * max(dk, dv) // 2)
+    words = scratch(BLOCK * max(dk, dv) // 2)
     rows = words.view(np.uint16)
     for task in range(first, last):
         h, start = task // blocks, task % blocks * BLOCK
         block = start // BLOCK
         _read_rows(q, q, (row, begin, end, 0), h, start, rows)
-        _pack_transposed(words, dk, q_transposed, task * (dk // BLOCK) * BLOCK_WORDS, BLOCK_WORDS)
+        pack_transposed(words, dk, q_transposed, task * (dk // BLOCK) * BLOCK_WORDS, BLOCK_WORDS)
         to = (h * (dk // BLOCK) * blocks + block) * BLOCK_WORDS
-        _pack(rows, 0, dk, dk, q_pairs, to, blocks * BLOCK_WORDS)
+        pack(rows, 0, dk, dk, q_pairs, to, blocks * BLOCK_WORDS)
         _read_rows(grad, grad, (row, begin, end, 0), h, start, rows)
-        _pack_transposed(words, dv, grad_transposed, task * (dv // BLOCK) * BLOCK_WORDS, BLOCK_WORDS)
+        pack_transposed(words, dv, grad_transposed, task * (dv // BLOCK) * BLOCK_WORDS, BLOCK_WORDS)
         to = (h * (dv // BLOCK) * blocks + block) * BLOCK_WORDS
-        _pack(rows, 0, dv, dv, grad_pairs, to, blocks * BLOCK_WORDS)
+        pack(rows, 0, dv, dv, grad_pairs, to, blocks * BLOCK_WORDS)
         for r in range(BLOCK):
             at, delta, log = task * BLOCK + r, np.float32(0), np.float32(0)
             if start + r < end - begin:
@@ -328,12 +293,12 @@ def _return_to_keys(
     dk, dv = k.shape[3], v.shape[3]
     blocks = -(-(end - begin) // BLOCK)
     width = blocks * BLOCK
-    k_rows, v_rows = _scratch(BLOCK * dk // 2).view(np.uint16), _scratch(BLOCK * dv // 2).view(np.uint16)
-    weights = _scratch(BLOCK * width).view(np.uint16)
-    scores, grads = _scratch(BLOCK * BLOCK).view(np.float32), _scratch(BLOCK * BLOCK).view(np.float32)
+    k_rows, v_rows = scratch(BLOCK * dk // 2).view(np.uint16), scratch(BLOCK * dv // 2).view(np.uint16)
+    weights = scratch(BLOCK * width).view(np.uint16)
+    scores, grads = scratch(BLOCK * BLOCK).view(np.float32), scratch(BLOCK * BLOCK).view(np.float32)
     bounds = np.empty((BLOCK, 2), np.int64)
     scale = np.ones(BLOCK, np.float32)
-    saved = np.empty(_LINE, np.uint8)
+    saved = np.empty(LINE, np.uint8)
     save_configuration(saved)
     configure(config)
     for task in range(first, last):
@@ -353,28 +318,28 @@ def _return_to_keys(
         for j in range(low, high):
             at = h * blocks + j
             clear()
-            _multiply(k_rows, 0, dk, q_transposed, at * dk // BLOCK * BLOCK_WORDS, BLOCK_WORDS, dk // BLOCK)
+            multiply(k_rows, 0, dk, q_transposed, at * dk // BLOCK * BLOCK_WORDS, BLOCK_WORDS, dk // BLOCK)
             store_sums(scores, 0, BLOCK)
             clear()
-            _multiply(v_rows, 0, dv, grad_transposed, at * dv // BLOCK * BLOCK_WORDS, BLOCK_WORDS, dv // BLOCK)
+            multiply(v_rows, 0, dv, grad_transposed, at * dv // BLOCK * BLOCK_WORDS, BLOCK_WORDS, dv // BLOCK)
             store_sums(grads, 0, BLOCK)
             query = j * BLOCK
             _weight_gradients(scores, grads, logs, deltas, at * BLOCK, bounds, query, weights, query, width)
             to = (at * tile + block) * BLOCK_WORDS
-            _pack(weights, BLOCK * width + query, width, BLOCK, packed_scores, to, 0)
+            pack(weights, BLOCK * width + query, width, BLOCK, packed_scores, to, 0)
         for j in range(high, blocks):
             to = ((h * blocks + j) * tile + block) * BLOCK_WORDS
             packed_scores[to : to + BLOCK_WORDS] = 0
         for c in range(dv // BLOCK):
             clear()
             at = ((h * (dv // BLOCK) + c) * blocks + low) * BLOCK_WORDS
-            _multiply(weights, low * BLOCK, width, grad_pairs, at, BLOCK_WORDS, high - low)
+            multiply(weights, low * BLOCK, width, grad_pairs, at, BLOCK_WORDS, high - low)
             store_sums(scores, 0, BLOCK)
             _write_rows(scores, scale, c * BLOCK, grad_values, grad_v, group, h, key)
         for c in range(dk // BLOCK):
             clear()
             at = ((h * (dk // BLOCK) + c) * blocks + low) * BLOCK_WORDS
-            _multiply(weights, BLOCK * width + low * BLOCK, width, q_pairs, at, BLOCK_WORDS, high - low)
+            multiply(weights, BLOCK * width + low * BLOCK, width, q_pairs, at, BLOCK_WORDS, high - low)
             store_sums(scores, 0, BLOCK)
             _write_rows(scores, scale, c * BLOCK, grad_keys, grad_k, group, h, key)
     configure(saved)
@@ -394,7 +359,7 @@ def _return_to_queries(
     config: Any,
     grad_q: Any,
 ) -> None:
-    saved = np.empty(_LINE, np.uint8)
+    saved = np.empty(LINE, np.uint8)
     save_configuration(saved)
     configure(config)
     for task in range(first, last):
@@ -405,7 +370,7 @@ def _return_to_queries(
                 to = (task * dk + d) * BLOCK
                 load_sums(grad_q, to, BLOCK)
                 at, stride = (h * dk + d) * tile * BLOCK, tile * BLOCK
-                _multiply(turned, at, stride, packed_scores, task * tile * BLOCK_WORDS, BLOCK_WORDS, seen)
+                multiply(turned, at, stride, packed_scores, task * tile * BLOCK_WORDS, BLOCK_WORDS, seen)
                 store_sums(grad_q, to, BLOCK)
     configure(saved)
 
