@@ -54,6 +54,7 @@ def run() -> None:
 
     for module in pkgutil.iter_modules(cpu.__path__, f"{cpu.__name__}."):
         importlib.import_module(module.name)
+    importlib.import_module("torch._dynamo")  # PyTorch imports it when the first model is made
     with event.install_timer("numba:compile", lambda seconds: None) as timer:
         began = time.perf_counter()
         work()
