@@ -13,8 +13,10 @@ from .scalars import exp, load, maximum, rounded
 from .team import share
 
 _LANES = 64  # vectorised loops run over whole multiples of this
-_OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract"}}
-_SUM: dict[str, Any] = {**_OPTIONS, "fastmath": {"contract", "reassoc", "nsz"}}
+_OPTIONS: dict[str, Any] = {
+    "nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract"}, "no_cfunc_wrapper": True,
+}  # fmt: skip
+_SUM: dict[str, Any] = {**_OPTIONS, "fastmath": {"contract", "reassoc", "nsz"}, "no_cpython_wrapper": True}
 
 
 @njit(**_OPTIONS)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .simd import LANES, compiled, load, store
+from .simd import LANES, compiled, inner, load, store
 
 WIDTH = 2 * LANES
 TOKENS = 64
@@ -49,14 +49,14 @@ def plan_blocks(starts: Any, lengths: Any, edges: Any, slots: Any, counts: Any) 
         counts[b] = m
 
 
-@compiled
+@inner
 def clear(array: Any, offset: int, size: int) -> None:
     """Zero a stretch. A loop, because NumPy's slices take seconds to compile."""
     for i in range(offset, offset + size):
         array[i] = 0
 
 
-@compiled
+@inner
 def gather(source: Any, offset: int, dim: int, size: int, width: int, block: Any) -> None:
     """`size` tokens of `width` channels into float32 scratch; zero in missing channels."""
     if width == WIDTH:
@@ -72,7 +72,7 @@ def gather(source: Any, offset: int, dim: int, size: int, width: int, block: Any
         store(block, t * WIDTH + LANES, load(some, LANES))
 
 
-@compiled
+@inner
 def scatter(block: Any, target: Any, offset: int, dim: int, size: int, width: int) -> None:
     """The inverse of gather."""
     if width == WIDTH:
@@ -88,7 +88,7 @@ def scatter(block: Any, target: Any, offset: int, dim: int, size: int, width: in
             target[offset + t * dim + w] = some[w]
 
 
-@compiled
+@inner
 def enter(states: Any, source: Any, offset: int, ndim: int, width: int) -> None:
     """(width, N, 2) of a state tensor into scratch."""
     clear(states, 0, len(states))
@@ -97,7 +97,7 @@ def enter(states: Any, source: Any, offset: int, ndim: int, width: int) -> None:
             states[i * WIDTH + w] = source[offset + w * 2 * ndim + i]
 
 
-@compiled
+@inner
 def leave(states: Any, target: Any, offset: int, ndim: int, width: int) -> None:
     """The inverse of enter."""
     for w in range(width):
@@ -105,20 +105,20 @@ def leave(states: Any, target: Any, offset: int, ndim: int, width: int) -> None:
             target[offset + w * 2 * ndim + i] = states[i * WIDTH + w]
 
 
-@compiled
+@inner
 def load_pair(states: Any, at: int) -> Any:
     """Real and imaginary part of sixteen channels of one state."""
     return load(states, at), load(states, at + WIDTH)
 
 
-@compiled
+@inner
 def store_pair(states: Any, at: int, h: Any) -> None:
     """The inverse of load_pair."""
     store(states, at, h[0])
     store(states, at + WIDTH, h[1])
 
 
-@compiled
+@inner
 def load_coefficients(table: Any, at: int) -> Any:
     """q real, q imaginary, p, g real, g imaginary of sixteen channels of one state."""
     qr, qi, p = load(table, at), load(table, at + WIDTH), load(table, at + 2 * WIDTH)

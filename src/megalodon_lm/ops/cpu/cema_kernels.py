@@ -23,37 +23,37 @@ from .cema_blocks import (
     scatter,
     store_pair,
 )
-from .simd import LANES, add_product, compiled, load, splat, store, sub_product
+from .simd import LANES, add_product, compiled, inner, load, splat, store, sub_product
 from .team import share
 
 
-@compiled
+@inner
 def _advance(c: Any, h: Any, x: Any) -> Any:
     """q h + p x."""
     qr, qi, p, _, _ = c
     return add_product(sub_product(p * x, qi, h[1]), qr, h[0]), add_product(qi * h[0], qr, h[1])
 
 
-@compiled
+@inner
 def _emit(c: Any, h: Any, y: Any) -> Any:
     """y + Re(g h)."""
     return sub_product(add_product(y, c[3], h[0]), c[4], h[1])
 
 
-@compiled
+@inner
 def _receive(c: Any, later: Any, dy: Any) -> Any:
     """The adjoint of a state: what comes from later tokens, and conj(g) dy."""
     return add_product(later[0], c[3], dy), sub_product(later[1], c[4], dy)
 
 
-@compiled
+@inner
 def _retreat(c: Any, a: Any) -> Any:
     """conj(q) a."""
     qr, qi, _, _, _ = c
     return add_product(qi * a[1], qr, a[0]), sub_product(qr * a[1], qi, a[0])
 
 
-@compiled
+@inner
 def _add_conjugate(total: Any, a: Any, h: Any) -> Any:
     """total + a conj(h)."""
     real, imag = total
@@ -61,13 +61,13 @@ def _add_conjugate(total: Any, a: Any, h: Any) -> Any:
     return real, sub_product(add_product(imag, a[1], h[0]), a[0], h[1])
 
 
-@compiled
+@inner
 def _accumulate(target: Any, at: int, dq: Any, dp: Any, dg: Any) -> None:
     for i, value in enumerate((dq[0], dq[1], dp, dg[0], dg[1])):
         store(target, at + i * WIDTH, load(target, at + i * WIDTH) + value)
 
 
-@compiled
+@inner
 def _forward(
     first: int,
     last: int,
@@ -124,7 +124,7 @@ def _forward(
         leave(states, leaving, state_at, ndim, width)
 
 
-@compiled
+@inner
 def _backward(
     first: int,
     last: int,

@@ -4,16 +4,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from .scalars import array_of, load, rounded
+from .simd import compiled, inner
 from .team import num_threads, share
 
 _FEW_STATES = 1 << 16  # no more are worth waking another thread for
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+@inner(fastmath={"contract", "reassoc", "nsz"})
 def _step_channels(
     first: int,
     last: int,
@@ -50,7 +50,7 @@ def _step_channels(
         y[task] = rounded(total + omega[d] * u, y)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _step(threads: int, num_tasks: int, args: Any) -> None:
     share(_step_channels, threads, num_tasks, args)
 

@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 
 from . import scalars
-from .elementwise_kernels import gate_forward, norm_forward
+from .elementwise_kernels import gate_forward_on_team, norm_forward_on_team
 from .matrix_vector import products
-from .simd import LANES, add_product, compiled, exp, load, sigmoid, splat, store, sub_product, total
+from .simd import LANES, add_product, compiled, exp, inner, load, sigmoid, splat, store, sub_product, total
 from .team import share
-from .timestep_norm_kernels import forward as timestep_norm
+from .timestep_norm_kernels import forward_on_team as timestep_norm
 
 SPLIT = 128  # keys in one task of attention
 _FEW = 1 << 14  # operations that are not worth waking another thread for
 
 
-@compiled
+@inner
 def _moving_average(
     first: int, last: int, x: Any, dim: int, ndim: int, p: Any, q: Any, g: Any, omega: Any, h: Any, y: Any
 ) -> None:
@@ -41,14 +41,14 @@ def _moving_average(
         y[task] = total(sums) + omega[channel] * u
 
 
-@compiled
+@inner
 def _silu(x: Any, at: int, y: Any, to: int, size: int) -> None:
     for i in range(0, size, LANES):
         some = load(x, at + i)
         store(y, to + i, some * sigmoid(some))
 
 
-@compiled
+@inner
 def _enter_cache(
     first: int,
     last: int,
@@ -89,7 +89,7 @@ def _enter_cache(
         _silu(v, b * heads * dv, values, (b * size + slot) * heads * dv, heads * dv)
 
 
-@compiled
+@inner
 def _weights(at: int, count: int, scores: Any, summary: Any, to: int) -> None:
     """Turn SPLIT scores into e^(score - highest), and note the highest and the sum."""
     highest = np.float32(-np.inf)
@@ -107,7 +107,7 @@ def _weights(at: int, count: int, scores: Any, summary: Any, to: int) -> None:
     summary[to], summary[to + 1] = highest, weights
 
 
-@compiled
+@inner
 def _attend(
     first: int,
     last: int,
@@ -170,7 +170,7 @@ def _attend(
             value += row
 
 
-@compiled
+@inner
 def _combine(
     first: int, last: int, splits: int, heads: int, dv: int, summary: Any, partial: Any, gate: Any, y: Any
 ) -> None:
@@ -194,7 +194,7 @@ def _combine(
             store(y, pair * dv + i, some * (g / (one + exp(zero - g))) / splat(weights))
 
 
-@compiled
+@inner
 def _add(a: Any, b: Any, y: Any) -> None:
     """y += a + b."""
     for i in range(0, len(y), LANES):
@@ -220,8 +220,8 @@ def layer(threads: int, sizes: Any, eps: float, x: Any, room: Any, weights: Any,
 
     for i in range(rows):
         count[i] += 1
-    args = (x, (1, dim, groups, 0), *norm, eps, mean, var, count, ones, tn, mean, var, nothing)
-    share(timestep_norm, few, rows * groups, args)
+    args = (x, (1, dim, groups, False), *norm, eps, mean, var, count, ones, tn, mean, var, nothing)
+    timestep_norm(few, rows * groups, args)
     p, coefficient, g, omega = average
     share(
         _moving_average,
@@ -229,7 +229,7 @@ def layer(threads: int, sizes: Any, eps: float, x: Any, room: Any, weights: Any,
         rows * dim,
         (tn, dim, ndim, p, coefficient, g, omega, h, y),
     )
-    share(norm_forward, few, rows, (y, dim, *head_norm, False, eps, mx, saved))
+    norm_forward_on_team(few, rows, (y, dim, *head_norm, False, eps, mx, saved))
 
     wv, wz, wr, wh1 = mixer
     products(threads, rows, (tn, dim, *wv, v), (mx, dim, *wz, z), (mx, dim, *wr, r), (mx, dim, *wh1, h1))
@@ -247,10 +247,10 @@ def layer(threads: int, sizes: Any, eps: float, x: Any, room: Any, weights: Any,
     idle = (tn, dim, wh2[0], wh2[1][:0], y)
     products(threads, rows, (attention, heads * dv, *wh2, y), idle, idle, idle)
     _add(x, h1, y)
-    share(norm_forward, few, rows, (y, dim, *ffn_norm, True, eps, n, saved))
+    norm_forward_on_team(few, rows, (y, dim, *ffn_norm, True, eps, n, saved))
     products(threads, rows, (n, dim, *fc1, a), (n, dim, fc3, fc1[1] if gated else idle[3], b), idle, idle)
     if gated:
-        share(gate_forward, few, rows, (hidden, a, b, a))
+        gate_forward_on_team(few, rows, (hidden, a, b, a))
     else:
         for i in range(rows):
             _silu(a, i * hidden, a, i * hidden, hidden)
@@ -268,7 +268,7 @@ def head(threads: int, sizes: Any, eps: float, x: Any, room: Any, weights: Any, 
     count, mean, var = state
     for i in range(rows):
         count[i] += 1
-    args = (x, (1, dim, groups, 0), *norm, eps, mean, var, count, ones, n, mean, var, nothing)
-    share(timestep_norm, 1 if rows * dim < _FEW else threads, rows * groups, args)
+    args = (x, (1, dim, groups, False), *norm, eps, mean, var, count, ones, n, mean, var, nothing)
+    timestep_norm(1 if rows * dim < _FEW else threads, rows * groups, args)
     idle = (n, dim, output[0], output[1][:0], n)
     products(threads, rows, (n, dim, *output, logits), idle, idle, idle)

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from .simd import add_product, compiled, load, splat, total
+from .simd import add_product, inner, load, splat, total
 from .team import share
 
 FEATURES = 4  # outputs of a task
 
 
-@compiled
+@inner
 def _one_row(x: Any, at: int, weight: Any, start: int, width: int) -> Any:
     """Sum of x * weight, the weights read in the order in which they lie, as the memory prefetches them."""
     a, b, c, d = splat(np.float32(0)), splat(np.float32(0)), splat(np.float32(0)), splat(np.float32(0))
@@ -28,13 +28,13 @@ def _one_row(x: Any, at: int, weight: Any, start: int, width: int) -> Any:
     return _joined(a, b, c, d)
 
 
-@compiled
+@inner
 def _joined(a: Any, b: Any, c: Any, d: Any) -> Any:
     one = splat(np.float32(1))
     return total(add_product(add_product(b, a, one), add_product(d, c, one), one))
 
 
-@compiled
+@inner
 def _four_rows(x: Any, at: int, weight: Any, start: int, width: int) -> Any:
     """As _one_row for four rows of x, to the same bits."""
     zero = splat(np.float32(0))
@@ -65,7 +65,7 @@ def _four_rows(x: Any, at: int, weight: Any, start: int, width: int) -> Any:
     return _joined(a, b, c, d), _joined(e, f, g, h), _joined(j, k, m, n), _joined(o, p, q, r)
 
 
-@compiled
+@inner
 def _product(first: int, last: int, x: Any, rows: int, width: int, weight: Any, bias: Any, y: Any) -> None:
     """Groups first..last of FEATURES outputs of y = x weight^T + bias; the sum of an output has one order for all rows.
 
@@ -89,7 +89,7 @@ def _product(first: int, last: int, x: Any, rows: int, width: int, weight: Any, 
             y[b * outputs + feature] = _one_row(x, b * width, weight, start, width) + bias[feature]
 
 
-@compiled
+@inner
 def _product_list(first: int, last: int, rows: int, some: Any) -> None:
     at = 0
     for x, width, weight, bias, y in some:
@@ -100,7 +100,7 @@ def _product_list(first: int, last: int, rows: int, some: Any) -> None:
         at += groups
 
 
-@compiled
+@inner
 def products(threads: int, rows: int, a: Any, b: Any, c: Any, d: Any) -> None:
     """Four products as one list of tasks, each (x, width, weight, bias, y) as in `_product`; without a bias, none."""
     some = (a, b, c, d)

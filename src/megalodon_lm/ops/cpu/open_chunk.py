@@ -3,13 +3,11 @@
 from typing import Any
 
 import torch
-from numba import njit
 from torch import Tensor
 
 from .scalars import array_of
+from .simd import compiled, inner
 from .team import num_threads, share
-
-_OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
 
 
 def open_chunk(piece: Tensor, cached: Tensor | None, stops: Tensor, fill: Tensor, chunk_size: int) -> Tensor:
@@ -30,21 +28,21 @@ def open_chunk(piece: Tensor, cached: Tensor | None, stops: Tensor, fill: Tensor
     return run(piece, cached, stops, fill, chunk_size)
 
 
-@njit(**_OPTIONS)
+@inner
 def _copy(source: Any, target: Any) -> None:
     for h in range(target.shape[0]):  # assigning whole slices would compile for seconds
         for i in range(target.shape[1]):
             target[h, i] = source[h, i]
 
 
-@njit(**_OPTIONS)
+@inner
 def _clear(target: Any) -> None:
     for h in range(target.shape[0]):
         for i in range(target.shape[1]):
             target[h, i] = 0
 
 
-@njit(**_OPTIONS)
+@inner
 def _take_rows(first: int, last: int, piece: Any, cached: Any, stops: Any, fill: Any, target: Any) -> None:
     size = target.shape[1]
     for task in range(first, last):
@@ -58,12 +56,12 @@ def _take_rows(first: int, last: int, piece: Any, cached: Any, stops: Any, fill:
             _copy(cached[b, slot], target[b, slot])
 
 
-@njit(**_OPTIONS)
+@compiled
 def _take_all(threads: int, piece: Any, cached: Any, stops: Any, fill: Any, target: Any) -> None:
     share(_take_rows, threads, target.shape[0] * target.shape[1], (piece, cached, stops, fill, target))
 
 
-@njit(**_OPTIONS)
+@compiled
 def _return_all(grad: Any, stops: Any, fill: Any, piece: Any, cached: Any) -> None:
     """The transpose of _take_all, into zeros."""
     for b in range(len(fill)):

@@ -4,14 +4,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from ..chunk_attention import rotations
 from .scalars import array_of, pair, paired
+from .simd import compiled, inner
 from .team import num_threads, share
 
-_OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract"}}
 _SIGNS = (np.float32(1), np.float32(-1))
 
 
@@ -29,7 +28,7 @@ def rotate(x: Tensor, slots: Tensor, base: float, highest: int) -> Tensor:
     return run(x, slots, base, highest, False)
 
 
-@njit(**_OPTIONS)
+@inner(fastmath={"contract"})
 def _turn(x: Any, cos: Any, sin: Any, sign: Any, y: Any) -> None:
     for i in range(len(cos)):
         even, odd = pair(x[i])
@@ -37,7 +36,7 @@ def _turn(x: Any, cos: Any, sin: Any, sign: Any, y: Any) -> None:
         y[i] = paired(even * cos[i] - odd * s, even * s + odd * cos[i], y)
 
 
-@njit(**_OPTIONS)
+@inner(fastmath={"contract"})
 def _turn_tokens(first: int, last: int, x: Any, slots: Any, cos: Any, sin: Any, sign: Any, y: Any) -> None:
     length, heads = x.shape[1], x.shape[2]
     for task in range(first, last):
@@ -50,7 +49,7 @@ def _turn_tokens(first: int, last: int, x: Any, slots: Any, cos: Any, sin: Any, 
             _turn(x[b, t, h], cos[slot], sin[slot], sign, y[b, t, h])
 
 
-@njit(**_OPTIONS)
+@compiled
 def _turn_all(threads: int, x: Any, slots: Any, cos: Any, sin: Any, sign: Any, y: Any) -> None:
     share(_turn_tokens, threads, x.shape[0] * x.shape[1], (x, slots, cos, sin, sign, y))
 

@@ -6,6 +6,7 @@ its products and sums fuse. bf16 arrays travel as uint16, since NumPy has no suc
 """
 
 import operator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,13 @@ _WORDS = ir.VectorType(ir.IntType(32), LANES)
 _HALVES = ir.VectorType(ir.IntType(16), LANES)
 
 
-def compiled(function: Any) -> Any:
-    """Compile for use outside the interpreter lock, and keep the result on disk."""
-    return njit(nogil=True, cache=True, error_model="numpy")(function)
+_OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy", "no_cfunc_wrapper": True}
+
+# Decorators, to which options of Numba can be added. Both compile for use outside the interpreter lock and keep the
+# result on disk. `compiled` functions are called from Python; they allocate nothing, so that arrays need no reference
+# counts. `inner` ones are called by compiled code alone, which spares the entry from Python.
+compiled: Any = partial(njit, **_OPTIONS, _nrt=False)
+inner: Any = partial(njit, **_OPTIONS, _nrt=True, no_cpython_wrapper=True)
 
 
 class Float32x16(types.Type):

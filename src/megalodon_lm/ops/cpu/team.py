@@ -17,6 +17,7 @@ import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.compiler import Flags, compile_extra
 from numba.extending import intrinsic
 
 from .threads import parallel_for
@@ -55,11 +56,10 @@ def share(typingctx: Any, kernel: Any, threads: Any, num_tasks: Any, args: Any) 
         num_tasks: 0 is allowed.
         args: tuple.
     """
-    called = typingctx.resolve_function_type(kernel, (types.int64, types.int64, *args), {})
+    kinds = (types.int64, types.int64, *args)
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        compiled = kernel.dispatcher.get_compile_result(called)
-        context.active_code_library.add_linking_library(compiled.library)
+        compiled = _compiled_here(typingctx, context, kernel.dispatcher, kinds)
         _, threads, num_tasks, arguments = values
         pieces = builder.mul(threads, _INT(_PIECES_PER_THREAD))
         pieces = builder.select(builder.icmp_signed("<", pieces, num_tasks), pieces, num_tasks)
@@ -83,7 +83,7 @@ def share(typingctx: Any, kernel: Any, threads: Any, num_tasks: Any, args: Any) 
         first = inner.sdiv(inner.mul(tasks, piece), total)
         last = inner.sdiv(inner.mul(tasks, inner.add(piece, _INT(1))), total)
         unpacked = [_borrowed(context, inner, kind, inner.extract_value(inputs, i)) for i, kind in enumerate(args)]
-        context.call_internal_no_propagate(inner, compiled.fndesc, called, [first, last, *unpacked])
+        context.call_internal_no_propagate(inner, compiled.fndesc, compiled.signature, [first, last, *unpacked])
         inner.branch(loop)
         inner.position_at_end(leave)
         inner.ret_void()
@@ -96,6 +96,15 @@ def share(typingctx: Any, kernel: Any, threads: Any, num_tasks: Any, args: Any) 
         return context.get_dummy_value()
 
     return types.void(kernel, types.int64, types.int64, args), codegen
+
+
+def _compiled_here(typingctx: Any, context: Any, dispatcher: Any, kinds: tuple[Any, ...]) -> Any:
+    """A kernel as part of the code that is being compiled: as a function of its own it would be optimised twice."""
+    flags = Flags()
+    dispatcher.targetdescr.options.parse_as_flags(flags, dispatcher.targetoptions)
+    flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
+    library = context.active_code_library
+    return compile_extra(typingctx, dispatcher.targetctx, dispatcher.py_func, kinds, types.none, flags, {}, library)
 
 
 def _borrowed(context: Any, builder: Any, kind: Any, value: Any) -> Any:

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from .simd import LANES, compiled, load, splat, store, total
+from .simd import LANES, compiled, inner, load, splat, store, total
 from .team import share
 
 
-@compiled
+@inner
 def _sums(x: Any, offset: int, width: int) -> Any:
     """Mean and population variance of one token's group, in float32."""
     if width % LANES == 0:
@@ -38,7 +38,7 @@ def _sums(x: Any, offset: int, width: int) -> Any:
     return mean, np.float32(var / np.float32(width))
 
 
-@compiled
+@inner
 def forward(
     first: int,
     last: int,
@@ -113,7 +113,7 @@ def forward(
         task = end
 
 
-@compiled
+@inner
 def backward(
     first: int,
     last: int,
