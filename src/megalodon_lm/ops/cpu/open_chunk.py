@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,10 +74,16 @@ def _return_all(grad: Any, stops: Any, fill: Any, piece: Any, cached: Any) -> No
                 _copy(grad[b, slot], cached[b, slot])
 
 
+def _words(t: Tensor) -> np.ndarray:
+    """float32 as pairs of 16 bits, so that the same code moves float32 and bf16."""
+    return array_of(t).view(np.uint16)
+
+
 def _take(piece: Tensor, cached: Tensor | None, stops: Tensor, fill: Tensor, chunk_size: int) -> Tensor:
     target = piece.new_empty(len(piece), chunk_size, *piece.shape[2:])
     source = piece if cached is None else cached
-    _take_all(num_threads(), *(array_of(t) for t in (piece, source, stops, fill, target)))
+    pieces = (_words(piece), _words(source))
+    _take_all(num_threads(), *pieces, array_of(stops), array_of(fill), _words(target))
     return target
 
 
@@ -95,7 +102,7 @@ def _(piece: Tensor, cached: Tensor | None, stops: Tensor, fill: Tensor, chunk_s
 def return_open_chunk(grad: Tensor, stops: Tensor, fill: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Gradients to piece and cache."""
     piece, cached = grad.new_zeros(len(grad), length, *grad.shape[2:]), grad.new_zeros(grad.shape)
-    _return_all(*(array_of(t) for t in (grad, stops, fill, piece, cached)))
+    _return_all(_words(grad), array_of(stops), array_of(fill), _words(piece), _words(cached))
     return piece, cached
 
 
