@@ -100,7 +100,7 @@ def share(typingctx: Any, kernel: Any, threads: Any, num_tasks: Any, args: Any) 
 
 def _compiled_here(typingctx: Any, context: Any, dispatcher: Any, kinds: tuple[Any, ...]) -> Any:
     """A kernel as part of the code that is being compiled: as a function of its own it would be optimised twice."""
-    flags = Flags()
+    flags: Any = Flags()
     dispatcher.targetdescr.options.parse_as_flags(flags, dispatcher.targetoptions)
     flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
     library = context.active_code_library
