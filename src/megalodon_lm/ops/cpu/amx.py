@@ -17,7 +17,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .simd import compiled
+from .simd import inner
 
 BLOCK = 32  # rows, columns and depth
 LINE = 64  # bytes of a cache line: tiles are read fastest from its start
@@ -144,7 +144,7 @@ def store_pairs(typingctx: Any, b: Any, b_at: Any, rows: Any, upper: Any, lower:
     return types.void(b, types.intp, rows, types.intp, types.intp), codegen
 
 
-@compiled
+@inner
 def scratch(words: int) -> Any:
     """An array of so many 32-bit words from the start of a cache line."""
     memory = np.empty(words + LINE // 4, np.uint32)
@@ -152,7 +152,7 @@ def scratch(words: int) -> Any:
     return memory[skip : skip + words]
 
 
-@compiled
+@inner
 def pack_transposed(words: Any, width: int, packed: Any, to: int, step: int) -> None:
     """Pack the transpose of 32 rows of `width` elements: one block for each 32 columns, `step` words apart."""
     for i in range(width // 2):
@@ -163,7 +163,7 @@ def pack_transposed(words: Any, width: int, packed: Any, to: int, step: int) -> 
             packed[at + _TILE * _TILE + j] = words[(j + _TILE) * width // 2 + i]
 
 
-@compiled
+@inner
 def pack(rows: Any, at: int, stride: int, width: int, packed: Any, to: int, step: int) -> None:
     """Pack 32 rows of `width` elements: one block for each 32 columns, `step` words apart."""
     for i in range(_TILE):
@@ -173,7 +173,7 @@ def pack(rows: Any, at: int, stride: int, width: int, packed: Any, to: int, step
             store_pairs(packed, tile, rows, upper + c, lower + c)
 
 
-@compiled
+@inner
 def multiply(a: Any, at: int, stride: int, b: Any, b_at: int, step: int, blocks: int) -> None:
     """Add the product of 32 rows of A, `blocks` blocks wide, with as many packed blocks, `step` words apart."""
     for i in range(blocks):

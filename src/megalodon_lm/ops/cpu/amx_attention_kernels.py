@@ -22,11 +22,11 @@ from .amx import (
     scratch,
     store_sums,
 )
-from .simd import LANES, compiled, exp, highest, larger, load, splat, store, total
+from .simd import LANES, compiled, exp, highest, inner, larger, load, splat, store, total
 from .team import share
 
 
-@compiled
+@inner
 def _read_rows(cached: Any, piece: Any, group: Any, h: int, start: int, rows: Any) -> None:
     """Rows start..start + 32 of a head, from the cache (B, c, H, d) at first, then from the piece (B, L, H, d)."""
     row, begin, end, before = group
@@ -45,7 +45,7 @@ def _read_rows(cached: Any, piece: Any, group: Any, h: int, start: int, rows: An
                 rows[to + i] = 0
 
 
-@compiled
+@inner
 def _write_rows(sums: Any, scale: Any, columns: int, cached: Any, piece: Any, group: Any, h: int, start: int) -> None:
     """Write 32 x 32 sums, scaled by rows, to 32 columns of the rows that `_read_rows` reads."""
     row, begin, end, before = group
@@ -56,7 +56,7 @@ def _write_rows(sums: Any, scale: Any, columns: int, cached: Any, piece: Any, gr
             store(target, columns + i, load(sums, r * BLOCK + i) * splat(scale[r]))
 
 
-@compiled
+@inner
 def _softmax_row(scores: Any, at: int, begin: int, low: int, high: int, end: int, weights: Any) -> Any:
     """e^(score - highest) of the scores low..high, zero elsewhere in begin..end; gives the highest and the sum."""
     for i in range(begin, low):
@@ -79,7 +79,7 @@ def _softmax_row(scores: Any, at: int, begin: int, low: int, high: int, end: int
     return peak, total(sums)
 
 
-@compiled
+@inner
 def _pack_keys(
     first: int, last: int, k: Any, v: Any, keys: Any, values: Any, group: Any, blocks: int, packed_k: Any, packed_v: Any
 ) -> None:
@@ -95,7 +95,7 @@ def _pack_keys(
         pack(rows, 0, dv, dv, packed_v, to, blocks * BLOCK_WORDS)
 
 
-@compiled
+@inner
 def _attend_blocks(
     first: int,
     last: int,
@@ -188,7 +188,7 @@ def attend(
     share(_attend_blocks, threads, tasks, (q, group, blocks, packed_k, packed_v, slots, config, out, sums))
 
 
-@compiled
+@inner
 def _pack_queries(
     first: int,
     last: int,
@@ -228,7 +228,7 @@ def _pack_queries(
             logs[at], deltas[at] = log, delta
 
 
-@compiled
+@inner
 def _weight_gradients(
     scores: Any,
     grads: Any,
@@ -265,7 +265,7 @@ def _weight_gradients(
             weights[other + i] = 0
 
 
-@compiled
+@inner
 def _return_to_keys(
     first: int,
     last: int,
@@ -345,7 +345,7 @@ def _return_to_keys(
     configure(saved)
 
 
-@compiled
+@inner
 def _return_to_queries(
     first: int,
     last: int,
@@ -375,7 +375,7 @@ def _return_to_queries(
     configure(saved)
 
 
-@compiled
+@inner
 def _write_queries(first: int, last: int, sums: Any, group: Any, grad_q: Any) -> None:
     """Sums (H, blocks, dk, 32) to tokens of (B, L, H, dk)."""
     row, begin, end, _ = group

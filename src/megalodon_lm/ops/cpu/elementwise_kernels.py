@@ -4,11 +4,11 @@ from typing import Any
 
 import numpy as np
 
-from .simd import LANES, compiled, load, sigmoid, splat, store, total
+from .simd import LANES, compiled, inner, load, sigmoid, splat, store, total
 from .team import share
 
 
-@compiled
+@inner
 def norm_forward(
     first: int, last: int, x: Any, dim: int, weight: Any, bias: Any, centred: bool, eps: float, y: Any, saved: Any
 ) -> None:
@@ -38,7 +38,7 @@ def norm_forward(
             store(y, at + i, (load(x, at + i) - middle) * by * load(weight, i) + load(bias, i))
 
 
-@compiled
+@inner
 def norm_backward(
     first: int,
     last: int,
@@ -78,7 +78,7 @@ def norm_backward(
                 store(grad_x, at + i, by * (load(grad_y, at + i) * load(weight, i) - shift - normed * slope))
 
 
-@compiled
+@inner
 def gate_forward(first: int, last: int, size: int, gate: Any, x: Any, y: Any) -> None:
     """Stretches first..last of `size` elements, a multiple of 16: y = silu(gate) * x."""
     for i in range(first * size, min(last * size, len(y)), LANES):
@@ -86,7 +86,7 @@ def gate_forward(first: int, last: int, size: int, gate: Any, x: Any, y: Any) ->
         store(y, i, g * sigmoid(g) * load(x, i))
 
 
-@compiled
+@inner
 def gate_backward(
     first: int, last: int, size: int, gate: Any, x: Any, grad_y: Any, grad_gate: Any, grad_x: Any
 ) -> None:
