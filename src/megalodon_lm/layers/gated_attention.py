@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from ..ops import backend
 from ..ops.boundaries import Boundaries
-from ..ops.norms import head_rms_norm
 from ..state import LayerState
 from .complex_ema import ComplexEMA
 from .initialization import linear
@@ -60,9 +59,10 @@ class GatedAttention(nn.Module):
         return x + F.dropout(h, c.dropout, self.training), LayerState(norm_out, cema_out, cache_out)
 
     def _queries_and_keys(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalise z (B, L, Z) per head, then one affine map each: two tensors (B, L, H, Z/H)."""
-        heads = self.config.num_heads
-        normed = head_rms_norm(z, heads, self.config.norm_eps)
-        scale = ((self.gamma + 1) / math.sqrt(z.shape[-1] // heads)).to(z.dtype)
-        q, k = (torch.addcmul(self.beta[i].to(z.dtype), normed, scale[i]) for i in range(2))
-        return q.unflatten(-1, (heads, -1)), k.unflatten(-1, (heads, -1))
+        """Normalise z (B, L, Z) per head, with one affine map each: two tensors (B, L, H, Z/H)."""
+        heads = z.unflatten(-1, (self.config.num_heads, -1))
+        scales = ((self.gamma + 1) / math.sqrt(heads.shape[-1])).view(2, *heads.shape[-2:])
+        shifts = self.beta.view_as(scales)
+        eps = self.config.norm_eps
+        q, k = (backend.head_rms_norm(heads, *maps, eps) for maps in zip(scales, shifts, strict=True))
+        return q, k

@@ -97,6 +97,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return _norms.rms_norm(x, weight, eps, out_dtype)
 
 
+def head_rms_norm(z: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """See megalodon_lm.ops.norms.head_rms_norm."""
+    with torch.autocast(z.device.type, enabled=False):
+        if runs_natively(z):
+            from .cpu import norms as native
+
+            if native.fits(z):
+                return native.head_rms_norm(z, scale, shift, eps)
+        return _norms.head_rms_norm(z, scale, shift, eps)
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """See megalodon_lm.ops.norms.layer_norm."""
     out_dtype = compute_dtype(x)

@@ -25,13 +25,13 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: t
     return normed.to(out_dtype or x.dtype)
 
 
-def head_rms_norm(z: Tensor, num_heads: int, eps: float) -> Tensor:
-    """Divide each head's slice of the last dimension by its root mean square; no scale.
+def head_rms_norm(z: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """Divide each head's features by their root mean square, then one affine map each.
 
     Args:
-        z: (..., Z).
-        num_heads: H, a divisor of Z.
+        z: (..., H, d).
+        scale, shift: (H, d).
         eps: added to the mean square.
     """
-    heads = z.unflatten(-1, (num_heads, -1))
-    return F.rms_norm(heads, heads.shape[-1:], eps=eps).flatten(-2)
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    return (F.rms_norm(z.to(dtype), z.shape[-1:], eps=eps) * scale.to(dtype) + shift.to(dtype)).to(z.dtype)

@@ -25,6 +25,8 @@ from .amx import (
 from .simd import LANES, compiled, exp, highest, inner, larger, load, splat, store, total
 from .team import share
 
+TOGETHER = 2  # blocks of one side for each time that the other side comes from the outer caches
+
 
 @inner
 def _read_rows(cached: Any, piece: Any, group: Any, h: int, start: int, rows: Any) -> None:
@@ -57,7 +59,7 @@ def _write_rows(sums: Any, scale: Any, columns: int, cached: Any, piece: Any, gr
 
 
 @inner
-def _softmax_row(scores: Any, at: int, begin: int, low: int, high: int, end: int, weights: Any) -> Any:
+def _softmax_row(scores: Any, at: int, begin: int, low: int, high: int, end: int, weights: Any, to: int) -> Any:
     """e^(score - highest) of the scores low..high, zero elsewhere in begin..end; gives the highest and the sum."""
     for i in range(begin, low):
         scores[at + i] = -np.inf
@@ -71,11 +73,11 @@ def _softmax_row(scores: Any, at: int, begin: int, low: int, high: int, end: int
     for i in range(begin, end, LANES):
         weight = exp(load(scores, at + i) - top)
         sums = sums + weight
-        store(weights, at + i, weight)
+        store(weights, to + i, weight)
     for i in range(begin, low):
-        weights[at + i] = 0
+        weights[to + i] = 0
     for i in range(high, end):
-        weights[at + i] = 0
+        weights[to + i] = 0
     return peak, total(sums)
 
 
@@ -111,43 +113,55 @@ def _attend_blocks(
 ) -> None:
     row, begin, end, before = group
     dk, dv = q.shape[3], out.shape[3]
-    query_blocks = -(-(end - begin) // BLOCK)
+    size = TOGETHER * BLOCK
+    parts = -(-(end - begin) // size)
     width = blocks * BLOCK
     rows = scratch(BLOCK * dk // 2).view(np.uint16)
     scores = scratch(BLOCK * width).view(np.float32)
-    weights = scratch(BLOCK * width // 2).view(np.uint16)
+    weights = scratch(size * width // 2).view(np.uint16)
     mixed = scratch(BLOCK * BLOCK).view(np.float32)
-    scale = np.empty(BLOCK, np.float32)
+    scale = np.empty((TOGETHER, BLOCK), np.float32)
+    seen = np.empty((TOGETHER, 2), np.int64)
     saved = np.empty(LINE, np.uint8)
     save_configuration(saved)
     configure(config)
     for task in range(first, last):
-        h, start = task // query_blocks, (query_blocks - 1 - task % query_blocks) * BLOCK  # the longest first
-        queries = min(BLOCK, end - begin - start)
-        _read_rows(q, q, (row, begin, end, 0), h, start, rows)
-        low = before + start - slots[start]
-        for r in range(1, queries):
-            low = min(low, before + start + r - slots[start + r])
-        low, high = low // BLOCK, -(-(before + start + queries) // BLOCK)
-        for j in range(low, high):
-            clear()
-            multiply(rows, 0, dk, packed_k, (h * blocks + j) * dk // BLOCK * BLOCK_WORDS, BLOCK_WORDS, dk // BLOCK)
-            store_sums(scores, j * BLOCK, width)
-        left, right = low * BLOCK, high * BLOCK
-        for r in range(queries):
-            key = before + start + r
-            peak, power = _softmax_row(scores, r * width, left, key - slots[start + r], key + 1, right, weights)
-            scale[r] = np.float32(1) / power
-            sums[h, start + r] = peak + np.log(power)
-        for r in range(queries, BLOCK):
-            for i in range(left, right):
-                weights[r * width + i] = 0
+        h, start = task // parts, (parts - 1 - task % parts) * size  # the longest first
+        count = -(-min(size, end - begin - start) // BLOCK)
+        for b in range(count):
+            query = start + b * BLOCK
+            queries = min(BLOCK, end - begin - query)
+            _read_rows(q, q, (row, begin, end, 0), h, query, rows)
+            low = before + query - slots[query]
+            for r in range(1, queries):
+                low = min(low, before + query + r - slots[query + r])
+            low, high = low // BLOCK, -(-(before + query + queries) // BLOCK)
+            seen[b, 0], seen[b, 1] = low, high
+            for j in range(low, high):
+                clear()
+                at = (h * blocks + j) * dk // BLOCK * BLOCK_WORDS
+                multiply(rows, 0, dk, packed_k, at, BLOCK_WORDS, dk // BLOCK)
+                store_sums(scores, j * BLOCK, width)
+            left, right = low * BLOCK, high * BLOCK
+            for r in range(BLOCK):
+                to = (b * BLOCK + r) * width
+                if r < queries:
+                    key = before + query + r
+                    own = key - slots[query + r]
+                    peak, power = _softmax_row(scores, r * width, left, own, key + 1, right, weights, to)
+                    scale[b, r] = np.float32(1) / power
+                    sums[h, query + r] = peak + np.log(power)
+                else:
+                    for i in range(left, right):
+                        weights[to + i] = 0
         for c in range(dv // BLOCK):
-            clear()
-            at = ((h * (dv // BLOCK) + c) * blocks + low) * BLOCK_WORDS
-            multiply(weights, left, width, packed_v, at, BLOCK_WORDS, high - low)
-            store_sums(mixed, 0, BLOCK)
-            _write_rows(mixed, scale, c * BLOCK, out, out, (row, begin, end, 0), h, start)
+            for b in range(count):
+                low, high = seen[b]
+                clear()
+                at = ((h * (dv // BLOCK) + c) * blocks + low) * BLOCK_WORDS
+                multiply(weights, b * BLOCK * width + low * BLOCK, width, packed_v, at, BLOCK_WORDS, high - low)
+                store_sums(mixed, 0, BLOCK)
+                _write_rows(mixed, scale[b], c * BLOCK, out, out, (row, begin, end, 0), h, start + b * BLOCK)
     configure(saved)
 
 
@@ -184,7 +198,7 @@ def attend(
     queries = group[2] - group[1]
     blocks = -(-(group[3] + queries) // BLOCK)
     share(_pack_keys, threads, heads * blocks, (k, v, keys, values, group, blocks, packed_k, packed_v))
-    tasks = heads * -(-queries // BLOCK)
+    tasks = heads * -(-queries // (TOGETHER * BLOCK))
     share(_attend_blocks, threads, tasks, (q, group, blocks, packed_k, packed_v, slots, config, out, sums))
 
 
@@ -293,55 +307,69 @@ def _return_to_keys(
     dk, dv = k.shape[3], v.shape[3]
     blocks = -(-(end - begin) // BLOCK)
     width = blocks * BLOCK
-    k_rows, v_rows = scratch(BLOCK * dk // 2).view(np.uint16), scratch(BLOCK * dv // 2).view(np.uint16)
-    weights = scratch(BLOCK * width).view(np.uint16)
+    parts = -(-tile // TOGETHER)
+    k_rows = scratch(TOGETHER * BLOCK * dk // 2).view(np.uint16)
+    v_rows = scratch(TOGETHER * BLOCK * dv // 2).view(np.uint16)
+    weights = scratch(TOGETHER * BLOCK * width).view(np.uint16)
     scores, grads = scratch(BLOCK * BLOCK).view(np.float32), scratch(BLOCK * BLOCK).view(np.float32)
-    bounds = np.empty((BLOCK, 2), np.int64)
+    bounds = np.empty((TOGETHER, BLOCK, 2), np.int64)
+    seen = np.empty((TOGETHER, 2), np.int64)
     scale = np.ones(BLOCK, np.float32)
     saved = np.empty(LINE, np.uint8)
     save_configuration(saved)
     configure(config)
     for task in range(first, last):
-        h, block = task // tile, task % tile
-        key = start + block * BLOCK
-        _read_rows(keys, k, group, h, key, k_rows)
-        _read_rows(values, v, group, h, key, v_rows)
-        for d in range(dk):
+        h, part = task // parts, task % parts * TOGETHER
+        count = min(TOGETHER, tile - part)
+        for b in range(count):
+            key = start + (part + b) * BLOCK
+            _read_rows(keys, k, group, h, key, k_rows[b * BLOCK * dk :])
+            _read_rows(values, v, group, h, key, v_rows[b * BLOCK * dv :])
+            for d in range(dk):
+                for r in range(BLOCK):
+                    turned[((h * dk + d) * tile + part + b) * BLOCK + r] = k_rows[(b * BLOCK + r) * dk + d]
+            high = 0
             for r in range(BLOCK):
-                turned[((h * dk + d) * tile + block) * BLOCK + r] = k_rows[r * dk + d]
-        high = 0
-        for r in range(BLOCK):
-            token = max(key + r - before, 0)
-            bounds[r, 0], bounds[r, 1] = token, ends[token] if key + r < before + end - begin else 0
-            high = max(high, bounds[r, 1])
-        low, high = bounds[0, 0] // BLOCK, -(-high // BLOCK)
-        for j in range(low, high):
-            at = h * blocks + j
-            clear()
-            multiply(k_rows, 0, dk, q_transposed, at * dk // BLOCK * BLOCK_WORDS, BLOCK_WORDS, dk // BLOCK)
-            store_sums(scores, 0, BLOCK)
-            clear()
-            multiply(v_rows, 0, dv, grad_transposed, at * dv // BLOCK * BLOCK_WORDS, BLOCK_WORDS, dv // BLOCK)
-            store_sums(grads, 0, BLOCK)
-            query = j * BLOCK
-            _weight_gradients(scores, grads, logs, deltas, at * BLOCK, bounds, query, weights, query, width)
-            to = (at * tile + block) * BLOCK_WORDS
-            pack(weights, BLOCK * width + query, width, BLOCK, packed_scores, to, 0)
-        for j in range(high, blocks):
-            to = ((h * blocks + j) * tile + block) * BLOCK_WORDS
-            packed_scores[to : to + BLOCK_WORDS] = 0
-        for c in range(dv // BLOCK):
-            clear()
-            at = ((h * (dv // BLOCK) + c) * blocks + low) * BLOCK_WORDS
-            multiply(weights, low * BLOCK, width, grad_pairs, at, BLOCK_WORDS, high - low)
-            store_sums(scores, 0, BLOCK)
-            _write_rows(scores, scale, c * BLOCK, grad_values, grad_v, group, h, key)
-        for c in range(dk // BLOCK):
-            clear()
-            at = ((h * (dk // BLOCK) + c) * blocks + low) * BLOCK_WORDS
-            multiply(weights, BLOCK * width + low * BLOCK, width, q_pairs, at, BLOCK_WORDS, high - low)
-            store_sums(scores, 0, BLOCK)
-            _write_rows(scores, scale, c * BLOCK, grad_keys, grad_k, group, h, key)
+                token = max(key + r - before, 0)
+                bounds[b, r, 0], bounds[b, r, 1] = token, ends[token] if key + r < before + end - begin else 0
+                high = max(high, bounds[b, r, 1])
+            seen[b, 0], seen[b, 1] = bounds[b, 0, 0] // BLOCK, -(-high // BLOCK)
+        for j in range(seen[0, 0], blocks):
+            at, query = h * blocks + j, j * BLOCK
+            for b in range(count):
+                to = (at * tile + part + b) * BLOCK_WORDS
+                if seen[b, 0] <= j < seen[b, 1]:
+                    clear()
+                    words = at * dk // BLOCK * BLOCK_WORDS
+                    multiply(k_rows, b * BLOCK * dk, dk, q_transposed, words, BLOCK_WORDS, dk // BLOCK)
+                    store_sums(scores, 0, BLOCK)
+                    clear()
+                    words = at * dv // BLOCK * BLOCK_WORDS
+                    multiply(v_rows, b * BLOCK * dv, dv, grad_transposed, words, BLOCK_WORDS, dv // BLOCK)
+                    store_sums(grads, 0, BLOCK)
+                    own = 2 * b * BLOCK * width + query
+                    _weight_gradients(scores, grads, logs, deltas, at * BLOCK, bounds[b], query, weights, own, width)
+                    pack(weights, own + BLOCK * width, width, BLOCK, packed_scores, to, 0)
+                else:
+                    for i in range(BLOCK_WORDS):
+                        packed_scores[to + i] = 0
+        for c in range((dv + dk) // BLOCK):
+            for b in range(count):
+                low, high = seen[b]
+                key = start + (part + b) * BLOCK
+                own = 2 * b * BLOCK * width + low * BLOCK
+                clear()
+                if c < dv // BLOCK:
+                    at = ((h * (dv // BLOCK) + c) * blocks + low) * BLOCK_WORDS
+                    multiply(weights, own, width, grad_pairs, at, BLOCK_WORDS, high - low)
+                    store_sums(scores, 0, BLOCK)
+                    _write_rows(scores, scale, c * BLOCK, grad_values, grad_v, group, h, key)
+                else:
+                    d = c - dv // BLOCK
+                    at = ((h * (dk // BLOCK) + d) * blocks + low) * BLOCK_WORDS
+                    multiply(weights, own + BLOCK * width, width, q_pairs, at, BLOCK_WORDS, high - low)
+                    store_sums(scores, 0, BLOCK)
+                    _write_rows(scores, scale, d * BLOCK, grad_keys, grad_k, group, h, key)
     configure(saved)
 
 
@@ -445,7 +473,8 @@ def attend_backward(
         some, start = min(tile, key_blocks - first), first * BLOCK
         given = (k, v, keys, values, group, ends, packed, logs, deltas, config)
         made = (grad_k, grad_v, grad_keys, grad_values, turned, packed_scores)
-        share(_return_to_keys, threads, heads * some, (start, some, *given, *made))
+        tasks = heads * -(-some // TOGETHER)
+        share(_return_to_keys, threads, tasks, (start, some, *given, *made))
         args = (start, some, dk, blocks, before, turned, packed_scores, config, sums_q)
         share(_return_to_queries, threads, heads * blocks, args)
     share(_write_queries, threads, heads * blocks, (sums_q, group, grad_q))

@@ -15,10 +15,10 @@ def norm_forward(
     """Tokens first..last of a RMS norm or, if centred, a layer norm over D features, D a multiple of 16.
 
     Args:
-        x: (M, D); weight, with its 1 added, and bias: (D,) float32; y: (M, D), out; saved: (M, 2), mean and scale, out.
+        x: (M, D); weight and bias: (H, D) float32, taken in turn; y: (M, D), out; saved: (M, 2), mean and scale, out.
     """
     for m in range(first, last):
-        at = m * dim
+        at, own = m * dim, m * dim % weight.size
         mean = np.float32(0)
         if centred:
             part = load(x, at)
@@ -35,7 +35,7 @@ def norm_forward(
         saved[2 * m], saved[2 * m + 1] = mean, scale
         by = splat(scale)
         for i in range(0, dim, LANES):
-            store(y, at + i, (load(x, at + i) - middle) * by * load(weight, i) + load(bias, i))
+            store(y, at + i, (load(x, at + i) - middle) * by * load(weight, own + i) + load(bias, own + i))
 
 
 @inner
@@ -54,13 +54,15 @@ def norm_backward(
     grad_weight: Any,
     grad_bias: Any,
 ) -> None:
-    """Stretches first..last of `size` tokens: gradients to x (M, D), and per stretch to weight and bias (S, D)."""
+    """Stretches first..last of `size` tokens: gradients to x (M, D), and per stretch to weight and bias (S, H, D)."""
     for stretch in range(first, last):
-        to = stretch * dim
-        grad_weight[to : to + dim] = 0
-        grad_bias[to : to + dim] = 0
+        begin = stretch * weight.size
+        for i in range(begin, begin + weight.size):
+            grad_weight[i] = 0
+            grad_bias[i] = 0
         for m in range(stretch * size, min(tokens, (stretch + 1) * size)):
-            at = m * dim
+            at, own = m * dim, m * dim % weight.size
+            to = begin + own
             middle, by = splat(saved[2 * m]), splat(saved[2 * m + 1])
             slope, shift = splat(np.float32(0)), splat(np.float32(0))
             for i in range(0, dim, LANES):
@@ -68,14 +70,14 @@ def norm_backward(
                 grad = load(grad_y, at + i)
                 store(grad_weight, to + i, load(grad_weight, to + i) + grad * normed)
                 store(grad_bias, to + i, load(grad_bias, to + i) + grad)
-                grad = grad * load(weight, i)
+                grad = grad * load(weight, own + i)
                 slope = slope + grad * normed
                 shift = shift + grad
             slope = splat(total(slope) / np.float32(dim))
             shift = splat(total(shift) / np.float32(dim) if centred else np.float32(0))
             for i in range(0, dim, LANES):
                 normed = (load(x, at + i) - middle) * by
-                store(grad_x, at + i, by * (load(grad_y, at + i) * load(weight, i) - shift - normed * slope))
+                store(grad_x, at + i, by * (load(grad_y, at + i) * load(weight, own + i) - shift - normed * slope))
 
 
 @inner

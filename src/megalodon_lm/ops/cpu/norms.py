@@ -19,16 +19,28 @@ def fits(x: Tensor) -> bool:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype | None = None) -> Tensor:
     """As megalodon_lm.ops.norms.rms_norm, for x in float32 or bf16."""
-    return _norm(x, weight, torch.zeros_like(weight), False, eps, out_dtype)
+    return _norm(x, weight + 1, torch.zeros_like(weight), False, eps, out_dtype)
+
+
+def head_rms_norm(z: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """As megalodon_lm.ops.norms.head_rms_norm, for z in float32 or bf16."""
+    return _norm(z, scale, shift, False, eps, z.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype | None = None) -> Tensor:
     """As megalodon_lm.ops.norms.layer_norm, for x in float32 or bf16."""
-    return _norm(x, weight, bias, True, eps, out_dtype)
+    return _norm(x, weight + 1, bias, True, eps, out_dtype)
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, centred: bool, eps: float, out_dtype: torch.dtype | None) -> Tensor:
-    arguments = (x.contiguous(), weight.float() + 1, bias.float(), centred, eps, out_dtype or x.dtype)
+    arguments = (
+        x.contiguous(),
+        weight.float().contiguous(),
+        bias.float().contiguous(),
+        centred,
+        eps,
+        out_dtype or x.dtype,
+    )
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in arguments[:3])
     return (norm_forward if keep or torch.compiler.is_compiling() else _forward)(*arguments)[0]
 
@@ -67,7 +79,7 @@ def norm_backward(
     tokens = x.numel() // dim
     stretches = -(-tokens // STRETCH)
     grad_x = torch.empty_like(x)
-    grad_weight, grad_bias = weight.new_empty(stretches, dim), weight.new_empty(stretches, dim)
+    grad_weight, grad_bias = (weight.new_empty(stretches, *weight.shape) for _ in range(2))
     inputs = (as_numpy(x), dim, as_numpy(weight), centred, as_numpy(saved), tokens, STRETCH)
     grads = [as_numpy(t) for t in (grad_y, grad_x, grad_weight, grad_bias)]
     run_on_team(kernels.norm_backward_on_team, stretches, *inputs, *grads)
