@@ -7,19 +7,17 @@ at padding. A chunk so far, or what of it lies in the piece, is a run of slots t
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from .scalars import exp, load, maximum, rounded
+from .simd import compiled, inner
 from .team import share
 
 _LANES = 64  # vectorised loops run over whole multiples of this
-_OPTIONS: dict[str, Any] = {
-    "nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract"}, "no_cfunc_wrapper": True,
-}  # fmt: skip
-_SUM: dict[str, Any] = {**_OPTIONS, "fastmath": {"contract", "reassoc", "nsz"}, "no_cpython_wrapper": True}
+_CONTRACT = {"contract"}
+_SUM = {"contract", "reassoc", "nsz"}
 
 
-@njit(**_OPTIONS)
+@compiled(fastmath=_CONTRACT)
 def plan_groups(slots: Any, most: int, ends: Any, groups: Any) -> int:
     """Cut rows into groups: one chunk, or several whole chunks of together no more than `most` keys.
 
@@ -52,7 +50,7 @@ def plan_groups(slots: Any, most: int, ends: Any, groups: Any) -> int:
     return count
 
 
-@njit(**_SUM)
+@inner(fastmath=_SUM)
 def _sum_exp(x: Any, highest: Any) -> Any:
     """Sum of e^(x - highest), which replaces x."""
     total = np.float32(0)
@@ -63,7 +61,7 @@ def _sum_exp(x: Any, highest: Any) -> Any:
     return total
 
 
-@njit(**_OPTIONS)
+@inner(fastmath=_CONTRACT)
 def _softmax_rows(first: int, last: int, scores: Any, slots: Any, before: int, start: int, sums: Any) -> None:
     _heads, rows, width = scores.shape
     x = np.empty(width + _LANES, np.float32)
@@ -91,7 +89,7 @@ def _softmax_rows(first: int, last: int, scores: Any, slots: Any, before: int, s
         sums[h, start + r] = highest + np.log(total)
 
 
-@njit(**_OPTIONS)
+@compiled(fastmath=_CONTRACT)
 def softmax(threads: int, scores: Any, slots: Any, before: int, start: int, sums: Any) -> None:
     """Softmax of a tile of rows in place, 0 where a query sees no key.
 
@@ -104,7 +102,7 @@ def softmax(threads: int, scores: Any, slots: Any, before: int, start: int, sums
     share(_softmax_rows, threads, scores.shape[0] * scores.shape[1], (scores, slots, before, start, sums))
 
 
-@njit(**_OPTIONS)
+@inner(fastmath=_CONTRACT)
 def _weight_gradients(scores: Any, grads: Any, sums: Any, deltas: Any) -> None:
     for i in range(len(scores)):
         weight = exp(load(scores[i]) - sums[i])
@@ -113,7 +111,7 @@ def _weight_gradients(scores: Any, grads: Any, sums: Any, deltas: Any) -> None:
         grads[i] = rounded(grad, grads)
 
 
-@njit(**_OPTIONS)
+@inner(fastmath=_CONTRACT)
 def _gradient_rows(
     first: int,
     last: int,
@@ -142,7 +140,7 @@ def _gradient_rows(
         grad[high:] = 0
 
 
-@njit(**_OPTIONS)
+@compiled(fastmath=_CONTRACT)
 def weight_gradients(
     threads: int, scores: Any, grads: Any, ends: Any, before: int, start: int, query: int, sums: Any, deltas: Any
 ) -> None:
@@ -158,7 +156,7 @@ def weight_gradients(
     share(_gradient_rows, threads, tasks, (scores, grads, ends, before, start, query, sums, deltas))
 
 
-@njit(**_SUM)
+@inner(fastmath=_SUM)
 def _dot(a: Any, b: Any) -> Any:
     total = np.float32(0)
     for i in range(len(a)):
@@ -166,13 +164,13 @@ def _dot(a: Any, b: Any) -> Any:
     return total
 
 
-@njit(**_OPTIONS)
+@inner(fastmath=_CONTRACT)
 def _copy(source: Any, target: Any) -> None:
     for i in range(len(source)):  # assigning a whole slice would compile for seconds
         target[i] = source[i]
 
 
-@njit(**_OPTIONS)
+@inner(fastmath=_CONTRACT)
 def _delta_rows(first: int, last: int, grad: Any, out: Any, row: int, begin: int, packed: Any, deltas: Any) -> None:
     n = packed.shape[1]
     for task in range(first, last):
@@ -182,7 +180,7 @@ def _delta_rows(first: int, last: int, grad: Any, out: Any, row: int, begin: int
         _copy(source, packed[h, i])
 
 
-@njit(**_OPTIONS)
+@compiled(fastmath=_CONTRACT)
 def pack_gradient(threads: int, grad: Any, out: Any, row: int, begin: int, packed: Any, deltas: Any) -> None:
     """Gradient of the output of a group by heads, and its products with the output.
 
@@ -195,14 +193,14 @@ def pack_gradient(threads: int, grad: Any, out: Any, row: int, begin: int, packe
     share(_delta_rows, threads, packed.shape[0] * packed.shape[1], (grad, out, row, begin, packed, deltas))
 
 
-@njit(**_OPTIONS)
+@inner(fastmath=_CONTRACT)
 def _place(cached: Any, piece: Any, group: Any, key: int, h: int) -> Any:
     """Key or value `key` of a group and head: from the entry cache at first, then from the piece."""
     row, begin, _, before = group
     return cached[row, key, h] if key < before else piece[row, begin + key - before, h]
 
 
-@njit(**_OPTIONS)
+@inner(fastmath=_CONTRACT)
 def _few_scores(
     first: int, last: int, q: Any, k: Any, keys: Any, slots: Any, groups: Any, scores: Any, blocks: int
 ) -> None:
@@ -217,14 +215,14 @@ def _few_scores(
                 scores[g, h, t - begin, key] = _dot(q[row, t, h], _place(keys, k, groups[g], key, h))
 
 
-@njit(**_OPTIONS)
+@inner(fastmath=_CONTRACT)
 def _add_rows(weights: Any, a: Any, b: Any, c: Any, d: Any, target: Any) -> None:
     w, x, y, z = weights[0], weights[1], weights[2], weights[3]
     for i in range(len(target)):
         target[i] += w * load(a[i]) + x * load(b[i]) + y * load(c[i]) + z * load(d[i])
 
 
-@njit(**_OPTIONS)
+@inner(fastmath=_CONTRACT)
 def _few_outputs(
     first: int, last: int, v: Any, values: Any, slots: Any, groups: Any, scores: Any, out: Any, sums: Any, size: int
 ) -> None:
@@ -263,7 +261,7 @@ def _few_outputs(
                 sums[heads * (row * slots.shape[1] + begin) + h * (end - begin) + t - begin] = highest + np.log(total)
 
 
-@njit(**_OPTIONS)
+@compiled(fastmath=_CONTRACT)
 def attend_few(
     threads: int,
     q: Any,
