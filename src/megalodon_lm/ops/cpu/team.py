@@ -22,7 +22,7 @@ from numba.extending import intrinsic
 
 from .threads import parallel_for
 
-_PIECES_PER_THREAD = 4
+_PIECES_PER_THREAD = 2
 _SYMBOL = "megalodon_run_on_team"
 _INT = ir.IntType(64)
 _POINTER = ir.IntType(8).as_pointer()
