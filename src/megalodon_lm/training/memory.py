@@ -16,8 +16,8 @@ def keep_freed_memory() -> bool:
 
     Otherwise glibc gives the activations of each step back to the system, which hands them out again one zeroed page at
     a time: tens of thousands of page faults a step. The heap is told to trim nothing and is extended at once by a third
-    of the machine's memory, as addresses alone, for which the system is asked for huge pages. A kept heap has gaps; what
-    does not fit into it comes and goes as ever.
+    of the machine's memory, as addresses alone, for which the system is asked for huge pages. A kept heap has gaps;
+    what does not fit into it comes and goes as ever.
 
     Returns:
         Whether memory is kept; huge pages depend on the system.

@@ -6,6 +6,7 @@ import platform
 import sys
 
 import llvmlite.binding as llvm
+from numba import config
 
 
 @functools.cache
@@ -24,6 +25,8 @@ def multiplies_tiles() -> bool:
 
 
 def _has(feature: str) -> bool:
+    if any(getattr(config, name, None) for name in ("CPU_NAME", "CPU_FEATURES")):  # compiling for another processor
+        return False
     try:
         return bool(llvm.get_host_cpu_features().get(feature, False))
     except RuntimeError:  # LLVM does not know this system's features
