@@ -59,7 +59,6 @@ def _configuration(name: str) -> Any:
     return run
 
 
-# Each thread sets its tiles up before it uses them and leaves them as they were: oneDNN uses them too.
 save_configuration = _configuration("sttilecfg")
 configure = _configuration("ldtilecfg")
 
@@ -178,3 +177,12 @@ def multiply(a: Any, at: int, stride: int, b: Any, b_at: int, step: int, blocks:
     """Add the product of 32 rows of A, `blocks` blocks wide, with as many packed blocks, `step` words apart."""
     for i in range(blocks):
         accumulate(a, at + i * BLOCK, stride, b, b_at + i * step)
+
+
+@inner
+def enter_tiles() -> Any:
+    """Set this thread's tiles up; gives what `configure` takes to leave them as they were, for oneDNN uses them too."""
+    before = np.empty(LINE, np.uint8)
+    save_configuration(before)
+    configure(CONFIG)
+    return before

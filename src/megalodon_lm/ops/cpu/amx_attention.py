@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import amx_attention_kernels as kernels
-from .amx import BLOCK, BLOCK_WORDS, CONFIG
+from .amx import BLOCK, BLOCK_WORDS
 from .processor import multiplies_tiles
 from .scalars import array_of
 from .team import num_threads
@@ -54,7 +54,7 @@ def forward(
         logs = sums_of[heads * (row * length + begin) :][: heads * (end - begin)].reshape(heads, end - begin)
         group = (row, begin, end, before)
         kernels.attend(
-            num_threads(), *piece, *cache, group, *packed, slots_of[row, begin:end], CONFIG, target, logs
+            num_threads(), *piece, *cache, group, *packed, slots_of[row, begin:end], target, logs
         )  # fmt: skip
 
 
@@ -95,5 +95,5 @@ def backward(
         last = ends[row, begin:end] - begin
         kernels.attend_backward(
             num_threads(), incoming, output, piece, cache, (row, begin, end, before), last, logs, packed, rows,
-            _KEY_BLOCKS, turned, packed_scores, sums_q, CONFIG, grads, grad_cache,
+            _KEY_BLOCKS, turned, packed_scores, sums_q, grads, grad_cache,
         )  # fmt: skip

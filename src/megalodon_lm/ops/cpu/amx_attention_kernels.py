@@ -11,14 +11,13 @@ import numpy as np
 from .amx import (
     BLOCK,
     BLOCK_WORDS,
-    LINE,
     clear,
     configure,
+    enter_tiles,
     load_sums,
     multiply,
     pack,
     pack_transposed,
-    save_configuration,
     scratch,
     store_sums,
 )
@@ -107,7 +106,6 @@ def _attend_blocks(
     packed_k: Any,
     packed_v: Any,
     slots: Any,
-    config: Any,
     out: Any,
     sums: Any,
 ) -> None:
@@ -122,9 +120,7 @@ def _attend_blocks(
     mixed = scratch(BLOCK * BLOCK).view(np.float32)
     scale = np.empty((TOGETHER, BLOCK), np.float32)
     seen = np.empty((TOGETHER, 2), np.int64)
-    saved = np.empty(LINE, np.uint8)
-    save_configuration(saved)
-    configure(config)
+    tiles_before = enter_tiles()
     for task in range(first, last):
         h, start = task // parts, (parts - 1 - task % parts) * size  # the longest first
         count = -(-min(size, end - begin - start) // BLOCK)
@@ -162,7 +158,7 @@ def _attend_blocks(
                 multiply(weights, b * BLOCK * width + low * BLOCK, width, packed_v, at, BLOCK_WORDS, high - low)
                 store_sums(mixed, 0, BLOCK)
                 _write_rows(mixed, scale[b], c * BLOCK, out, out, (row, begin, end, 0), h, start + b * BLOCK)
-    configure(saved)
+    configure(tiles_before)
 
 
 @compiled
@@ -177,7 +173,6 @@ def attend(
     packed_k: Any,
     packed_v: Any,
     slots: Any,
-    config: Any,
     out: Any,
     sums: Any,
 ) -> None:
@@ -190,7 +185,6 @@ def attend(
         packed_k: H * blocks of keys * dk / 32 blocks, scratch.
         packed_v: H * dv / 32 * blocks of keys blocks, scratch.
         slots: (n,) of the group.
-        config: of the tiles.
         out: (B, L, H, dv), out.
         sums: (H, n) float32, out: logarithm of the sum of the exponentials.
     """
@@ -199,7 +193,7 @@ def attend(
     blocks = -(-(group[3] + queries) // BLOCK)
     share(_pack_keys, threads, heads * blocks, (k, v, keys, values, group, blocks, packed_k, packed_v))
     tasks = heads * -(-queries // (TOGETHER * BLOCK))
-    share(_attend_blocks, threads, tasks, (q, group, blocks, packed_k, packed_v, slots, config, out, sums))
+    share(_attend_blocks, threads, tasks, (q, group, blocks, packed_k, packed_v, slots, out, sums))
 
 
 @inner
@@ -294,7 +288,6 @@ def _return_to_keys(
     packed: Any,
     logs: Any,
     deltas: Any,
-    config: Any,
     grad_k: Any,
     grad_v: Any,
     grad_keys: Any,
@@ -315,9 +308,7 @@ def _return_to_keys(
     bounds = np.empty((TOGETHER, BLOCK, 2), np.int64)
     seen = np.empty((TOGETHER, 2), np.int64)
     scale = np.ones(BLOCK, np.float32)
-    saved = np.empty(LINE, np.uint8)
-    save_configuration(saved)
-    configure(config)
+    tiles_before = enter_tiles()
     for task in range(first, last):
         h, part = task // parts, task % parts * TOGETHER
         count = min(TOGETHER, tile - part)
@@ -370,7 +361,7 @@ def _return_to_keys(
                     multiply(weights, own + BLOCK * width, width, q_pairs, at, BLOCK_WORDS, high - low)
                     store_sums(scores, 0, BLOCK)
                     _write_rows(scores, scale, d * BLOCK, grad_keys, grad_k, group, h, key)
-    configure(saved)
+    configure(tiles_before)
 
 
 @inner
@@ -384,12 +375,9 @@ def _return_to_queries(
     before: int,
     turned: Any,
     packed_scores: Any,
-    config: Any,
     grad_q: Any,
 ) -> None:
-    saved = np.empty(LINE, np.uint8)
-    save_configuration(saved)
-    configure(config)
+    tiles_before = enter_tiles()
     for task in range(first, last):
         h, query = task // blocks, task % blocks * BLOCK
         seen = min(tile, -(-(before + query - start) // BLOCK) + 1)
@@ -400,7 +388,7 @@ def _return_to_queries(
                 at, stride = (h * dk + d) * tile * BLOCK, tile * BLOCK
                 multiply(turned, at, stride, packed_scores, task * tile * BLOCK_WORDS, BLOCK_WORDS, seen)
                 store_sums(grad_q, to, BLOCK)
-    configure(saved)
+    configure(tiles_before)
 
 
 @inner
@@ -436,7 +424,6 @@ def attend_backward(
     turned: Any,
     packed_scores: Any,
     sums_q: Any,
-    config: Any,
     grads: Any,
     grad_cache: Any,
 ) -> None:
@@ -455,7 +442,6 @@ def attend_backward(
         turned: scratch (H, dk, tile * 32) uint16.
         packed_scores: scratch of H * blocks of queries * tile blocks.
         sums_q: scratch (H, blocks of queries, dk, 32) float32 of zeros, flat.
-        config: of the AMX tiles.
         grads: (B, L, H, d) to q, k and v, out.
         grad_cache: (B, c, H, d) to keys and values, out.
     """
@@ -471,10 +457,10 @@ def attend_backward(
     share(_pack_queries, threads, heads * blocks, (q, grad, out, group, sums, packed, logs, deltas))
     for first in range(0, key_blocks, tile):
         some, start = min(tile, key_blocks - first), first * BLOCK
-        given = (k, v, keys, values, group, ends, packed, logs, deltas, config)
+        given = (k, v, keys, values, group, ends, packed, logs, deltas)
         made = (grad_k, grad_v, grad_keys, grad_values, turned, packed_scores)
         tasks = heads * -(-some // TOGETHER)
         share(_return_to_keys, threads, tasks, (start, some, *given, *made))
-        args = (start, some, dk, blocks, before, turned, packed_scores, config, sums_q)
+        args = (start, some, dk, blocks, before, turned, packed_scores, sums_q)
         share(_return_to_queries, threads, heads * blocks, args)
     share(_write_queries, threads, heads * blocks, (sums_q, group, grad_q))

@@ -175,7 +175,7 @@ def _combine(
     first: int, last: int, splits: int, heads: int, dv: int, summary: Any, partial: Any, gate: Any, y: Any
 ) -> None:
     """Pairs first..last of (B, H): join the splits, and multiply by silu of the gate."""
-    one, zero = splat(np.float32(1)), splat(np.float32(0))
+    zero = splat(np.float32(0))
     for pair in range(first, last):
         begin = pair // heads * splits * heads + pair % heads
         parts = range(begin, begin + splits * heads, heads)
@@ -191,7 +191,7 @@ def _combine(
             for part in parts:
                 some = add_product(some, splat(summary[2 * part]), load(partial, part * dv + i))
             g = load(gate, pair * dv + i)
-            store(y, pair * dv + i, some * (g / (one + exp(zero - g))) / splat(weights))
+            store(y, pair * dv + i, some * (g * sigmoid(g)) / splat(weights))
 
 
 @inner

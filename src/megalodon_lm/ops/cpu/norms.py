@@ -19,7 +19,7 @@ def fits(x: Tensor) -> bool:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype | None = None) -> Tensor:
     """As megalodon_lm.ops.norms.rms_norm, for x in float32 or bf16."""
-    return _norm(x, weight + 1, torch.zeros_like(weight), False, eps, out_dtype)
+    return _norm(x, weight.float() + 1, torch.zeros_like(weight), False, eps, out_dtype)
 
 
 def head_rms_norm(z: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
@@ -29,18 +29,12 @@ def head_rms_norm(z: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype | None = None) -> Tensor:
     """As megalodon_lm.ops.norms.layer_norm, for x in float32 or bf16."""
-    return _norm(x, weight + 1, bias, True, eps, out_dtype)
+    return _norm(x, weight.float() + 1, bias, True, eps, out_dtype)
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, centred: bool, eps: float, out_dtype: torch.dtype | None) -> Tensor:
-    arguments = (
-        x.contiguous(),
-        weight.float().contiguous(),
-        bias.float().contiguous(),
-        centred,
-        eps,
-        out_dtype or x.dtype,
-    )
+    x, weight, bias = x.contiguous(), weight.float().contiguous(), bias.float().contiguous()
+    arguments = (x, weight, bias, centred, eps, out_dtype or x.dtype)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in arguments[:3])
     return (norm_forward if keep or torch.compiler.is_compiling() else _forward)(*arguments)[0]
 

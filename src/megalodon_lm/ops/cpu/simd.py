@@ -133,12 +133,16 @@ def _call(builder: Any, name: str, *operands: Any) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, function, f"llvm.{name}.v{LANES}f32"), operands)
 
 
+def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    return _call(builder, "fmuladd", a, b, c)
+
+
 def _fused(negative: bool) -> Any:
     @intrinsic
     def fused(typingctx: Any, c: Any, a: Any, b: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             c, a, b = args
-            return _call(builder, "fmuladd", builder.fneg(a) if negative else a, b, c)
+            return _multiply_add(builder, builder.fneg(a) if negative else a, b, c)
 
         return float32x16(float32x16, float32x16, float32x16), codegen
 
@@ -193,10 +197,6 @@ def larger(typingctx: Any, a: Any, b: Any) -> Any:
 
 def _constant(number: float) -> ir.Constant:
     return ir.Constant(_FLOATS, [number] * LANES)
-
-
-def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    return _call(builder, "fmuladd", a, b, c)
 
 
 _SHIFTER = 1.5 * 2**23  # adding it rounds to an integer and leaves that in the low bits
