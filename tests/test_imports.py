@@ -11,7 +11,7 @@ import megalodon_lm
 
 PACKAGE = Path(__file__).parent.parent / "src" / "megalodon_lm"
 ROWS = [
-    "files", "plots", "config", "ops", "state", "layers", "model", "parallel", "baselines", "data", "training",
+    "errors", "files", "plots", "config", "ops", "state", "layers", "model", "parallel", "baselines", "data", "training",
     "generation", "evaluation", "benchmark", "hub", "serving", "cli",
 ]  # fmt: skip
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from .errors import InputError
 from .files import write_atomically
 
 InitMode = Literal["he", "bert", "xavier"]
@@ -19,7 +20,7 @@ class ModelConfig:
     """The architecture of one Megalodon decoder. Symbols in brackets are those of docs/model.md.
 
     Raises:
-        ValueError: naming the value, the rule it breaks and the remedy.
+        InputError: naming the value, the rule it breaks and the remedy.
     """
 
     vocab_size: int = 32_000
@@ -93,10 +94,10 @@ class ModelConfig:
         """The configuration of a named size, with single choices changed.
 
         Raises:
-            ValueError: unknown name; the message lists the known ones.
+            InputError: unknown name; the message lists the known ones.
         """
         if name not in SIZES:
-            raise ValueError(f"unknown size {name!r}{_nearest(name, SIZES)}; known sizes: {', '.join(SIZES)}")
+            raise InputError(f"unknown size {name!r}{_nearest(name, SIZES)}; known sizes: {', '.join(SIZES)}")
         return cls.from_dict({**SIZES[name], **changes})
 
     @classmethod
@@ -105,7 +106,7 @@ class ModelConfig:
         known = [f.name for f in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
-                raise ValueError(f"unknown key {key!r} in the model configuration{_nearest(key, known)}")
+                raise InputError(f"unknown key {key!r} in the model configuration{_nearest(key, known)}")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,22 +128,22 @@ class ModelConfig:
         """Read from TOML or JSON, by the ending of the path.
 
         Raises:
-            ValueError: missing or malformed file, unknown key, wrong value.
+            InputError: missing or malformed file, unknown key, wrong value.
         """
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8")
             values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
         except OSError as error:
-            raise ValueError(f"cannot read the model configuration {path}: {error.strerror}") from None
+            raise InputError(f"cannot read the model configuration {path}: {error.strerror}") from None
         except ValueError as error:
-            raise ValueError(f"{path} is not valid {path.suffix.lstrip('.').upper()}: {error}") from None
+            raise InputError(f"{path} is not valid {path.suffix.lstrip('.').upper()}: {error}") from None
         if not isinstance(values, dict):
-            raise ValueError(f"{path} must hold a table of model choices, not {type(values).__name__}")
+            raise InputError(f"{path} must hold a table of model choices, not {type(values).__name__}")
         try:
             return cls.from_dict(values)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise InputError(f"{path}: {error}") from None
 
     @property
     def num_parameters(self) -> int:
@@ -183,7 +184,7 @@ class ModelConfig:
 
 def _require(holds: bool, field: str, value: Any, rule: str) -> None:
     if not holds:
-        raise ValueError(f"{field} = {value!r} {rule}")
+        raise InputError(f"{field} = {value!r} {rule}")
 
 
 def _check_type(field: str, value: Any, kind: Any) -> None:

@@ -6,12 +6,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from .errors import InputError
+
 
 def write_atomically(path: str | Path, data: bytes | str) -> None:
     """Write beside the target, flush to disk, then rename over it.
 
     Raises:
-        ValueError: the folder is missing or not writable, or the disk is full; the old file is untouched.
+        InputError: the folder is missing or not writable, or the disk is full; the old file is untouched.
     """
     path = Path(path)
     raw = data.encode("utf-8") if isinstance(data, str) else data
@@ -25,7 +27,7 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}; nothing there was changed") from None
+        raise InputError(f"cannot write {path}: {error.strerror}; nothing there was changed") from None
     finally:  # also when interrupted
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
@@ -51,16 +53,16 @@ def check_writable(path: str | Path) -> None:
     """Refuse a place that could not be written, before work is done for it.
 
     Raises:
-        ValueError: the folder is missing or not writable, or the path is a folder.
+        InputError: the folder is missing or not writable, or the path is a folder.
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"cannot write {path}: it is a folder; name a file in it")
+        raise InputError(f"cannot write {path}: it is a folder; name a file in it")
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
 
 
 def digest(path: Path) -> dict[str, Any]:
@@ -73,19 +75,19 @@ def check(path: Path, expected: dict[str, Any], verify: bool = True) -> None:
     """Refuse a file that is not what was written.
 
     Raises:
-        ValueError: missing, of another size or altered.
+        InputError: missing, of another size or altered.
     """
     try:
         size = path.stat().st_size
         found = digest(path) if verify and size == expected["bytes"] else expected
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
+        raise InputError(f"{path} is missing") from None
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
     if size != expected["bytes"]:
-        raise ValueError(f"{path} has {size} bytes, not {expected['bytes']}; it was truncated or replaced")
+        raise InputError(f"{path} has {size} bytes, not {expected['bytes']}; it was truncated or replaced")
     if found["sha256"] != expected["sha256"]:
-        raise ValueError(f"{path} was altered or replaced: its checksum does not match")
+        raise InputError(f"{path} was altered or replaced: its checksum does not match")
 
 
 def _umask() -> int:

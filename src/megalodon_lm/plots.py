@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .errors import InputError
+
 HEIGHT = 4.2  # inches
 
 
@@ -21,7 +23,7 @@ def picture(path: Path, columns: int, width: float = 5.5) -> Iterator[Any]:
         The panels, as matplotlib axes.
 
     Raises:
-        ValueError: the path cannot be written, or its ending names no kind of picture.
+        InputError: the path cannot be written, or its ending names no kind of picture.
     """
     import matplotlib
 
@@ -33,6 +35,6 @@ def picture(path: Path, columns: int, width: float = 5.5) -> Iterator[Any]:
         yield axes[0]
         figure.savefig(path, dpi=110)
     except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
     finally:
         pyplot.close(figure)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .errors import InputError
 from .files import write_atomically
 from .ops.chunk_attention import KeyValueCache
 from .ops.timestep_norm import NormState, empty_norm_state
@@ -113,13 +114,13 @@ class State:
             rows: numbers of rows, or a bool for each row.
 
         Raises:
-            ValueError: no such row.
+            InputError: no such row.
         """
         index = torch.as_tensor(rows)
         if index.dtype == torch.bool and index.shape == self.position.shape:
             index = index.nonzero().squeeze(1)
         elif index.dtype == torch.bool or bool(((index < -self.batch_size) | (index >= self.batch_size)).any()):
-            raise ValueError(f"rows {index.tolist()} are not all rows of a state that has {self.batch_size}")
+            raise InputError(f"rows {index.tolist()} are not all rows of a state that has {self.batch_size}")
         index = index.to(torch.int64)
         return self.map(lambda t: t[index.to(t.device)])
 
@@ -127,11 +128,11 @@ class State:
     def cat(states: Sequence["State"]) -> "State":
         """Join states of one model along the batch."""
         if not states:
-            raise ValueError("State.cat needs at least one state")
+            raise InputError("State.cat needs at least one state")
         columns = [s.tensors() for s in states]
         shapes = [{name: t.shape[1:] for name, t in column.items()} for column in columns]
         if any(s != shapes[0] for s in shapes):
-            raise ValueError("State.cat got states of different models; their shapes differ")
+            raise InputError("State.cat got states of different models; their shapes differ")
         joined = iter([torch.cat([c[name] for c in columns]) for name in columns[0]])
         return states[0].map(lambda _: next(joined))
 
@@ -166,10 +167,10 @@ class State:
         """Refuse a state that cannot belong to a model of this configuration, or to this many rows.
 
         Raises:
-            ValueError: with the first difference.
+            InputError: with the first difference.
         """
         if self.batch_size != batch:
-            raise ValueError(
+            raise InputError(
                 f"the state has {self.batch_size} rows but the tokens have {batch}; use state.select to match them"
             )
         expected = State.empty(config, 1, "meta").tensors()
@@ -177,7 +178,7 @@ class State:
         for name in expected.keys() | found.keys():
             shapes = [tuple(t[name].shape[1:]) if name in t else None for t in (found, expected)]
             if shapes[0] != shapes[1]:
-                raise ValueError(
+                raise InputError(
                     f"the state belongs to another model: {name} has shape {shapes[0]} a row and this model needs "
                     f"{shapes[1]}; start from an empty state"
                 )
@@ -193,7 +194,7 @@ class State:
         """
         model = model or (self.model() if self.model is not None else None)
         if model is None:
-            raise ValueError("the model of this state is gone; call state.save(path, model)")
+            raise InputError("the model of this state is gone; call state.save(path, model)")
         StateFile(self, model.fingerprint()).write(path)
 
     @classmethod
@@ -201,7 +202,7 @@ class State:
         """Read a state for this model, onto its device.
 
         Raises:
-            ValueError: missing, truncated or altered file, or a state of another model.
+            InputError: missing, truncated or altered file, or a state of another model.
         """
         return StateFile.read(path).state_for(model, path)
 
@@ -244,20 +245,20 @@ class StateFile:
         """Read and check a file.
 
         Raises:
-            ValueError: missing, truncated or altered.
+            InputError: missing, truncated or altered.
         """
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError:
-            raise ValueError(f"no state file at {path}") from None
+            raise InputError(f"no state file at {path}") from None
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is not a readable state file ({error}); it may be truncated") from None
+            raise InputError(f"{path} is not a readable state file ({error}); it may be truncated") from None
         if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} is not a state file of this version (it says {metadata.get('format')!r})")
+            raise InputError(f"{path} is not a state file of this version (it says {metadata.get('format')!r})")
         if metadata.pop("checksum", None) != _checksum(stored, metadata):
-            raise ValueError(f"{path} was altered after it was written: its checksum does not match")
+            raise InputError(f"{path} was altered after it was written: its checksum does not match")
         tokens = stored.pop(TOKENS)
         notes = {name: metadata[name] for name in metadata.keys() - {"format", "fingerprint", "position"}}
         return cls(from_tensors(stored), metadata["fingerprint"], tokens, notes)
@@ -266,10 +267,10 @@ class StateFile:
         """The state, on the device of its model.
 
         Raises:
-            ValueError: the state belongs to another model.
+            InputError: the state belongs to another model.
         """
         if self.fingerprint != model.fingerprint():
-            raise ValueError(f"{path} is a state of another model or of other weights; read the text again")
+            raise InputError(f"{path} is a state of another model or of other weights; read the text again")
         template = iter(State.empty(model.config, self.state.batch_size, "meta").tensors().items())
 
         def untrim(stored: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError
+
 NAMES = ("llama", "mamba", "rwkv")
 """Baselines by name."""
 
@@ -56,10 +58,10 @@ def baseline(name: str) -> Baseline:
     """A baseline by name.
 
     Raises:
-        ValueError: unknown name, or the extra is not installed.
+        InputError: unknown name, or the extra is not installed.
     """
     if name not in NAMES:
-        raise ValueError(f"unknown baseline {name!r}; known: {', '.join(NAMES)}")
+        raise InputError(f"unknown baseline {name!r}; known: {', '.join(NAMES)}")
     if lacking := missing(name):
-        raise ValueError(f"the baseline {name} needs {' and '.join(lacking)}; pip install 'megalodon-lm[bench]'")
+        raise InputError(f"the baseline {name} needs {' and '.join(lacking)}; pip install 'megalodon-lm[bench]'")
     return cast(Baseline, import_module(f".{name}", __name__))

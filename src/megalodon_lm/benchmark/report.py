@@ -54,7 +54,7 @@ def draw(path: Path, records: Sequence[Record]) -> None:
     """Tokens per second against length, one panel a measure and one line a model.
 
     Raises:
-        ValueError: the path cannot be written, or its ending names no kind of picture.
+        InputError: the path cannot be written, or its ending names no kind of picture.
     """
     measures = [m for m in MEASURES if any(r.measure == m for r in records)]
     with picture(path, len(measures), 4.4) as axes:

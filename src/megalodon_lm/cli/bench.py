@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..errors import InputError
+
 TABLE_WIDTH = 132
 
 
@@ -52,7 +54,7 @@ class Bench:
 
         for length in self.lengths:
             if length < 1:
-                raise ValueError(f"--lengths {length} must be at least 1")
+                raise InputError(f"--lengths {length} must be at least 1")
         is_file = self.model.endswith((".toml", ".json"))
         config = ModelConfig.load(self.model) if is_file else ModelConfig.named(self.model)
         precision = choose_precision(check_precision(self.precision), torch.device("cpu"))
@@ -62,7 +64,7 @@ class Bench:
         lengths = self.lengths or (QUICK_LENGTHS if self.quick else LENGTHS)
         cases = plan(self.measures, [p for p in self.peers if p not in reasons], lengths, self.quick)
         if not cases:
-            raise ValueError("these measures, peers and lengths leave nothing to compare; see megalodon bench --help")
+            raise InputError("these measures, peers and lengths leave nothing to compare; see megalodon bench --help")
         effort = dict(budget=2.0, fewest=1, most=5) if self.quick else {}
         suite = Suite(config, precision, self.jax_python, **effort)  # type: ignore[arg-type]
         threads = torch.get_num_threads()

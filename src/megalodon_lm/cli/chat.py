@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
+from ..errors import InputError
+
 if TYPE_CHECKING:
     from ..generation.generator import Generator
     from ..generation.sampling import Sampling
@@ -137,12 +139,12 @@ class _Conversation:
         """Carry out a line that begins with / and tell what was done.
 
         Raises:
-            ValueError: it cannot be done.
+            InputError: it cannot be done.
         """
         name, _, rest = line.partition(" ")
         rest = rest.strip()
         if name in ("/save", "/load", "/fork") and not rest:
-            raise ValueError(f"{name} needs a name; /help lists the commands")
+            raise InputError(f"{name} needs a name; /help lists the commands")
         if name == "/save":
             self.context.save(rest, self.generator.tokenizer)
             return f"saved {self.context.position:,} tokens in {rest}"
@@ -159,4 +161,4 @@ class _Conversation:
             )
         if name == "/help":
             return COMMANDS
-        raise ValueError(f"no command {name}; /help lists the commands")
+        raise InputError(f"no command {name}; /help lists the commands")

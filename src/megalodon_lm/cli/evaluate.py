@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, subcommand
 
+from ..errors import InputError
+
 if TYPE_CHECKING:
     from ..evaluation.by_context import Curve
 
@@ -59,9 +61,9 @@ class Perplexity:
 
         for context in self.contexts:
             if context < 0:
-                raise ValueError(f"--contexts {context} must be at least 0; 0 means the whole text")
+                raise InputError(f"--contexts {context} must be at least 0; 0 means the whole text")
         if not self.contexts:
-            raise ValueError("--contexts needs at least one length; 0 means the whole text")
+            raise InputError("--contexts needs at least one length; 0 means the whole text")
         windowed = Window(self.window_first, self.window_every, self.window_length)
         windows: list[Window | None] = [] if self.norm_statistics == "windowed" else [None]
         if self.norm_statistics != "cumulative":

@@ -7,6 +7,8 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from ..errors import InputError
+
 
 @dataclass
 class Generate:
@@ -58,7 +60,7 @@ class Generate:
         from .models import load_trained
 
         if self.samples < 1:
-            raise ValueError(f"--samples {self.samples} must be at least 1")
+            raise InputError(f"--samples {self.samples} must be at least 1")
         sampling = Sampling(
             self.max_tokens, self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty,
             self.stop, self.seed,

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
+from ..errors import InputError
+
 
 @dataclass
 class Info:
@@ -52,7 +54,7 @@ class Info:
         from ..training.inspection import inspect_layers
 
         if not Path(self.name).is_dir():
-            raise ValueError(f"--layers needs a model folder, not {self.name or 'nothing'}")
+            raise InputError(f"--layers needs a model folder, not {self.name or 'nothing'}")
         figures = inspect_layers(Megalodon.load(self.name))
         if self.json:
             print(json.dumps(figures, indent=2))

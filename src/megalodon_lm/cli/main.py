@@ -7,6 +7,7 @@ import tyro
 from tyro.conf import arg, subcommand
 
 from .. import __version__
+from ..errors import InputError
 from .bench import Bench
 from .chat import Chat
 from .evaluate import Evaluate
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     try:
         command.run()
-    except ValueError as error:
+    except InputError as error:
         print(f"megalodon: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import InputError
+
 if TYPE_CHECKING:
     from ..data.tokenizer import Tokenizer
     from ..model.decoder import Megalodon
@@ -12,14 +14,14 @@ def load_trained(folder: Path, device: str) -> "tuple[Megalodon, Tokenizer]":
     """A model in evaluation mode, and its tokenizer.
 
     Raises:
-        ValueError: not a model folder, or one whose vocabulary is too small for its tokenizer.
+        InputError: not a model folder, or one whose vocabulary is too small for its tokenizer.
     """
     from ..data.tokenizer import load_tokenizer
     from ..model.decoder import Megalodon
 
     model, tokenizer = Megalodon.load(folder, device).eval(), load_tokenizer(folder)
     if model.config.vocab_size < tokenizer.vocab_size:
-        raise ValueError(
+        raise InputError(
             f"{folder} has a vocabulary of {model.config.vocab_size}, its tokenizer one of {tokenizer.vocab_size}; "
             "put the tokenizer.json or tokenizer.model of the model into the folder"
         )

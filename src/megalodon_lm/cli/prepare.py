@@ -5,6 +5,8 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
+from ..errors import InputError
+
 
 @dataclass
 class Prepare:
@@ -39,7 +41,7 @@ class Prepare:
         from .progress import console, progress_bar
 
         if self.workers < 0:
-            raise ValueError(f"--workers {self.workers} must be at least 0; 0 takes one a processor")
+            raise InputError(f"--workers {self.workers} must be at least 0; 0 takes one a processor")
         began, read = time.perf_counter(), 0
         with progress_bar("prepare", None) as move:
 

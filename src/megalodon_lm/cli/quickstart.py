@@ -5,6 +5,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import InputError
+
 PROMPT = "It was a dark and stormy night"
 
 
@@ -39,9 +41,9 @@ class Quickstart:
         from .training import train_with_progress
 
         if self.minutes <= 0:
-            raise ValueError(f"--minutes {self.minutes} must be positive")
+            raise InputError(f"--minutes {self.minutes} must be positive")
         if self.evaluate_bytes < 0:
-            raise ValueError(f"--evaluate-bytes {self.evaluate_bytes} must be at least 0; 0 measures on all")
+            raise InputError(f"--evaluate-bytes {self.evaluate_bytes} must be at least 0; 0 measures on all")
         recipe = Recipe.load("quickstart")
         recipe.training.minutes = self.minutes
         folder = self.out or free_run_folder(Path("runs") / "quickstart")

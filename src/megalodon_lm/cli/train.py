@@ -7,6 +7,8 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from ..errors import InputError
+
 
 @dataclass
 class Train:
@@ -39,7 +41,7 @@ class Train:
 
         recipe = Recipe.load(self.recipe, self.set)
         if self.resume != "no" and self.out is None:
-            raise ValueError(f"--resume {self.resume} needs --out, the folder of the run to go on with")
+            raise InputError(f"--resume {self.resume} needs --out, the folder of the run to go on with")
         folder = self.out or free_run_folder(Path("runs") / self.recipe.stem)
         finished, _ = train_with_progress(Trainer(recipe, folder, self.device, self.resume), self.tensorboard)
         write_report(folder)

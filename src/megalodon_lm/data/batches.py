@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from .mixture import Mixture
 from .sequence import Stretch
 
@@ -63,7 +64,7 @@ class Stream:
         rank, ranks: which share of the rows to give, of how many.
 
     Raises:
-        ValueError: less text than one step needs.
+        InputError: less text than one step needs.
     """
 
     def __init__(self, mixture: Mixture, batch_size: int, length: int, rank: int = 0, ranks: int = 1):
@@ -169,7 +170,7 @@ def prefetched(batches: Batches, place: Any) -> Generator[Batch]:
 def _check_length(mixture: Mixture, length: int) -> None:
     shortest = min(len(s) for s in mixture.sequences)
     if shortest <= length:
-        raise ValueError(f"the text has {shortest} tokens; length {length} needs at least {length + 1}")
+        raise InputError(f"the text has {shortest} tokens; length {length} needs at least {length + 1}")
 
 
 def _joined(parts: list[Stretch]) -> Stretch:

@@ -4,6 +4,8 @@ import tarfile
 from functools import cache
 from importlib.resources import as_file, files
 
+from ..errors import InputError
+
 
 @cache
 def bundled(split: str) -> dict[str, bytes]:
@@ -13,10 +15,10 @@ def bundled(split: str) -> dict[str, bytes]:
         split: "train" (eight novels, 15.2 MB) or "validation" (Dracula, 0.8 MB).
 
     Raises:
-        ValueError: unknown split.
+        InputError: unknown split.
     """
     if split not in ("train", "validation"):
-        raise ValueError(f"no bundled split {split!r}; there are 'train' and 'validation'")
+        raise InputError(f"no bundled split {split!r}; there are 'train' and 'validation'")
     found = {}
     with as_file(files(__package__) / "books.tar.xz") as path, tarfile.open(path) as archive:
         for member in archive:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..errors import InputError
 from .tokenizer import Tokenizer
 
 ANSWERS = "assistant"
@@ -26,15 +27,15 @@ def messages_of(value: Any) -> list[Message]:
     """The messages of a value read from JSON: a list of objects with the strings `role` and `content`.
 
     Raises:
-        ValueError: of another form, or without any message; in a few words.
+        InputError: of another form, or without any message; in a few words.
     """
     if not isinstance(value, list) or not value:
-        raise ValueError("no list of messages")
+        raise InputError("no list of messages")
     found = []
     for message in value:
         role, content = (message.get(key) if isinstance(message, dict) else None for key in Message._fields)
         if not isinstance(role, str) or not isinstance(content, str) or not role or "\n" in role:
-            raise ValueError("a message without role or content")
+            raise InputError("a message without role or content")
         found.append(Message(role, content))
     return found
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from ..errors import InputError
 from .books import bundled
 
 Source = str | bytes | Path | BinaryIO | Iterable["str | bytes | Path | BinaryIO"]
@@ -18,10 +19,10 @@ def find_documents(sources: Sequence[str]) -> dict[str, Path | bytes]:
         sources: "bundled:train", "bundled:validation", a text file, or a folder whose *.txt files are taken in order.
 
     Raises:
-        ValueError: missing, unreadable or empty file, a folder without text, or no source at all.
+        InputError: missing, unreadable or empty file, a folder without text, or no source at all.
     """
     if not sources:
-        raise ValueError("no text given; name a file, a folder of .txt files, or bundled:train")
+        raise InputError("no text given; name a file, a folder of .txt files, or bundled:train")
     documents: dict[str, Path | bytes] = {}
     for source in sources:
         if source.startswith("bundled:"):
@@ -30,11 +31,11 @@ def find_documents(sources: Sequence[str]) -> dict[str, Path | bytes]:
         path = Path(source)
         paths = sorted(path.glob("*.txt")) if path.is_dir() else [path]
         if not paths:
-            raise ValueError(f"the folder {path} holds no .txt file")
+            raise InputError(f"the folder {path} holds no .txt file")
         for p in paths:
             with _opened(p) as file:
                 if not file.read(1):
-                    raise ValueError(f"{p} is empty; there is nothing to read in it")
+                    raise InputError(f"{p} is empty; there is nothing to read in it")
             documents[str(p)] = p
     return documents
 
@@ -51,9 +52,9 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         with path.open("rb") as file:
             yield file
     except FileNotFoundError:
-        raise ValueError(f"no such file: {path}") from None
+        raise InputError(f"no such file: {path}") from None
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
 
 
 def blocks(source: Source) -> Iterator[bytes]:
@@ -64,7 +65,7 @@ def blocks(source: Source) -> Iterator[bytes]:
             as the blocks are taken, and an iterable of paths or files one after the other.
 
     Raises:
-        ValueError: a path that is missing or unreadable, or that becomes so.
+        InputError: a path that is missing or unreadable, or that becomes so.
     """
     if isinstance(source, str | bytes):
         raw = source.encode() if isinstance(source, str) else source

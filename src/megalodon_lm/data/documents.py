@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from ..errors import InputError
 from .chat import Message, messages_of
 
 BLOCK = 1 << 16  # bytes
@@ -63,11 +64,11 @@ class Reading:
         """The documents of a part, in order.
 
         Raises:
-            ValueError: the file cannot be opened, lacks the field, or is a text file where chats are wanted.
+            InputError: the file cannot be opened, lacks the field, or is a text file where chats are wanted.
         """
         kind = kind_of(Path(part.path))
         if self.chats and kind not in (".parquet", ".jsonl", ".ndjson"):
-            raise ValueError(f"{part.path} is a text file; chats come as JSONL or Parquet")
+            raise InputError(f"{part.path} is a text file; chats come as JSONL or Parquet")
         if kind == ".parquet":
             return self._rows(part)
         return self._lines(part) if kind in (".jsonl", ".ndjson") else self._text(part)
@@ -141,7 +142,7 @@ class Reading:
         """A document a row."""
         table = parquet(Path(part.path))
         if self.column not in table.schema_arrow.names:
-            raise ValueError(
+            raise InputError(
                 f"{part.path} has no column {self.column!r}; it has {', '.join(table.schema_arrow.names)}; name one"
             )
         groups = list(range(part.start, part.stop))
@@ -163,7 +164,7 @@ def find_files(sources: list[str]) -> list[Path]:
     """The files of the sources: a file is itself, a folder all files in it of known kinds, in order of their names.
 
     Raises:
-        ValueError: a missing file, a file of unknown kind, or a folder without any.
+        InputError: a missing file, a file of unknown kind, or a folder without any.
     """
     found: list[Path] = []
     for source in sources:
@@ -171,16 +172,16 @@ def find_files(sources: list[str]) -> list[Path]:
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.is_file() and kind_of(p) in KINDS)
             if not inside:
-                raise ValueError(f"the folder {path} holds no file of the kinds {', '.join(KINDS)}")
+                raise InputError(f"the folder {path} holds no file of the kinds {', '.join(KINDS)}")
             found += inside
         elif not path.exists():
-            raise ValueError(f"no such file: {path}")
+            raise InputError(f"no such file: {path}")
         elif kind_of(path) not in KINDS:
-            raise ValueError(f"{path} is of no known kind; known are {', '.join(KINDS)}, also with .gz and .zst")
+            raise InputError(f"{path} is of no known kind; known are {', '.join(KINDS)}, also with .gz and .zst")
         else:
             found.append(path)
     if not found:
-        raise ValueError("no text given; name files or folders")
+        raise InputError("no text given; name files or folders")
     return found
 
 
@@ -221,33 +222,33 @@ def opened(path: Path) -> Iterator[BinaryIO]:
                 try:
                     import zstandard
                 except ImportError:
-                    raise ValueError(f"{path} is compressed with zstd; install zstandard to read it") from None
+                    raise InputError(f"{path} is compressed with zstd; install zstandard to read it") from None
                 import io
 
                 yield io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
             else:
                 yield raw
     except FileNotFoundError:
-        raise ValueError(f"no such file: {path}") from None
+        raise InputError(f"no such file: {path}") from None
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 def parquet(path: Path) -> Any:
     """An open Parquet file.
 
     Raises:
-        ValueError: pyarrow is not installed, or the file is broken.
+        InputError: pyarrow is not installed, or the file is broken.
     """
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise ValueError(f"{path} is a Parquet file; install pyarrow to read it") from None
+        raise InputError(f"{path} is a Parquet file; install pyarrow to read it") from None
     try:
         return ParquetFile(path)
     except (OSError, ArrowException) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
+        raise InputError(f"cannot read {path}: {error}") from None
 
 
 def _read(reading: Reading, path: str, at: int, read: Callable[[], bytes]) -> bytes:

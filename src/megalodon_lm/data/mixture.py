@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import InputError
 from .corpus import blocks, find_documents
 from .sequence import Sequence
 from .shards import Prepared, is_prepared
@@ -19,14 +20,14 @@ class Mixture:
         weights: one each, positive; None for their lengths.
 
     Raises:
-        ValueError: wrong weights.
+        InputError: wrong weights.
     """
 
     def __init__(self, sequences: list[Sequence], weights: list[float] | None = None):
         if weights is None:
             weights = [float(len(s)) for s in sequences]
         if len(weights) != len(sequences) or min(weights) <= 0:
-            raise ValueError(f"weights {weights} must be {len(sequences)} positive numbers, one for each source")
+            raise InputError(f"weights {weights} must be {len(sequences)} positive numbers, one for each source")
         self.sequences = sequences
         self.shares = [w / sum(weights) for w in weights]
 
@@ -52,7 +53,7 @@ def load_mixture(sources: list[str], weights: list[float], tokenizer: Tokenizer,
         seed: of the order of documents.
 
     Raises:
-        ValueError: missing or unreadable source, or one prepared with another tokenizer.
+        InputError: missing or unreadable source, or one prepared with another tokenizer.
     """
     groups = [[source] for source in sources] if weights else _together(sources)
     sequences = [_sequence(group, tokenizer, seed) for group in groups]
@@ -69,7 +70,7 @@ def _sequence(sources: list[str], tokenizer: Tokenizer, seed: int) -> Sequence:
     if len(sources) == 1 and is_prepared(sources[0]):
         prepared = Prepared.open(Path(sources[0]))
         if prepared.manifest["fingerprint"] != tokenizer.fingerprint:
-            raise ValueError(
+            raise InputError(
                 f"{sources[0]} was prepared with another tokenizer, {prepared.manifest['tokenizer']}; "
                 "set data.tokenizer to it"
             )

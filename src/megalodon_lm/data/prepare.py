@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import InputError
 from ..files import check, digest, is_unfinished, write_atomically
 from .chat import ANSWERS, encode_chat
 from .documents import Document, Part, Reading, find_files, parts_of
@@ -86,7 +87,7 @@ def prepare(
         The manifest.
 
     Raises:
-        ValueError: missing or unreadable source, no text or no answer at all, or `out` holds something else.
+        InputError: missing or unreadable source, no text or no answer at all, or `out` holds something else.
     """
     plan = _plan(sources, tokenizer, field or ("messages" if chats else "text"), encoding, chats)
     _begin(out, plan)
@@ -109,9 +110,9 @@ def prepare(
     for number, record in _run(plan, out, todo, workers or os.cpu_count() or 1):
         count(number, record)
     if not progress.tokens:
-        raise ValueError("the sources hold no text; see the faults: " + _first_fault(records))
+        raise InputError("the sources hold no text; see the faults: " + _first_fault(records))
     if chats and not any(record["answers"] for record in records.values()):
-        raise ValueError(f"no message in the chats has the role {ANSWERS!r}: there would be nothing to learn")
+        raise InputError(f"no message in the chats has the role {ANSWERS!r}: there would be nothing to learn")
     return _finish(out, plan, [records[i] for i in range(len(plan.parts))])
 
 
@@ -119,7 +120,7 @@ def _plan(sources: list[str], tokenizer: str, field: str, encoding: str, chats: 
     try:
         "".encode(encoding)
     except LookupError:
-        raise ValueError(f"unknown encoding {encoding!r}; utf-8, latin-1 and cp1252 are usual ones") from None
+        raise InputError(f"unknown encoding {encoding!r}; utf-8, latin-1 and cp1252 are usual ones") from None
     loaded = load_tokenizer(tokenizer)
     paths = find_files(sources)
     numbers = {str(path): i for i, path in enumerate(paths)}
@@ -143,16 +144,16 @@ def _begin(out: Path, plan: Plan) -> None:
         out.mkdir(parents=True, exist_ok=True)
         used = any(not is_unfinished(path, MANIFEST) for path in out.iterdir())
     except OSError as error:
-        raise ValueError(f"cannot create the folder {out}: {error.strerror}") from None
+        raise InputError(f"cannot create the folder {out}: {error.strerror}") from None
     if not used:
         write_atomically(out / MANIFEST, json.dumps({**asdict(plan), "complete": False}) + "\n")
         return
     if not (out / MANIFEST).exists():
-        raise ValueError(f"the folder {out} is not empty; choose another one, nothing was overwritten")
+        raise InputError(f"the folder {out} is not empty; choose another one, nothing was overwritten")
     before = read_manifest(out)
     changed = [key for key, value in asdict(plan).items() if before.get(key) != value]
     if changed:
-        raise ValueError(f"{out} was begun with other {' and '.join(changed)}; choose another folder")
+        raise InputError(f"{out} was begun with other {' and '.join(changed)}; choose another folder")
 
 
 def _run(plan: Plan, out: Path, todo: list[int], workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -166,7 +167,7 @@ def _run(plan: Plan, out: Path, todo: list[int], workers: int) -> Iterator[tuple
             pending: list[Future[dict[str, Any]]] = [pool.submit(make_shard, plan, out, number) for number in todo]
             yield from ((number, future.result()) for number, future in zip(todo, pending, strict=True))
         except BrokenProcessPool:
-            raise ValueError("a process was killed, perhaps for lack of memory; try fewer --workers") from None
+            raise InputError("a process was killed, perhaps for lack of memory; try fewer --workers") from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -214,7 +215,7 @@ def make_shard(plan: Plan, out: Path, number: int) -> dict[str, Any]:
         for n in names:
             os.replace(unfinished[n], out / n)
     except OSError as error:
-        raise ValueError(f"cannot write the shard {out / name}: {error.strerror}") from None
+        raise InputError(f"cannot write the shard {out / name}: {error.strerror}") from None
     write_atomically(out / f"{name}.json", json.dumps(record) + "\n")
     return record
 

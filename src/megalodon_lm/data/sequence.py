@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..errors import InputError
+
 
 class Stretch(NamedTuple):
     """Tokens (L,) int64; where among them a document starts (L,) bool; which of them are to be learnt (L,) bool."""
@@ -27,7 +29,7 @@ class Sequence:
         learnt: which tokens are to be learnt, bool arrays like `tokens`; None for all.
 
     Raises:
-        ValueError: no tokens at all.
+        InputError: no tokens at all.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class Sequence:
         self._ends = np.cumsum((np.concatenate(stops) - np.concatenate(starts))[order])
         self._given, self._seed = fingerprint, seed
         if len(self) == 0:
-            raise ValueError("the text has no tokens")
+            raise InputError("the text has no tokens")
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0

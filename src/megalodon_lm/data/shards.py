@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import InputError
 from ..files import check
 
 MANIFEST = "prepared.json"
@@ -53,11 +54,11 @@ class Prepared:
             verify: read all of it and compare checksums too, not sizes alone.
 
         Raises:
-            ValueError: not prepared or not completely, or a shard that is missing, of another size or altered.
+            InputError: not prepared or not completely, or a shard that is missing, of another size or altered.
         """
         manifest = read_manifest(folder)
         if not manifest.get("complete"):
-            raise ValueError(f"{folder} is not prepared completely; run megalodon prepare again, it goes on")
+            raise InputError(f"{folder} is not prepared completely; run megalodon prepare again, it goes on")
         dtype = np.dtype(manifest["dtype"])
         tokens, documents, answers = [], [], []
         for shard in manifest["shards"]:
@@ -84,15 +85,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """prepared.json.
 
     Raises:
-        ValueError: missing or broken.
+        InputError: missing or broken.
     """
     path = folder / MANIFEST
     try:
         return dict(json.loads(path.read_text()))
     except FileNotFoundError:
-        raise ValueError(f"{folder} is no prepared folder: it has no {MANIFEST}") from None
+        raise InputError(f"{folder} is no prepared folder: it has no {MANIFEST}") from None
     except (OSError, ValueError, TypeError):
-        raise ValueError(f"{path} cannot be read; it was truncated or altered; prepare the text again") from None
+        raise InputError(f"{path} cannot be read; it was truncated or altered; prepare the text again") from None
 
 
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import InputError
 from ..files import write_atomically
 
 PIECE = 1 << 16  # characters encoded at a time
@@ -67,7 +68,7 @@ class SubwordTokenizer(_Subwords):
         path: for messages.
 
     Raises:
-        ValueError: malformed, or without a special token for the beginning of a document.
+        InputError: malformed, or without a special token for the beginning of a document.
     """
 
     def __init__(self, content: bytes, path: str | Path = "tokenizer.json"):
@@ -78,7 +79,7 @@ class SubwordTokenizer(_Subwords):
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
             description = json.loads(content)
         except Exception as error:  # the library raises nothing more special
-            raise ValueError(f"{path} is not a tokenizer of the tokenizers library: {error}") from None
+            raise InputError(f"{path} is not a tokenizer of the tokenizers library: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # "<|end|>" in a text is text
@@ -111,25 +112,25 @@ class SentencePieceTokenizer(_Subwords):
         path: for messages.
 
     Raises:
-        ValueError: malformed file, or the package is not installed.
+        InputError: malformed file, or the package is not installed.
     """
 
     def __init__(self, content: bytes, path: str | Path):
         try:
             from sentencepiece import SentencePieceProcessor
         except ImportError:
-            raise ValueError(f"{path} is a SentencePiece model; install sentencepiece to read it") from None
+            raise InputError(f"{path} is a SentencePiece model; install sentencepiece to read it") from None
         self.content = content
         try:
             self._model: Any = SentencePieceProcessor(model_proto=content)
         except Exception as error:
-            raise ValueError(f"{path} is not a SentencePiece model: {error}") from None
+            raise InputError(f"{path} is not a SentencePiece model: {error}") from None
         model = self._model
         self.vocab_size, self.begin, self.end = model.vocab_size(), model.bos_id(), model.eos_id()
         if self.begin < 0:
             self.begin = self.end
         if self.begin < 0:
-            raise ValueError(f"the tokenizer {path} has neither a begin nor an end token")
+            raise InputError(f"the tokenizer {path} has neither a begin nor an end token")
         self.prefixed = model.encode("a") != model.encode(" a") or model.id_to_piece(model.encode("a")[0])[0] == SPACE
         self._bytes = [
             None if model.is_control(i) or model.is_unknown(i) else _spaced(model.id_to_piece(i))
@@ -173,7 +174,7 @@ def _cut(text: str) -> int:
 def _special(path: str | Path, vocabulary: dict[str, int], names: tuple[str, ...]) -> int:
     found = next((vocabulary[name] for name in names if name in vocabulary), None)
     if found is None:
-        raise ValueError(f"the tokenizer {path} has none of the special tokens {', '.join(names)}; add one")
+        raise InputError(f"the tokenizer {path} has none of the special tokens {', '.join(names)}; add one")
     return found
 
 
@@ -212,7 +213,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     if vocab_size < 259:
-        raise ValueError(f"vocab_size = {vocab_size} must be at least 259: all bytes and three special tokens")
+        raise InputError(f"vocab_size = {vocab_size} must be at least 259: all bytes and three special tokens")
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

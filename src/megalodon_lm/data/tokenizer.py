@@ -6,6 +6,8 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
+from ..errors import InputError
+
 BEGIN, END, PAD = 256, 257, 258
 
 
@@ -85,7 +87,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
             holds tokenizer.json or tokenizer.model. A model folder with neither is one of bytes.
 
     Raises:
-        ValueError: missing or unreadable file.
+        InputError: missing or unreadable file.
     """
     if str(name) == "bytes":
         return ByteTokenizer()
@@ -100,5 +102,5 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"cannot read the tokenizer {path}: {error.strerror}") from None
+        raise InputError(f"cannot read the tokenizer {path}: {error.strerror}") from None
     return SubwordTokenizer(content, path) if path.suffix == ".json" else SentencePieceTokenizer(content, path)

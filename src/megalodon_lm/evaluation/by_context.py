@@ -97,7 +97,7 @@ def draw(path: Path, curves: Sequence[Curve]) -> None:
     """Bits per byte by context, and bits per token by position in the longest context.
 
     Raises:
-        ValueError: the path cannot be written, or its ending names no kind of picture.
+        InputError: the path cannot be written, or its ending names no kind of picture.
     """
     with picture(path, 2) as (left, right):
         for curve in curves:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..model.decoder import Megalodon
 from ..state import State
 
@@ -21,7 +22,7 @@ class Window:
     """When statistics are replaced, counted in chunks; as the authors do by default.
 
     Raises:
-        ValueError: a count below 1, or a window longer than what has been read by then.
+        InputError: a count below 1, or a window longer than what has been read by then.
     """
 
     first: int = 8
@@ -34,9 +35,9 @@ class Window:
     def __post_init__(self) -> None:
         for field in fields(self):
             if (value := getattr(self, field.name)) < 1:
-                raise ValueError(f"window {field.name} = {value} must be at least 1 chunk")
+                raise InputError(f"window {field.name} = {value} must be at least 1 chunk")
         if self.length > self.first:
-            raise ValueError(
+            raise InputError(
                 f"window length = {self.length} must be at most first = {self.first}, the chunks read then"
             )
 

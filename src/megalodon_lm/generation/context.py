@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import __version__
 from ..config import ModelConfig
 from ..data.tokenizer import Tokenizer
+from ..errors import InputError
 from ..model.decoder import Megalodon
 from ..state import State, StateFile, is_cache
 from ..training.loss import token_losses
@@ -73,7 +74,7 @@ class Context:
             tokens: (L,) int64.
 
         Raises:
-            ValueError: a token outside the vocabulary; nothing was read then.
+            InputError: a token outside the vocabulary; nothing was read then.
         """
         self.model.check_tokens(torch.from_numpy(tokens)[None])
         self._waiting = np.concatenate([self._waiting, tokens])
@@ -99,10 +100,10 @@ class Context:
         """Logits (1, vocabulary) after the last token, and the state that holds everything; the context stays as it is.
 
         Raises:
-            ValueError: nothing was read.
+            InputError: nothing was read.
         """
         if not len(self._waiting):
-            raise ValueError("nothing was read yet; read at least one token, such as the begin token")
+            raise InputError("nothing was read yet; read at least one token, such as the begin token")
         state, logits = self._run(len(self._waiting))
         return logits, state
 
@@ -120,7 +121,7 @@ class Context:
         """Write a bookmark, atomically: the new one or the old one is there, whatever happens.
 
         Raises:
-            ValueError: the place cannot be written.
+            InputError: the place cannot be written.
         """
         notes = {
             "tokenizer": tokenizer.fingerprint,
@@ -136,14 +137,14 @@ class Context:
         """Read a bookmark.
 
         Raises:
-            ValueError: missing, truncated or altered file, or one of another model or tokenizer.
+            InputError: missing, truncated or altered file, or one of another model or tokenizer.
         """
         file = StateFile.read(path)
         state = file.state_for(model, path)
         if "tokenizer" not in file.notes:
-            raise ValueError(f"{path} is a bare state and no bookmark; load it with State.load")
+            raise InputError(f"{path} is a bare state and no bookmark; load it with State.load")
         if file.notes["tokenizer"] != tokenizer.fingerprint:
-            raise ValueError(f"{path} was read with another tokenizer; read the text again with this one")
+            raise InputError(f"{path} was read with another tokenizer; read the text again with this one")
         context = cls(model, precision)
         context._state = state.to(dtype=context._cache_dtype)
         context._waiting = file.tokens.numpy()
@@ -164,7 +165,7 @@ def describe(path: str | Path) -> dict[str, str | int | float]:
     """What a bookmark or state file says of itself.
 
     Raises:
-        ValueError: missing, truncated or altered.
+        InputError: missing, truncated or altered.
     """
     file = StateFile.read(path)
     notes = dict(file.notes)

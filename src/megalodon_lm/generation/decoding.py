@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..model.decoder import Megalodon
 from ..ops import backend
 from ..state import State
@@ -53,10 +54,10 @@ class Decoder:
             (B, vocabulary) float32 logits of the next token, valid until the next step.
 
         Raises:
-            ValueError: a token outside the vocabulary, or another number of them than rows.
+            InputError: a token outside the vocabulary, or another number of them than rows.
         """
         if tokens.shape != self.rows:
-            raise ValueError(f"the decoder has {self.rows[0]} rows but the tokens are {tuple(tokens.shape)}")
+            raise InputError(f"the decoder has {self.rows[0]} rows but the tokens are {tuple(tokens.shape)}")
         if self._fused is None:
             with autocast(self.precision, self.device):
                 logits, self._state = self.model(tokens[:, None], self._state)

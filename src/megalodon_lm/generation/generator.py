@@ -49,7 +49,7 @@ class Generator:
         """What to read into: empty but for the begin token, or as a bookmark keeps it.
 
         Raises:
-            ValueError: the bookmark is missing, broken, or of another model or tokenizer.
+            InputError: the bookmark is missing, broken, or of another model or tokenizer.
         """
         if bookmark is not None:
             return Context.load(bookmark, self.model, self.tokenizer, self.precision)
@@ -69,7 +69,7 @@ class Generator:
             watch: called after every block.
 
         Raises:
-            ValueError: the source is missing or unreadable.
+            InputError: the source is missing or unreadable.
         """
         context = context or self.context()
         for tokens in self.tokenizer.encode_blocks(blocks(source)):

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import InputError
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen, and when to stop.
 
     Raises:
-        ValueError: naming the setting, its value and its range.
+        InputError: naming the setting, its value and its range.
     """
 
     max_tokens: int = 500
@@ -42,13 +44,13 @@ class Sampling:
             value = getattr(self, name)
             if not low <= value <= high:
                 limit = f"at least {low}" + (f" and at most {high}" if high < math.inf else "")
-                raise ValueError(f"{name} = {value} must be {limit}; {meaning}")
+                raise InputError(f"{name} = {value} must be {limit}; {meaning}")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p = {self.top_p} must be above 0 and at most 1; 1 keeps every token")
+            raise InputError(f"top_p = {self.top_p} must be above 0 and at most 1; 1 keeps every token")
         if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty = {self.repetition_penalty} must be positive; 1 changes nothing")
+            raise InputError(f"repetition_penalty = {self.repetition_penalty} must be positive; 1 changes nothing")
         if "" in self.stop:
-            raise ValueError("a stop string is empty; it would stop before the first token")
+            raise InputError("a stop string is empty; it would stop before the first token")
 
 
 def sample(logits: Tensor, sampling: Sampling, draws: Tensor, written: Tensor | None = None) -> Tensor:

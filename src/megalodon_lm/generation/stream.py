@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..model.decoder import Megalodon
 from ..state import State
 from ..training.precision import Precision, autocast, choose_precision
@@ -27,7 +28,7 @@ def read(model: Megalodon, tokens: Tensor, state: State | None = None) -> tuple[
         logits after the last token (B, vocabulary), and the state.
     """
     if tokens.shape[1] == 0:
-        raise ValueError("the prompt is empty; give at least one token, such as the begin token")
+        raise InputError("the prompt is empty; give at least one token, such as the begin token")
     for piece in tokens.split(PIECE, dim=1):
         hidden, state = model.features(piece, state)
     assert state is not None

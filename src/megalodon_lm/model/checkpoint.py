@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..config import ModelConfig
+from ..errors import InputError
 from ..files import write_atomically
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def save_model(model: "Megalodon", folder: str | Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"cannot create the folder {folder}: {error.strerror}") from None
+        raise InputError(f"cannot create the folder {folder}: {error.strerror}") from None
     write_atomically(folder / WEIGHTS_FILE, save(weights(model), {"format": "pt", "fingerprint": fingerprint(model)}))
     write_atomically(folder / CONFIG_FILE, json.dumps(model.config.to_dict(), indent=2) + "\n")
 
@@ -55,19 +56,19 @@ def load_model(
     folder = Path(folder)
     for path in (folder / CONFIG_FILE, folder / WEIGHTS_FILE):
         if not path.is_file():
-            raise ValueError(f"no model in {folder}: {path.name} is missing")
+            raise InputError(f"no model in {folder}: {path.name} is missing")
     config = ModelConfig.load(folder / CONFIG_FILE)
     path = folder / WEIGHTS_FILE
     try:
         stored = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); it may be truncated: copy it again") from None
+        raise InputError(f"{path} cannot be read ({error}); it may be truncated: copy it again") from None
     with torch.device("meta"):
         model = cls(config)
     if config.share_emb and "embed.weight" in stored:
         head = stored.setdefault("output.output.weight", stored["embed.weight"])
         if not torch.equal(head, stored["embed.weight"]):
-            raise ValueError(
+            raise InputError(
                 f"{path} does not fit {folder / CONFIG_FILE}: it holds a head of its own, and share_emb ties the head "
                 "to the embedding"
             )
@@ -75,7 +76,7 @@ def load_model(
     found = {n: tuple(t.shape) for n, t in stored.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            raise ValueError(
+            raise InputError(
                 f"{path} does not fit {folder / CONFIG_FILE}: {name} has shape {found.get(name)} in the file and "
                 f"{expected.get(name)} by the configuration"
             )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
+from ..errors import InputError
 from ..layers.block import Block
 from ..layers.initialization import init_embedding
 from ..layers.norms import TimestepNorm
@@ -76,7 +77,7 @@ class Megalodon(nn.Module):
             logits (B, L, vocabulary) in float32 (float64 for a float64 model), and the State.
 
         Raises:
-            ValueError: tokens outside the vocabulary, wrong shapes, or a state of another model or batch.
+            InputError: tokens outside the vocabulary, wrong shapes, or a state of another model or batch.
         """
         hidden, state = self.features(tokens, state, document_starts=document_starts, mask=mask)
         return self.logits(hidden), state
@@ -146,15 +147,15 @@ class Megalodon(nn.Module):
         """Refuse what is not a batch of tokens of this model; on the CPU also their values.
 
         Raises:
-            ValueError: with the shape, the type or the token, and the limit.
+            InputError: with the shape, the type or the token, and the limit.
         """
         if tokens.dim() != 2 or tokens.dtype != torch.int64:
-            raise ValueError(f"tokens must be int64 of shape (B, L), not {tokens.dtype} of {tuple(tokens.shape)}")
+            raise InputError(f"tokens must be int64 of shape (B, L), not {tokens.dtype} of {tuple(tokens.shape)}")
         if tokens.device.type == "cpu" and tokens.numel():
             low, high = (int(t) for t in tokens.aminmax())
             if low < 0 or high >= self.config.vocab_size:
                 wrong = low if low < 0 else high
-                raise ValueError(
+                raise InputError(
                     f"token {wrong} is outside the vocabulary of {self.config.vocab_size}; "
                     "encode the text with the tokenizer of this model"
                 )
@@ -162,7 +163,7 @@ class Megalodon(nn.Module):
     def _check(self, tokens: Tensor, state: State | None, starts: Tensor | None, mask: Tensor | None) -> None:
         for name, t in (("document_starts", starts), ("mask", mask)):
             if t is not None and (t.shape != tokens.shape or t.dtype != torch.bool):
-                raise ValueError(
+                raise InputError(
                     f"{name} must be bool of shape {tuple(tokens.shape)} like the tokens, "
                     f"not {t.dtype} of {tuple(t.shape)}"
                 )
@@ -195,7 +196,7 @@ class Megalodon(nn.Module):
             dtype: of the weights; None for the stored one.
 
         Raises:
-            ValueError: missing, truncated or mismatched files, by name.
+            InputError: missing, truncated or mismatched files, by name.
         """
         from .checkpoint import load_model
 

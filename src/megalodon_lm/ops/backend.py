@@ -6,6 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from . import cema as _cema
 from . import chunk_attention as _chunk_attention
 from . import gates as _gates
@@ -26,11 +27,11 @@ def set_backend(name: Backend) -> None:
     The environment variable MEGALODON_BACKEND sets the initial choice.
 
     Raises:
-        ValueError: unknown name.
+        InputError: unknown name.
     """
     global _chosen
     if name not in get_args(Backend):
-        raise ValueError(f"backend {name!r} must be one of {', '.join(get_args(Backend))}")
+        raise InputError(f"backend {name!r} must be one of {', '.join(get_args(Backend))}")
     _chosen = name
 
 

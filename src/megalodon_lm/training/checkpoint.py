@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..config import ModelConfig
+from ..errors import InputError
 from ..files import check, digest, flush
 from ..model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 
@@ -54,7 +55,7 @@ class Checkpoint:
         """Write into the folder of the run.
 
         Raises:
-            ValueError: the disk is full or the folder not writable; older checkpoints stay as they are.
+            InputError: the disk is full or the folder not writable; older checkpoints stay as they are.
         """
         target = run / CHECKPOINTS / f"step-{self.step:08d}"
         unfinished = target.with_name(f".{target.name}")
@@ -62,7 +63,7 @@ class Checkpoint:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
         except OSError as error:
-            raise ValueError(f"cannot write the checkpoint {target}: {error.strerror}") from None
+            raise InputError(f"cannot write the checkpoint {target}: {error.strerror}") from None
         try:
             save_file(dict(self.weights), unfinished / WEIGHTS_FILE, {"format": "pt"})
             save_file(dict(self.training), unfinished / TRAINING_FILE)
@@ -78,7 +79,7 @@ class Checkpoint:
             flush(target.parent)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise ValueError(f"cannot write the checkpoint {target}: {reason}") from None
+            raise InputError(f"cannot write the checkpoint {target}: {reason}") from None
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
         return target
@@ -88,7 +89,7 @@ class Checkpoint:
         """Read and check a checkpoint.
 
         Raises:
-            ValueError: naming the file that is missing, truncated, altered, or of another run.
+            InputError: naming the file that is missing, truncated, altered, or of another run.
         """
         manifest = _manifest(path, run_id)
         for name in CONTENTS:
@@ -98,7 +99,7 @@ class Checkpoint:
             config = ModelConfig.load(path / CONFIG_FILE)
             weights, training = load_file(path / WEIGHTS_FILE), load_file(path / TRAINING_FILE)
         except (OSError, ValueError, SafetensorError) as error:  # written so by another version
-            raise ValueError(f"the checkpoint {path} cannot be understood: {error}") from None
+            raise InputError(f"the checkpoint {path} cannot be understood: {error}") from None
         return cls(progress["step"], config, weights, training, progress)
 
 
@@ -128,7 +129,7 @@ def newest(run: Path, run_id: str, accept_older: bool) -> tuple[Checkpoint | Non
         It, and a line for each broken one that was passed over.
 
     Raises:
-        ValueError: naming what is broken.
+        InputError: naming what is broken.
     """
     passed: list[str] = []
     for path in checkpoints(run):
@@ -136,7 +137,7 @@ def newest(run: Path, run_id: str, accept_older: bool) -> tuple[Checkpoint | Non
             return Checkpoint.read(path, run_id), passed
         except ValueError as error:
             if not accept_older:
-                raise ValueError(f"{error}; --resume auto takes the newest checkpoint that is whole") from None
+                raise InputError(f"{error}; --resume auto takes the newest checkpoint that is whole") from None
             passed.append(str(error))
     return None, passed
 
@@ -145,7 +146,7 @@ def export(checkpoint: Path, folder: Path) -> None:
     """Put the model of a checkpoint into a folder, as hard links where the file system has them.
 
     Raises:
-        ValueError: the folder cannot be written.
+        InputError: the folder cannot be written.
     """
     for name in (WEIGHTS_FILE, CONFIG_FILE):
         link = folder / f".{name}.new"
@@ -157,7 +158,7 @@ def export(checkpoint: Path, folder: Path) -> None:
                 shutil.copyfile(checkpoint / name, link)
             os.replace(link, folder / name)
         except OSError as error:
-            raise ValueError(f"cannot write {folder / name}: {error.strerror}") from None
+            raise InputError(f"cannot write {folder / name}: {error.strerror}") from None
 
 
 def _manifest(path: Path, run_id: str) -> dict[str, Any]:
@@ -166,15 +167,15 @@ def _manifest(path: Path, run_id: str) -> dict[str, Any]:
         manifest = json.loads(file.read_bytes())
         checksum = manifest.pop("checksum")
     except FileNotFoundError:
-        raise ValueError(f"{file} is missing") from None
+        raise InputError(f"{file} is missing") from None
     except (OSError, ValueError, KeyError, AttributeError):
-        raise ValueError(f"{file} cannot be read; it was truncated or altered") from None
+        raise InputError(f"{file} cannot be read; it was truncated or altered") from None
     if checksum != _checksum(manifest):
-        raise ValueError(f"{file} was altered: its checksum does not match")
+        raise InputError(f"{file} was altered: its checksum does not match")
     if manifest["run"] != run_id:
-        raise ValueError(f"{file} belongs to another run, {manifest['run']}")
+        raise InputError(f"{file} belongs to another run, {manifest['run']}")
     if path.name != f"step-{manifest['step']:08d}":
-        raise ValueError(f"{file} belongs to step {manifest['step']}")
+        raise InputError(f"{file} belongs to step {manifest['step']}")
     return manifest
 
 

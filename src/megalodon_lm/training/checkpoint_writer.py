@@ -28,7 +28,7 @@ class CheckpointWriter:
             best: step of the checkpoint that is kept for its validation.
 
         Raises:
-            ValueError: the one before could not be written.
+            InputError: the one before could not be written.
         """
         self.wait()
         self._pending = self._thread.submit(self._write, checkpoint, best)

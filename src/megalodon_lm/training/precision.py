@@ -5,6 +5,8 @@ from typing import Literal, get_args
 
 import torch
 
+from ..errors import InputError
+
 Precision = Literal["auto", "bf16", "float32"]
 
 
@@ -32,9 +34,9 @@ def check_precision(value: str) -> Precision:
     """Refuse an unknown precision.
 
     Raises:
-        ValueError: naming the value and the choices.
+        InputError: naming the value and the choices.
     """
     for known in get_args(Precision):
         if value == known:
             return known
-    raise ValueError(f"precision = {value!r} must be one of {', '.join(get_args(Precision))}")
+    raise InputError(f"precision = {value!r} must be one of {', '.join(get_args(Precision))}")

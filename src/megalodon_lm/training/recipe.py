@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ModelConfig
+from ..errors import InputError
 from .precision import Precision
 
 _BUNDLED = Path(__file__).parent.parent / "recipes"
@@ -142,7 +143,7 @@ class Recipe:
             changes: see changed.
 
         Raises:
-            ValueError: missing or malformed file, unknown key, wrong value.
+            InputError: missing or malformed file, unknown key, wrong value.
         """
         if str(path) in bundled_recipes():
             path = _BUNDLED / f"{path}.toml"
@@ -150,18 +151,18 @@ class Recipe:
             with open(path, "rb") as file:
                 values = tomllib.load(file)
         except OSError as error:
-            raise ValueError(
+            raise InputError(
                 f"cannot read the recipe {path}: {error.strerror}; "
                 f"recipes of the package: {', '.join(bundled_recipes())}"
             ) from None
         except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"the recipe {path} is not valid TOML: {error}") from None
+            raise InputError(f"the recipe {path} is not valid TOML: {error}") from None
         for change in changes:
             _change(values, change)
         try:
             return cls.from_dict(values)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise InputError(f"{path}: {error}") from None
 
     def changed(self, change: str) -> "Recipe":
         """The recipe with one value changed.
@@ -170,7 +171,7 @@ class Recipe:
             change: such as training.steps=2000, the value as in TOML; a bare word is a string.
 
         Raises:
-            ValueError: unknown key or wrong value.
+            InputError: unknown key or wrong value.
         """
         values = {"model": self.model.to_dict(), "data": vars(self.data).copy(), "training": vars(self.training).copy()}
         _change(values, change)
@@ -187,13 +188,13 @@ class Recipe:
         """Refuse values that cannot be trained with.
 
         Raises:
-            ValueError: naming the key, the value and the rule.
+            InputError: naming the key, the value and the rule.
         """
         t = self.training
         if self.data.order == "shuffled" and t.carry_state:
-            raise ValueError('data.order = "shuffled" has no state to carry; set training.carry_state = false')
+            raise InputError('data.order = "shuffled" has no state to carry; set training.carry_state = false')
         if self.data.weights and len(self.data.weights) != len(self.data.train):
-            raise ValueError(f"data.weights = {self.data.weights} must have one number for each of {self.data.train}")
+            raise InputError(f"data.weights = {self.data.weights} must have one number for each of {self.data.train}")
         for key in ("length", "batch_size", "steps", "accumulate", "keep_checkpoints"):
             _rule(getattr(t, key) >= 1, key, getattr(t, key), "must be at least 1")
         for key in ("learning_rate", "clip", "checkpoint_minutes"):
@@ -212,7 +213,7 @@ def _change(values: dict[str, Any], change: str) -> None:
     name, equals, value = change.partition("=")
     part, _, key = name.strip().partition(".")
     if not equals or part not in ("model", "data", "training"):
-        raise ValueError(f"{change!r} must be like training.steps=2000: a table, a key and a value")
+        raise InputError(f"{change!r} must be like training.steps=2000: a table, a key and a value")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
@@ -223,7 +224,7 @@ def _change(values: dict[str, Any], change: str) -> None:
 def _table(values: dict[str, Any], name: str) -> dict[str, Any]:
     table = values.get(name, {})
     if not isinstance(table, dict):
-        raise ValueError(f"{name} must be a table, [{name}], not {table!r}")
+        raise InputError(f"{name} must be a table, [{name}], not {table!r}")
     return table
 
 
@@ -232,7 +233,7 @@ def _known(where: str, values: dict[str, Any], known: list[str]) -> None:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1, 0.4)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
-            raise ValueError(f"unknown key {key!r} in the {where}{hint}")
+            raise InputError(f"unknown key {key!r} in the {where}{hint}")
 
 
 def _fill(kind: Any, name: str, values: dict[str, Any]) -> Any:
@@ -250,17 +251,17 @@ def _fill(kind: Any, name: str, values: dict[str, Any]) -> Any:
         if isinstance(default, float) and type(value) is int:
             values[key] = float(value)
         elif type(value) is not type(default):
-            raise ValueError(f"{name}.{key} = {value!r} must be of type {type(default).__name__}")
+            raise InputError(f"{name}.{key} = {value!r} must be of type {type(default).__name__}")
         if key in choices:
             _rule(value in choices[key], key, value, f"must be one of {', '.join(choices[key])}")
         if isinstance(default, list):
             inside: Any = (int, float) if key == "weights" else str
             if not all(isinstance(v, inside) for v in value):
                 kinds = "numbers" if key == "weights" else "strings"
-                raise ValueError(f"{name}.{key} = {value!r} must be a list of {kinds}")
+                raise InputError(f"{name}.{key} = {value!r} must be a list of {kinds}")
     return kind(**values)
 
 
 def _rule(holds: bool, key: str, value: Any, rule: str) -> None:
     if not holds:
-        raise ValueError(f"training.{key} = {value!r} {rule}")
+        raise InputError(f"training.{key} = {value!r} {rule}")

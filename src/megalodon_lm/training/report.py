@@ -17,7 +17,7 @@ def write_report(folder: Path) -> None:
     """Write training.md and training.png into a run folder with at least one step.
 
     Raises:
-        ValueError: the folder cannot be written.
+        InputError: the folder cannot be written.
     """
     records = [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
     if not records:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .. import __version__
+from ..errors import InputError
 from ..files import flush, is_unfinished, write_atomically
 from .recipe import Recipe
 
@@ -22,16 +23,16 @@ def create_run_folder(path: str | Path) -> Path:
     """Make the folder, or take an empty one.
 
     Raises:
-        ValueError: the folder holds files already, or cannot be made; nothing is overwritten.
+        InputError: the folder holds files already, or cannot be made; nothing is overwritten.
     """
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         used = any(not is_unfinished(p, RUN_FILE) for p in path.iterdir())
     except OSError as error:
-        raise ValueError(f"cannot create the run folder {path}: {error.strerror}") from None
+        raise InputError(f"cannot create the run folder {path}: {error.strerror}") from None
     if used:
-        raise ValueError(
+        raise InputError(
             f"the run folder {path} is not empty; choose another one with --out, or go on with it by --resume auto; "
             "nothing was overwritten"
         )
@@ -59,14 +60,14 @@ def open_run(path: str | Path, recipe: Recipe, resume: Resume) -> tuple[Path, st
         The folder, the run's id, and whether it goes on.
 
     Raises:
-        ValueError: unusable folder, no run in it, or another recipe.
+        InputError: unusable folder, no run in it, or another recipe.
     """
     if resume not in get_args(Resume):
-        raise ValueError(f"resume = {resume!r} must be one of {', '.join(get_args(Resume))}")
+        raise InputError(f"resume = {resume!r} must be one of {', '.join(get_args(Resume))}")
     path = Path(path)
     goes_on = resume != "no" and (path / RUN_FILE).exists()
     if resume == "last" and not goes_on:
-        raise ValueError(f"there is no run to go on with in {path}: it has no {RUN_FILE}")
+        raise InputError(f"there is no run to go on with in {path}: it has no {RUN_FILE}")
     if goes_on:
         run_id = _identity(path / RUN_FILE)
         if (path / RECIPE_FILE).exists():  # unless killed right here
@@ -84,14 +85,14 @@ def _identity(path: Path) -> str:
     try:
         return str(json.loads(path.read_text())["id"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} cannot be read; it was truncated or altered") from None
+        raise InputError(f"{path} cannot be read; it was truncated or altered") from None
 
 
 def _compare(before: Recipe, now: Recipe) -> None:
     changed = [f"{part}.{key}" for part, key, old, new in _differences(before, now)
                if part != "training" or key in FIXED]  # fmt: skip
     if changed:
-        raise ValueError(
+        raise InputError(
             f"the recipe differs from that of the run in {', '.join(changed)}; a run goes on with the same model, data "
             f"and {', '.join(FIXED)}, or begins anew in another folder"
         )
@@ -118,14 +119,14 @@ class MetricsFile:
         """Append one record; numbers that are not finite become null.
 
         Raises:
-            ValueError: the disk is full.
+            InputError: the disk is full.
         """
         record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         try:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
         except OSError as error:
-            raise ValueError(f"cannot write {self.path}: {error.strerror}") from None
+            raise InputError(f"cannot write {self.path}: {error.strerror}") from None
 
     def flush(self) -> None:
         """Wait until all is on disk: no checkpoint may know a step that the metrics could still lose."""

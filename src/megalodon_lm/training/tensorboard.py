@@ -4,6 +4,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import InputError
+
 if TYPE_CHECKING:
     from .trainer import StepMetrics
 
@@ -16,14 +18,14 @@ class TensorBoard:
         step: steps done before; later ones, of a run that was cut off, are hidden.
 
     Raises:
-        ValueError: tensorboard is not installed.
+        InputError: tensorboard is not installed.
     """
 
     def __init__(self, folder: Path, step: int = 0):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise ValueError(
+            raise InputError(
                 "tensorboard is not installed; pip install tensorboard, or leave out --tensorboard"
             ) from None
         self._writer = SummaryWriter(str(folder), purge_step=step + 1)

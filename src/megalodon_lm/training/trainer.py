@@ -17,6 +17,7 @@ from ..data.corpus import blocks, find_documents
 from ..data.mixture import load_mixture
 from ..data.subword import SubwordTokenizer, train_bpe
 from ..data.tokenizer import Tokenizer, load_tokenizer
+from ..errors import InputError
 from ..model.decoder import Megalodon
 from ..state import State, from_tensors
 from .checkpoint import Checkpoint, newest, prefixed, under
@@ -67,7 +68,7 @@ class Trainer:
             is one, passes over broken ones, and begins where there is none.
 
     Raises:
-        ValueError: unusable folder, broken checkpoint, another recipe, missing or changed text, or a vocabulary too
+        InputError: unusable folder, broken checkpoint, another recipe, missing or changed text, or a vocabulary too
             small for the tokenizer.
     """
 
@@ -76,7 +77,7 @@ class Trainer:
         t = recipe.training
         self.tokenizer = _tokenizer(recipe, Path(folder), resume)
         if recipe.model.vocab_size < self.tokenizer.vocab_size:
-            raise ValueError(
+            raise InputError(
                 f"vocab_size = {recipe.model.vocab_size} is too small for the tokenizer {recipe.data.tokenizer} and "
                 f"its special tokens; use {self.tokenizer.vocab_size}"
             )
@@ -114,11 +115,11 @@ class Trainer:
         """The model to begin from, which must be of the recipe's kind."""
         trained = Megalodon.load(folder)
         if load_tokenizer(folder).fingerprint != self.tokenizer.fingerprint:
-            raise ValueError(f"{folder} has another tokenizer than the data; set data.tokenizer to {folder}")
+            raise InputError(f"{folder} has another tokenizer than the data; set data.tokenizer to {folder}")
         ours, theirs = self.recipe.model.to_dict(), trained.config.to_dict()
         changed = [key for key in ours if ours[key] != theirs[key] and "drop" not in key]
         if changed:
-            raise ValueError(
+            raise InputError(
                 f"{folder} differs from the recipe in model.{', model.'.join(changed)}; set them as in its config.json"
             )
         return trained
@@ -144,7 +145,7 @@ class Trainer:
             Whether the run reached its end.
 
         Raises:
-            ValueError: the disk is full, or the loss is not finite or spikes and the recipe says to stop; the last
+            InputError: the disk is full, or the loss is not finite or spikes and the recipe says to stop; the last
                 checkpoint can be used.
         """
         t = self.recipe.training
@@ -244,16 +245,16 @@ class Trainer:
         t, step = self.recipe.training, self.step
         advice = f"lower training.learning_rate = {t.learning_rate}, or raise training.warmup_steps"
         if t.bad_step == "stop":
-            raise ValueError(f"{trouble} at step {step}; {advice}, or set training.bad_step to skip or rewind")
+            raise InputError(f"{trouble} at step {step}; {advice}, or set training.bad_step to skip or rewind")
         if bad >= BAD_IN_A_ROW:
-            raise ValueError(f"{trouble} at step {step}, the {bad}th time in a row; {advice}")
+            raise InputError(f"{trouble} at step {step}, the {bad}th time in a row; {advice}")
         self.state = None  # what it carries may be spoilt
         if t.bad_step == "skip":
             return f"skipped: {trouble}"
         writer.wait()
         checkpoint, _ = newest(self.folder, self.run_id, accept_older=True)
         if checkpoint is None:
-            raise ValueError(f"{trouble} at step {step}, and there is no checkpoint yet to go back to; {advice}")
+            raise InputError(f"{trouble} at step {step}, and there is no checkpoint yet to go back to; {advice}")
         place, tokens, seconds = self.place, self.tokens, self.seconds
         self.restore(checkpoint)
         self.place, self.tokens, self.seconds = place, tokens, seconds  # past the batches that led here
@@ -316,11 +317,11 @@ class Trainer:
         """Be what the run was at a checkpoint.
 
         Raises:
-            ValueError: the text is not the same.
+            InputError: the text is not the same.
         """
         progress: dict[str, Any] = dict(checkpoint.progress)
         if progress["data"] != self.batches.fingerprint:
-            raise ValueError("the training text is not the one the run was begun with; restore it, or begin a new run")
+            raise InputError("the training text is not the one the run was begun with; restore it, or begin a new run")
         raw = under("weights", checkpoint.training)
         self._put(raw or dict(checkpoint.weights))
         if self.average is not None:
@@ -379,7 +380,7 @@ def compile_blocks(model: Megalodon, device: torch.device) -> None:
     """Compile every block in place with torch.compile, at its first use; blocks of equal shapes share the code.
 
     Raises:
-        ValueError: no C++ compiler, which the CPU needs.
+        InputError: no C++ compiler, which the CPU needs.
     """
     if device.type == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler
@@ -388,7 +389,7 @@ def compile_blocks(model: Megalodon, device: torch.device) -> None:
         try:
             get_cpp_compiler()
         except InvalidCxxCompiler:
-            raise ValueError("training.compile = true needs a C++ compiler; install g++ or set it to false") from None
+            raise InputError("training.compile = true needs a C++ compiler; install g++ or set it to false") from None
     for block in model.layers:
         block.compile()
 
