@@ -16,8 +16,8 @@ from megalodon_lm import Megalodon, ModelConfig
 from megalodon_lm.data.prepare import prepare
 from megalodon_lm.training import loss as loss_module
 from megalodon_lm.training.loss import linear_cross_entropy
-from megalodon_lm.training.optimizer import learning_rate
 from megalodon_lm.training.recipe import Recipe, TrainingRecipe, bundled_recipes
+from megalodon_lm.training.schedule import learning_rate
 from megalodon_lm.training.trainer import Trainer
 
 TEXT = b"the quick brown fox jumps over the lazy dog. " * 200
@@ -66,12 +66,55 @@ def test_linear_cross_entropy_under_autocast_is_close():
     assert [g.dtype for g in grads] == [torch.float32, torch.float32]
 
 
-def test_learning_rate_warms_up_and_falls():
-    t = TrainingRecipe(learning_rate=1.0, warmup_steps=10, final_learning_rate=0.1)
-    assert learning_rate(t, 0, 0.0) == pytest.approx(0.1)
-    assert learning_rate(t, 9, 0.0) == pytest.approx(1.0)
-    assert learning_rate(t, 100, 0.5) == pytest.approx(0.55)
-    assert learning_rate(t, 200, 1.0) == pytest.approx(0.1)
+def rates(**values):
+    t = TrainingRecipe(learning_rate=1.0, **values)
+    return [learning_rate(t, step, step / t.steps, t.warmup_steps / t.steps) for step in range(t.steps + 1)]
+
+
+def test_learning_rate_is_pytorchs_warm_up_then_cosine():
+    parameter = torch.nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    warm = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 20, 1.0, 19)
+    fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20, 0.1)
+    both = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, fall], [20])
+    expected = []
+    for _ in range(40):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        both.step()
+    assert rates(steps=40, warmup_steps=20, final_learning_rate=0.1)[:40] == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
+@pytest.mark.parametrize("warmup", [0, 1, 20, 39, 40, 100])
+def test_learning_rate_reaches_its_peak_and_its_end(schedule, warmup):
+    for part in (0.0, 0.2, 1.0):
+        r = rates(steps=40, warmup_steps=warmup, schedule=schedule, decay_part=part, final_learning_rate=0.1)
+        assert all(0 < rate <= 1 for rate in r)
+        assert r[:warmup] == sorted(r[:warmup])
+        assert r[warmup:] == sorted(r[warmup:], reverse=True)
+        if warmup <= 40:
+            assert max(r) == 1
+        if warmup < 40 and schedule != "constant" and not (schedule == "wsd" and part == 0):
+            assert r[40] == pytest.approx(0.1)
+
+
+def test_linear_and_wsd_by_hand():
+    common = dict(steps=10, warmup_steps=2, final_learning_rate=0.0)
+    assert rates(schedule="linear", **common)[2:] == pytest.approx([1 - k / 8 for k in range(9)])
+    assert rates(schedule="wsd", decay_part=0.4, **common) == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+
+
+def test_learning_rate_of_a_run_by_minutes_falls_from_the_time_its_warm_up_took(text, tmp_path):
+    trainer = Trainer(
+        recipe(text, minutes=1.0, warmup_steps=2, learning_rate=1.0, final_learning_rate=0.0), tmp_path / "run"
+    )
+    trainer.warmup_seconds = 20.0
+    for step, seconds, rate in ((0, 0.0, 0.5), (1, 15.0, 1.0), (2, 20.0, 1.0), (3, 40.0, 0.5), (9, 60.0, 0.0)):
+        trainer.step, trainer.seconds = step, seconds
+        assert trainer.learning_rate == pytest.approx(rate, abs=1e-12)
+    saved = trainer.checkpoint()
+    assert saved.progress["warmup_seconds"] == 20.0
 
 
 def test_trains_and_leaves_a_run_folder(text, tmp_path):

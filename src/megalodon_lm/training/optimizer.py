@@ -1,6 +1,5 @@
-"""AdamW over float32 weights, and the learning rate over the run."""
+"""AdamW over float32 weights."""
 
-import math
 from typing import Any
 
 import torch
@@ -26,21 +25,3 @@ def build_optimizer(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Ada
         weight_decay=recipe.weight_decay,
         fused=True,
     )
-
-
-def learning_rate(recipe: TrainingRecipe, step: int, progress: float) -> float:
-    """Linear warm-up, then the schedule of the recipe.
-
-    Args:
-        recipe: of the run.
-        step: steps done.
-        progress: fraction of the run done, in steps or in time, 0 to 1.
-    """
-    warm = min(1.0, (step + 1) / max(1, recipe.warmup_steps))
-    done = min(1.0, progress)
-    if recipe.schedule == "wsd":
-        done = max(0.0, (done - 1) / recipe.decay_part + 1) if recipe.decay_part else 0.0
-    height = 0.5 * (1 + math.cos(math.pi * done)) if recipe.schedule == "cosine" else 1 - done
-    if recipe.schedule == "constant":
-        height = 1.0
-    return recipe.learning_rate * warm * (recipe.final_learning_rate + (1 - recipe.final_learning_rate) * height)

@@ -25,10 +25,11 @@ from .checkpoint_writer import CheckpointWriter
 from .loss import linear_cross_entropy
 from .machine import product_rate
 from .memory import resident
-from .optimizer import build_optimizer, learning_rate
+from .optimizer import build_optimizer
 from .precision import autocast, choose_precision
 from .recipe import Recipe, TrainingRecipe
 from .run_folder import MetricsFile, Resume, open_run
+from .schedule import learning_rate
 
 BAD_IN_A_ROW = 10  # batches skipped, or times gone back without a new checkpoint, before the run gives up
 USUAL_LOSS_STEPS = 50  # of the running mean that spikes are measured from
@@ -102,7 +103,7 @@ class Trainer:
         self.state: State | None = None
         self.step = self.tokens = 0
         self.saved_step: int | None = None
-        self.seconds = 0.0
+        self.seconds = self.warmup_seconds = 0.0
         self.usual_loss = math.nan
         self.best: tuple[float, int] | None = None
         self.notes: list[str] = []
@@ -129,6 +130,13 @@ class Trainer:
         """Fraction of the run done, in time or in steps."""
         t = self.recipe.training
         return self.seconds / (60 * t.minutes) if t.minutes else self.step / t.steps
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        t = self.recipe.training
+        warmup = self.warmup_seconds / (60 * t.minutes) if t.minutes else t.warmup_steps / t.steps
+        return learning_rate(t, self.step, self.progress, warmup)
 
     def train(
         self,
@@ -161,11 +169,13 @@ class Trainer:
                     writer.check()
                     began = time.perf_counter()
                     tokens = self.tokens
-                    rate = learning_rate(t, self.step, self.progress)
+                    rate = self.learning_rate
                     trouble, loss, norm = self._step(batches, rate)
                     took = time.perf_counter() - began
                     self.step += 1
                     self.seconds += took
+                    if self.step == t.warmup_steps:
+                        self.warmup_seconds = self.seconds
                     bad = bad + 1 if trouble else 0
                     if trouble:
                         event = self._trouble(trouble, bad, writer, metrics)
@@ -306,6 +316,7 @@ class Trainer:
         progress = {
             "tokens": self.tokens,
             "seconds": self.seconds,
+            "warmup_seconds": self.warmup_seconds,
             "usual_loss": None if math.isnan(self.usual_loss) else self.usual_loss,
             "best": self.best,
             "place": self.place,
@@ -340,6 +351,7 @@ class Trainer:
             torch.cuda.set_rng_state(checkpoint.training["random_cuda"], self.device)
         self.step = self.saved_step = checkpoint.step
         self.tokens, self.seconds = progress["tokens"], progress["seconds"]
+        self.warmup_seconds = progress.get("warmup_seconds", 0.0)  # not yet known to the first checkpoints
         self.usual_loss = math.nan if progress["usual_loss"] is None else progress["usual_loss"]
         self.best = progress["best"] and tuple(progress["best"])
         self.place = progress["place"]
