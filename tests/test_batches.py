@@ -128,3 +128,20 @@ def test_packed_documents_train_as_one_by_one():
     alone = torch.autograd.grad(one_by_one, list(model.parameters()))
     for a, e in zip(packed, alone, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("length", [8, 13])
+def test_a_row_enters_every_source_of_a_mixture_at_a_marked_start(length):
+    """Also where that is in mid-document, and where a step ends just before it: whose tokens change, the state does."""
+    sources = [[np.array([BEGIN, *[i] * 38])] * 5 for i in range(2)]
+    stream = Stream(Mixture([in_memory(documents, seed=0) for documents in sources]), 3, length)
+    batches = take(stream, 30)
+    for row in range(3):
+        tokens = torch.cat([b.inputs[row] for b in batches]).tolist()
+        starts = torch.cat([torch.zeros(length).bool() if b.starts is None else b.starts[row] for b in batches])
+        changes = [at for at in range(1, len(tokens)) if {tokens[at - 1], tokens[at]} == {0, 1}]
+        assert changes or row == 0, "rows after the first enter in mid-document"
+        assert all(starts[at] for at in changes)
+        assert all(starts[at] for at, token in enumerate(tokens) if token == BEGIN)
+        marked_inside = sum(bool(starts[at]) for at in range(len(tokens)) if tokens[at] != BEGIN)
+        assert marked_inside <= 2, "once for each source"

@@ -273,3 +273,39 @@ def test_another_request_for_the_same_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="begun with other files"):
         prepare([str(tmp_path / "b.txt")], tmp_path / "out", workers=1)
     assert digests(tmp_path / "out") == before
+
+
+def test_more_shards_than_files_may_be_open(tmp_path):
+    """A process of its own, for its limit: 700 shards of chats, three files each, under the usual 1,024."""
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a" * 40}]
+    (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 700)
+    code = """
+import resource
+import sys
+from pathlib import Path
+import numpy as np
+from megalodon_lm import ByteTokenizer
+from megalodon_lm.data import prepare
+from megalodon_lm.data.mixture import load_mixture
+resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+prepare.SHARD_BYTES = 120
+manifest = prepare.prepare(["chats.jsonl"], Path("out"), chats=True, workers=1)
+sequence = load_mixture(["out"], [], ByteTokenizer(), 0).sequences[0]
+whole = sequence.read(0, len(sequence))
+print(len(manifest["shards"]), whole.starts.sum(), (whole.tokens == ord("a")).sum(), whole.learnt.sum())
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    shards, documents, letters, learnt = map(int, run.stdout.split())
+    assert shards > 690
+    assert (documents, letters, learnt) == (700, 700 * 42, 700 * 41)
+
+
+def test_a_shard_replaced_while_it_is_in_use_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    prepare([str(tmp_path / "a.txt")], tmp_path / "out", workers=1)
+    prepared = Prepared.open(tmp_path / "out")
+    (tmp_path / "new").write_bytes((tmp_path / "out" / "00000.tokens").read_bytes())
+    (tmp_path / "new").replace(tmp_path / "out" / "00000.tokens")
+    with pytest.raises(ValueError, match="replaced while it was in use"):
+        prepared.tokens[0]

@@ -55,7 +55,8 @@ class Batches(Protocol):
 class Stream:
     """B rows that read the documents in order from B evenly spaced places, so that the State can be carried.
 
-    A row continues where it stopped at the step before. With several sequences it changes between documents.
+    A row continues where it stopped at the step before. With several sequences it changes between documents; where it
+    comes to one for the first time, which is in mid-document, a start is marked: the State is that of another document.
 
     Args:
         mixture: what to read.
@@ -102,7 +103,9 @@ class Stream:
             sequence = self.mixture.sequences[reads]
             rest = sequence.rest_of_document(at[reads])
             some = min(rest, count)
-            parts.append(sequence.read(at[reads], some))
+            stretch = sequence.read(at[reads], some)
+            stretch.starts[0] |= taken[reads] == 0
+            parts.append(stretch)
             at[reads] = (at[reads] + some) % len(sequence)
             taken[reads] += some
             count -= some

@@ -11,9 +11,11 @@ A prepared folder holds `prepared.json` and for each shard NNNNN
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
@@ -22,6 +24,8 @@ from ..files import check
 
 MANIFEST = "prepared.json"
 DOCUMENT = np.dtype([("end", "<i8"), ("file", "<i4"), ("place", "<i8")])
+MAPS = 256
+"""Files mapped at a time, of all prepared folders together: each holds a file descriptor, of which many have 1,024."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -37,13 +41,13 @@ class Prepared:
         manifest: what prepared.json says.
         tokens: of each shard, a memory map.
         documents: of each shard, DOCUMENT records.
-        answers: of each shard of chats, bool for each token; None where the text is none.
+        answers: of each shard of chats, a memory map of a bool for each token; None where the text is none.
     """
 
     manifest: dict[str, Any]
-    tokens: list[np.ndarray]
+    tokens: "MappedFiles"
     documents: list[np.ndarray]
-    answers: list[np.ndarray] | None
+    answers: "MappedFiles | None"
 
     @classmethod
     def open(cls, folder: Path, verify: bool = False) -> "Prepared":
@@ -59,16 +63,16 @@ class Prepared:
         manifest = read_manifest(folder)
         if not manifest.get("complete"):
             raise InputError(f"{folder} is not prepared completely; run megalodon prepare again, it goes on")
-        dtype = np.dtype(manifest["dtype"])
-        tokens, documents, answers = [], [], []
+        shards = [folder / shard["name"] for shard in manifest["shards"]]
         for shard in manifest["shards"]:
             for name, expected in shard["files"].items():
                 check(folder / name, expected, verify)
-            tokens.append(_mapped(folder / f"{shard['name']}.tokens", dtype))
-            documents.append(_mapped(folder / f"{shard['name']}.documents", DOCUMENT))
-            if manifest.get("chats"):
-                answers.append(_mapped(folder / f"{shard['name']}.answers", np.dtype(np.bool_)))
-        return cls(manifest, tokens, documents, answers or None)
+        return cls(
+            manifest,
+            MappedFiles([shard.with_suffix(".tokens") for shard in shards], manifest["dtype"]),
+            [np.fromfile(shard.with_suffix(".documents"), DOCUMENT) for shard in shards],
+            MappedFiles([shard.with_suffix(".answers") for shard in shards], "?") if manifest.get("chats") else None,
+        )
 
     @property
     def digest(self) -> str:
@@ -96,7 +100,46 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read; it was truncated or altered; prepare the text again") from None
 
 
-def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
-    if path.stat().st_size == 0:
-        return np.zeros(0, dtype)
-    return np.memmap(path, dtype, "r")
+class _File(NamedTuple):
+    """A file as it was when it was opened first."""
+
+    path: Path
+    inode: int
+    changed: int
+
+
+class MappedFiles(Sequence[np.ndarray]):
+    """Arrays in files, each mapped when it is asked for.
+
+    Args:
+        paths: of the files.
+        dtype: of all of them.
+    """
+
+    def __init__(self, paths: list[Path], dtype: str):
+        stats = [path.stat() for path in paths]
+        self._files = [_File(p, s.st_ino, s.st_mtime_ns) for p, s in zip(paths, stats, strict=True)]
+        self._dtype = dtype
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[np.ndarray]: ...
+    def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray]:
+        if isinstance(index, slice):
+            return [_mapped(file, self._dtype) for file in self._files[index]]
+        return _mapped(self._files[index], self._dtype)
+
+
+@lru_cache(MAPS)
+def _mapped(file: _File, dtype: str) -> np.ndarray:
+    try:
+        found = file.path.stat()
+        if (found.st_ino, found.st_mtime_ns) != (file.inode, file.changed):
+            raise InputError(f"{file.path} was replaced while it was in use")
+        return np.memmap(file.path, dtype, "r") if found.st_size else np.zeros(0, dtype)
+    except OSError as error:
+        raise InputError(f"cannot read {file.path}: {error.strerror}") from None
