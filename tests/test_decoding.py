@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from megalodon_lm import Megalodon, ModelConfig
+from megalodon_lm import Megalodon, ModelConfig, State
 from megalodon_lm.generation.decoding import Decoder
 from megalodon_lm.generation.stream import read
 from megalodon_lm.ops import backend
@@ -72,6 +72,23 @@ def test_the_definition_in_float64_is_the_judge():
     torch.testing.assert_close(found.double(), expected[:, 40:], atol=1e-4, rtol=1e-4)
 
 
+def test_small_offsets_stored_in_bf16_have_their_effect():
+    """Norms and attention scale by 1 + the parameter: 1 + 0.003 in bf16 would be 1."""
+    config = CONFIGS["swiglu"]
+    model = model_of(config).bfloat16()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if (p.dim() == 1 and "weight" in name) or name.endswith("mega.gamma"):
+                p.fill_(0.003)
+    judge = Megalodon(config).eval().double()
+    judge.load_state_dict(model.state_dict())
+    tokens = tokens_of(1, 40)
+    with torch.no_grad():
+        expected, _ = judge(tokens)
+    found = steps(Decoder(model, State.empty(config, 1), "float32"), tokens)
+    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_bf16_differs_by_the_rounding_of_weights_and_cache_alone():
     """Against a float32 model that has the rounded weights, so that only the cache's rounding is left."""
     model = model_of(CONFIGS["swiglu"])
@@ -127,6 +144,25 @@ def test_a_state_goes_out_and_comes_back():
     resumed = Decoder(model, again.state(), "float32")
     again.step(more[:, 0])  # must not touch what was handed out
     assert torch.equal(torch.cat([first, steps(resumed, more[:, 23:])], 1), whole)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_state_may_lie_in_any_order_in_memory(fused):
+    model = model_of(ModelConfig.named("tiny", model_dim=64 if fused else 72))
+    state = read(model, tokens_of(2, 20))[1]
+    turned = state.map(lambda t: t.transpose(0, -1).clone(memory_format=torch.contiguous_format).transpose(0, -1))
+    assert not turned.layers[0].norm.mean.is_contiguous()
+    before, more = turned.clone(), tokens_of(2, 30, 1)
+    decoder = Decoder(model, turned, "float32")
+    assert decoder.fused == fused
+    with torch.no_grad():
+        expected, leaving = model(more, state)
+        piece, after = model(more, turned)
+    torch.testing.assert_close(piece, expected)
+    assert_same_state(after, leaving, 1e-6)
+    torch.testing.assert_close(steps(decoder, more), expected, atol=2e-4, rtol=2e-4)
+    assert_same_state(decoder.state(), leaving, 2e-4)
+    assert_same_state(turned, before, 0)
 
 
 @pytest.mark.parametrize("changes", [{"model_dim": 72}, {"ffn_hidden_dim": 120}, {"z_dim": 24}, {"dropout": 0.1}])

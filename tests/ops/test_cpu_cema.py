@@ -5,12 +5,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalodon_lm.ops import reference
 from megalodon_lm.ops.boundaries import Boundaries
 from megalodon_lm.ops.cema import cema_coefficients
 from megalodon_lm.ops.cpu import cema as native
+from megalodon_lm.ops.cpu.causal_attention import causal_attention
 from megalodon_lm.ops.cpu.cema import cema
+from megalodon_lm.ops.cpu.norms import rms_norm
+from megalodon_lm.ops.cpu.timestep_norm import timestep_norm
 
 from .cases import BOUNDARIES, assert_close, boundaries, gradients
 
@@ -143,6 +147,32 @@ def test_operator_is_well_formed(kind):
     x, p, q, g, omega, state = case(70)
     inputs = [t.contiguous().requires_grad_() for t in (x, *native.pack(p, q, g, omega), state)]
     torch.library.opcheck(native.cema_forward, (*inputs, where.starts, where.lengths, True))
+
+
+def test_backward_fills_no_zeros_for_what_has_no_gradient(monkeypatch):
+    """Only for the exit statistics and states of a loss that does not use them, which are small."""
+
+    class Zeros(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if "zeros" in func.name() and out.numel() > 1:
+                made.append(tuple(out.shape))
+            return out
+
+    x, p, q, g, omega, state = (t.requires_grad_() for t in case(200, 64, 16))
+    weight = torch.zeros(64, requires_grad=True)
+    heads = x.view(B, 200, 2, 32)
+    outputs = {
+        "cema": (cema(x, p, q, g, omega, state)[0], {tuple(state.shape)}),
+        "timestep norm": (timestep_norm(x, weight, weight, 4)[0], {(B, 4)}),
+        "norm": (rms_norm(x, weight, 1e-5), set()),
+        "attention": (causal_attention(heads, heads, heads, None, None, torch.arange(200).expand(B, -1)), {(0,)}),
+    }
+    for name, (out, small) in outputs.items():
+        made = []
+        with Zeros():
+            torch.autograd.grad(out.sum(), x)
+        assert set(made) <= small | {tuple(x.shape)}, name
 
 
 def loss(x, p, q, g, omega, state, starts, lengths):

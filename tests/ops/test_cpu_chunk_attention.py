@@ -1,3 +1,5 @@
+import multiprocessing
+
 import pytest
 import torch
 
@@ -125,6 +127,23 @@ def test_large_scores_stay_finite():
     out, _ = chunk_attention(1e3 * q, 1e3 * k, v, C, 1e4)
     expected, _ = portable(1e3 * q, 1e3 * k, v, C, 1e4)
     assert_close([out], [expected], 1e-3)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_forked_child_multiplies_matrices(dtype):
+    """The parent's OpenMP threads, which PyTorch's products would wait for, are not there in the child."""
+    expected = _total(dtype)
+    assert torch.get_num_threads() == 2
+    (torch.ones(600, 600) @ torch.ones(600, 600)).sum()
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply_async(_total, (dtype,)).get(timeout=60) == pytest.approx(expected, rel=1e-2)
+
+
+def _total(dtype):
+    with torch.no_grad():
+        out, _ = chunk_attention(*case(700, dtype, 512, 32, 96)[:3], 512, 1e4)
+        return (out @ torch.ones(96, 512, dtype=dtype)).abs().mean().item()
 
 
 def test_dropout_takes_the_portable_path():

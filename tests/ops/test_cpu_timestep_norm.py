@@ -66,6 +66,18 @@ def test_same_bits_every_time_and_for_every_number_of_threads():
             assert torch.equal(a, b)
 
 
+def test_statistics_may_lie_in_any_order_in_memory():
+    inputs = case(20, 12)
+    turned = [*inputs[:3], *(t.t().contiguous().t() for t in inputs[3:])]
+    assert not turned[3].is_contiguous()
+    expected = gradients(run(reference.timestep_norm, None), [t.double() for t in inputs])
+    actual = gradients(run(timestep_norm, None), turned)
+    assert_close(actual[0], expected[0], 1e-5)
+    assert_close(actual[1], expected[1], 1e-4)
+    with torch.no_grad():
+        assert_close(run(timestep_norm, None)(*turned), expected[0], 1e-5)
+
+
 def test_does_not_drift_over_a_million_tokens():
     generator = torch.Generator().manual_seed(0)
     zero, state, total = torch.zeros(4), None, torch.zeros(2).double()

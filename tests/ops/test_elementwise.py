@@ -7,6 +7,8 @@ from megalodon_lm.ops import chunk_attention, gates, norms, reference
 from megalodon_lm.ops.cpu import gates as native_gates
 from megalodon_lm.ops.cpu import norms as native_norms
 from megalodon_lm.ops.cpu import rotary as native_rope
+from megalodon_lm.ops.cpu.timestep_norm import timestep_norm as native_timestep_norm
+from megalodon_lm.ops.timestep_norm import timestep_norm
 
 from .cases import assert_close, gradients
 
@@ -79,6 +81,22 @@ def test_equals_definition_with_all_gradients(name, native, dtype, tolerance):
     expected = gradients(definition, [t.double() for t in inputs])
     assert_close(actual[0], expected[0], tolerance)
     assert_close(actual[1], expected[1], tolerance)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_small_offset_stored_in_bf16_has_its_effect(native):
+    """1 + 0.003 in bf16 would be 1."""
+    x = draw((2, 70, 32))[0]
+    offset = torch.full((32,), 0.003, dtype=torch.bfloat16)
+    found = [
+        *implementation("rms", native)(x.float(), offset),
+        *implementation("layer", native)(x.float(), offset, offset),
+        (native_timestep_norm if native else timestep_norm)(x.float(), offset, offset, 2)[0],
+    ]
+    exact = offset.double()
+    expected = [*rms_definition(x, exact), *layer_definition(x, exact, exact)]
+    expected.append(reference.timestep_norm(x, exact, exact, 2)[0])
+    assert_close(found, expected, 1e-5)
 
 
 def test_gradcheck():

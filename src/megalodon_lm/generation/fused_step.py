@@ -114,7 +114,7 @@ class FusedStep:
             p, q, g = cema_coefficients(cema.alpha, cema.delta, cema.theta, cema.gamma)
             parts = (p, *(torch.view_as_real(t).transpose(1, 2) for t in (q, g)))
             average = tuple(as_numpy(_pad(t).contiguous()) for t in parts)
-            gamma = (mega.gamma + 1) / math.sqrt(c.z_dim // c.num_heads)
+            gamma = (mega.gamma.float() + 1) / math.sqrt(c.z_dim // c.num_heads)
         mixer = tuple((self._matrix(w.weight), _vector(w.bias)) for w in (mega.wv, mega.wz, mega.wr, mega.wh1))
         none, unscaled = (np.full(c.model_dim, value, np.float32) for value in (0, 1))
         fc1 = self._matrix(ffn.fc1.weight)
@@ -122,7 +122,7 @@ class FusedStep:
             _scale_and_bias(mega.timenorm),
             (*average, _vector(cema.omega)),
             mixer,
-            (_vector(mega.rmsnorm.weight + 1), none),
+            (_vector(mega.rmsnorm.weight.float() + 1), none),
             (_vector(gamma), _vector(mega.beta), cos, sin),
             (self._matrix(mega.wh2.weight), none),
             _scale_and_bias(ffn.norm),
@@ -133,9 +133,12 @@ class FusedStep:
         )
 
     def _layer_state(self, layer: LayerState) -> tuple[np.ndarray, ...]:
-        h = _pad(layer.cema.detach().float().transpose(2, 3)).contiguous()
+        h = _pad(layer.cema.detach().float().transpose(2, 3)).clone(memory_format=torch.contiguous_format)
         keys, values, fill = layer.attention
-        cached = (array_of(t.detach().to(self.dtype, copy=True)).reshape(-1) for t in (keys, values))
+        cached = (
+            array_of(t.detach().to(self.dtype, memory_format=torch.contiguous_format, copy=True)).reshape(-1)
+            for t in (keys, values)
+        )
         return (*_norm_state(layer.norm), as_numpy(h), *cached, as_numpy(fill.clone()))
 
     def _matrix(self, weight: Tensor) -> np.ndarray:
@@ -160,11 +163,11 @@ def _vector(t: Tensor) -> np.ndarray:
 
 
 def _scale_and_bias(norm: Any) -> tuple[np.ndarray, np.ndarray]:
-    return _vector(norm.weight + 1), _vector(norm.bias)
+    return _vector(norm.weight.float() + 1), _vector(norm.bias)
 
 
 def _norm_state(norm: NormState) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    count, mean, var = (as_numpy(t.detach().clone()) for t in norm)
+    count, mean, var = (as_numpy(t.detach().clone(memory_format=torch.contiguous_format)) for t in norm)
     return count, mean, var
 
 

@@ -61,7 +61,8 @@ class GatedAttention(nn.Module):
     def _queries_and_keys(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Normalise z (B, L, Z) per head, with one affine map each: two tensors (B, L, H, Z/H)."""
         heads = z.unflatten(-1, (self.config.num_heads, -1))
-        scales = ((self.gamma + 1) / math.sqrt(heads.shape[-1])).view(2, *heads.shape[-2:])
+        gamma = self.gamma.to(torch.promote_types(self.gamma.dtype, torch.float32))  # 1 + 0.003 would be 1 in bf16
+        scales = ((gamma + 1) / math.sqrt(heads.shape[-1])).view(2, *heads.shape[-2:])
         shifts = self.beta.view_as(scales)
         eps = self.config.norm_eps
         q, k = (backend.head_rms_norm(heads, *maps, eps) for maps in zip(scales, shifts, strict=True))

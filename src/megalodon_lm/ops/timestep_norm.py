@@ -79,7 +79,7 @@ def timestep_norm(
 
     statistics = blocks.scatter(torch.cat([mean, (var + eps).rsqrt()], -1)).to(groups.dtype)
     centre, scale = (s.unsqueeze(-1) for s in statistics.chunk(2, -1))
-    y = ((groups - centre) * scale).view(batch, length, dim) * (weight + 1) + bias
+    y = ((groups - centre) * scale).view(batch, length, dim) * (weight.to(groups.dtype) + 1) + bias.to(groups.dtype)
     if boundaries is not None and boundaries.lengths is not None:
         y = torch.where(boundaries.valid(length)[..., None].to(x.device), y, 0)
 

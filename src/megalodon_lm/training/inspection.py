@@ -25,7 +25,7 @@ def inspect_layers(model: Megalodon) -> list[dict[str, float]]:
         _, q, _ = cema_coefficients(cema.alpha, cema.delta, cema.theta, cema.gamma)
         size = q.abs().double().clamp(max=1 - 1e-12)
         half_life = math.log(0.5) / size.log()
-        query, key = (mega.gamma + 1).square().mean(1).sqrt().tolist()
+        query, key = (mega.gamma.float() + 1).square().mean(1).sqrt().tolist()
         found.append(
             {
                 "decay": size.mean().item(),

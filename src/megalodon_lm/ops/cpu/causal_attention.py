@@ -43,7 +43,7 @@ def _plan(slots: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Ends (B, L) and groups (M, 4)."""
     ends = np.empty(slots.shape, np.int64)
     groups = np.empty((slots.numel(), 4), np.int64)
-    count = kernels.plan_groups(array_of(slots), MERGED_KEYS, ends, groups)
+    count = kernels.plan_groups(array_of(slots.contiguous()), MERGED_KEYS, ends, groups)
     return ends, groups[:count]
 
 
@@ -56,6 +56,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, values: Tensor | None, slots: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Output, and logarithms of the softmax's sums: (H, n) for each group in turn, flat."""
+    slots = slots.contiguous()
     _, groups = _plan(slots)
     heads = q.shape[2]
     num_queries = groups[:, 2] - groups[:, 1]
@@ -129,11 +130,12 @@ def _(
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*inputs, *output)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
+def _backward(ctx: Any, grad: Tensor, _: None) -> Any:
     saved = ctx.saved_tensors  # asked for once: checkpointing allows no second time
-    *grads, grad_keys, grad_values = attention_backward(grad, *saved)
+    *grads, grad_keys, grad_values = attention_backward(grad.contiguous(), *saved)
     cached = saved[3] is not None
     return *grads, grad_keys if cached else None, grad_values if cached else None, None
 

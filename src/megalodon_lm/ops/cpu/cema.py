@@ -45,7 +45,7 @@ def pack(p: Tensor, q: Tensor, g: Tensor, omega: Tensor) -> tuple[Tensor, Tensor
     missing = -dim % WIDTH
     parts = F.pad(torch.stack([q.real, q.imag, p, g.real, g.imag]), (0, ndim % 2, 0, missing))
     parts = parts.view(5, -1, WIDTH, parts.shape[-1]).permute(1, 3, 0, 2).contiguous()
-    return parts, F.pad(omega, (0, missing)).view(-1, WIDTH)
+    return parts, F.pad(omega, (0, missing)).reshape(-1, WIDTH).contiguous()
 
 
 def _saved_shape(x: Tensor, coefficients: Tensor, keep: bool) -> tuple[int, ...]:
@@ -77,8 +77,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (B, L, D), the exit state (B, D, N, 2) and the saved states, none unless `keep`."""
     batch, length, dim = x.shape
-    y = torch.empty_like(x) if lengths is None else torch.zeros_like(x)
-    leaving = torch.empty_like(entry)
+    y = (x.new_empty if lengths is None else x.new_zeros)(x.shape)
+    leaving = entry.new_empty(entry.shape)
     every_slot = starts is None and lengths is None
     saved = (entry.new_empty if every_slot else entry.new_zeros)(_saved_shape(x, coefficients, keep))
     shape = (length, dim, entry.shape[2], saved.shape[2])
@@ -104,7 +104,7 @@ def cema_forward(
 
 @cema_forward.register_fake
 def _(x: Tensor, coefficients: Tensor, omega: Tensor, entry: Tensor, starts: Any, lengths: Any, keep: bool) -> Any:
-    return torch.empty_like(x), torch.empty_like(entry), entry.new_empty(_saved_shape(x, coefficients, keep))
+    return x.new_empty(x.shape), entry.new_empty(entry.shape), entry.new_empty(_saved_shape(x, coefficients, keep))
 
 
 @torch.library.custom_op("megalodon::cema_backward", mutates_args=())
@@ -120,10 +120,10 @@ def cema_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to x, coefficients, omega and the entry state; rows are summed in order."""
     batch, length, dim = x.shape
-    grad_x = torch.empty_like(x) if lengths is None else torch.zeros_like(x)
+    grad_x = (x.new_empty if lengths is None else x.new_zeros)(x.shape)
     grad_coefficients = coefficients.new_empty(batch, *coefficients.shape)
     grad_omega = omega.new_empty(batch, *omega.shape)
-    grad_entry = torch.empty_like(grad_leaving)
+    grad_entry = grad_leaving.new_empty(grad_leaving.shape)
     shape = (length, dim, grad_leaving.shape[2], saved.shape[2])
     inputs = (as_numpy(x), shape, *map(as_numpy, (coefficients, omega, saved)), *_plan(batch, length, starts, lengths))
     grads = (grad_y, grad_leaving, grad_x, grad_coefficients, grad_omega, grad_entry)
@@ -142,16 +142,22 @@ def _(
     grad_y: Tensor,
     grad_leaving: Tensor,
 ) -> Any:
-    return tuple(torch.empty_like(t) for t in (x, coefficients, omega, grad_leaving))
+    return tuple(t.new_empty(t.shape) for t in (x, coefficients, omega, grad_leaving))
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
     x, coefficients, omega, _, starts, lengths, _ = inputs
     ctx.save_for_backward(x, coefficients, omega, output[2], starts, lengths)
+    ctx.state_shape = output[1].shape
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_y: Tensor, grad_leaving: Tensor, _: Tensor) -> Any:
-    grads = cema_backward(*ctx.saved_tensors, grad_y.contiguous(), grad_leaving.contiguous())
+def _backward(ctx: Any, grad_y: Tensor | None, grad_leaving: Tensor | None, _: None) -> Any:
+    saved = ctx.saved_tensors  # asked for once: checkpointing allows no second time
+    x, coefficients = saved[:2]
+    grad_y = x.new_zeros(x.shape) if grad_y is None else grad_y.contiguous()
+    grad_leaving = coefficients.new_zeros(ctx.state_shape) if grad_leaving is None else grad_leaving.contiguous()
+    grads = cema_backward(*saved, grad_y, grad_leaving)
     return *grads, None, None, None
 
 

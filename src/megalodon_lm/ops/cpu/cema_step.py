@@ -70,12 +70,12 @@ def step(
     ndim = p.shape[1]
     entry = torch.zeros(batch, dim, ndim, 2) if state is None else state
     y, leaving = torch.empty(x.shape, dtype=x.dtype), torch.empty(batch, dim, ndim, 2)
-    began = np.zeros(batch, np.bool_) if starts is None else array_of(starts).reshape(-1)
-    valid = np.ones(batch, np.int64) if lengths is None else array_of(lengths)
-    coefficients = (array_of(t) for t in (p, torch.view_as_real(q), torch.view_as_real(g), omega))
-    states = (array_of(t).reshape(-1, ndim, 2) for t in (entry, leaving))
+    began = np.zeros(batch, np.bool_) if starts is None else array_of(starts.contiguous()).reshape(-1)
+    valid = np.ones(batch, np.int64) if lengths is None else array_of(lengths.contiguous())
+    coefficients = (array_of(t.contiguous()) for t in (p, torch.view_as_real(q), torch.view_as_real(g), omega))
+    states = (array_of(t).reshape(-1, ndim, 2) for t in (entry.contiguous(), leaving))
     threads = num_threads() if batch * dim * ndim > _FEW_STATES else 1
     before, after = states
-    args = (array_of(x).reshape(-1), *coefficients, before, began, valid, array_of(y).reshape(-1), after)
+    args = (array_of(x.contiguous()).reshape(-1), *coefficients, before, began, valid, array_of(y).reshape(-1), after)
     _step(threads, batch * dim, args)
     return y, leaving

@@ -31,13 +31,14 @@ def chunk_attention(
     if cache is None:
         keys, values, fill = None, None, torch.zeros(batch, dtype=torch.int64)
     else:
-        keys, values, fill = cache.keys.to(k.dtype), cache.values.to(v.dtype), cache.fill
+        keys, values, fill = cache.keys.to(k.dtype).contiguous(), cache.values.to(v.dtype).contiguous(), cache.fill
     places = boundaries or Boundaries()
     slots = places.since_start(fill, length) % chunk_size
     stops = torch.full_like(fill, length) if places.lengths is None else places.lengths
     if places.lengths is not None:
         slots = torch.where(places.valid(length), slots, -1)
 
+    v = v.contiguous()
     q, k = rotate(q, slots, rope_base, chunk_size), rotate(k, slots, rope_base, chunk_size)
     out = causal_attention(q, k, v, keys, values, slots)
     fill = places.exit_position(fill, length) % chunk_size

@@ -25,7 +25,7 @@ def silu_gate(gate: Tensor, x: Tensor) -> Tensor:
 
 
 def _forward(gate: Tensor, x: Tensor) -> Tensor:
-    y = torch.empty_like(x)
+    y = x.new_empty(x.shape)
     tasks = -(-x.numel() // _STRETCH)
     run_on_team(kernels.gate_forward_on_team, tasks, _STRETCH, *(as_numpy(t) for t in (gate, x, y)))
     return y
@@ -39,13 +39,13 @@ def silu_gate_forward(gate: Tensor, x: Tensor) -> Tensor:
 
 @silu_gate_forward.register_fake
 def _(gate: Tensor, x: Tensor) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("megalodon::silu_gate_backward", mutates_args=())
 def silu_gate_backward(gate: Tensor, x: Tensor, grad_y: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients to gate and x."""
-    grad_gate, grad_x = torch.empty_like(gate), torch.empty_like(x)
+    grad_gate, grad_x = gate.new_empty(gate.shape), x.new_empty(x.shape)
     tasks = -(-x.numel() // _STRETCH)
     arrays = (as_numpy(t) for t in (gate, x, grad_y, grad_gate, grad_x))
     run_on_team(kernels.gate_backward_on_team, tasks, _STRETCH, *arrays)
@@ -54,7 +54,7 @@ def silu_gate_backward(gate: Tensor, x: Tensor, grad_y: Tensor) -> tuple[Tensor,
 
 @silu_gate_backward.register_fake
 def _(gate: Tensor, x: Tensor, grad_y: Tensor) -> Any:
-    return torch.empty_like(gate), torch.empty_like(x)
+    return gate.new_empty(gate.shape), x.new_empty(x.shape)
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:

@@ -72,7 +72,7 @@ def norm_backward(
     dim = x.shape[-1]
     tokens = x.numel() // dim
     stretches = -(-tokens // STRETCH)
-    grad_x = torch.empty_like(x)
+    grad_x = x.new_empty(x.shape)
     grad_weight, grad_bias = (weight.new_empty(stretches, *weight.shape) for _ in range(2))
     inputs = (as_numpy(x), dim, as_numpy(weight), centred, as_numpy(saved), tokens, STRETCH)
     grads = [as_numpy(t) for t in (grad_y, grad_x, grad_weight, grad_bias)]
@@ -82,15 +82,16 @@ def norm_backward(
 
 @norm_backward.register_fake
 def _(x: Tensor, weight: Tensor, saved: Tensor, centred: bool, grad_y: Tensor) -> Any:
-    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+    return tuple(t.new_empty(t.shape) for t in (x, weight, weight))
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(inputs[0], inputs[1], output[1])
     ctx.centred = inputs[3]
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_y: Tensor, _: Tensor) -> Any:
+def _backward(ctx: Any, grad_y: Tensor, _: None) -> Any:
     return *norm_backward(*ctx.saved_tensors, ctx.centred, grad_y.contiguous()), None, None, None
 
 

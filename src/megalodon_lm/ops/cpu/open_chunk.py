@@ -26,7 +26,8 @@ def open_chunk(piece: Tensor, cached: Tensor | None, stops: Tensor, fill: Tensor
     """
     tracked = torch.is_grad_enabled() and (piece.requires_grad or (cached is not None and cached.requires_grad))
     run = take_open_chunk if tracked or torch.compiler.is_compiling() else _take
-    return run(piece, cached, stops, fill, chunk_size)
+    stops, fill = stops.contiguous(), fill.contiguous()
+    return run(piece.contiguous(), None if cached is None else cached.contiguous(), stops, fill, chunk_size)
 
 
 @inner
@@ -118,7 +119,7 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> Any:
-    piece, cached = return_open_chunk(grad, *ctx.saved_tensors, ctx.length)
+    piece, cached = return_open_chunk(grad.contiguous(), *ctx.saved_tensors, ctx.length)
     return piece, cached if ctx.cached else None, None, None, None
 
 

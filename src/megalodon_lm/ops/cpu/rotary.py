@@ -25,7 +25,7 @@ def rotate(x: Tensor, slots: Tensor, base: float, highest: int) -> Tensor:
     """
     tracked = torch.is_grad_enabled() and x.requires_grad
     run = rotate_pairs if tracked or torch.compiler.is_compiling() else _rotate
-    return run(x, slots, base, highest, False)
+    return run(x.contiguous(), slots.contiguous(), base, highest, False)
 
 
 @inner(fastmath={"contract"})
@@ -80,7 +80,7 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> Any:
-    grad_x = rotate_pairs(grad, *ctx.saved_tensors, ctx.base, ctx.highest, not ctx.back)
+    grad_x = rotate_pairs(grad.contiguous(), *ctx.saved_tensors, ctx.base, ctx.highest, not ctx.back)
     return grad_x, None, None, None, None
 
 

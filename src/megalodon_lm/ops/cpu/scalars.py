@@ -15,8 +15,9 @@ from torch import Tensor
 
 
 def array_of(t: Tensor) -> np.ndarray:
-    """The memory of a contiguous CPU tensor in its shape; bf16 as uint16."""
-    t = t.detach().contiguous()
+    """The memory of a contiguous CPU tensor in its shape; bf16 as uint16. Of any other it would be a copy, and lost."""
+    assert t.is_contiguous(), t.stride()
+    t = t.detach()
     return (t.view(torch.uint16) if t.dtype == torch.bfloat16 else t).numpy()
 
 

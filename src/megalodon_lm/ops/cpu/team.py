@@ -151,8 +151,10 @@ def _connect() -> None:
 
 
 def _after_fork() -> None:
+    """Leave a forked child one thread, in PyTorch's own operations too: they would wait for the parent's for ever."""
     global _forked
     _forked = True
+    torch.set_num_threads(1)
 
 
 _connect()

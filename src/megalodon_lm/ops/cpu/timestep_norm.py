@@ -29,10 +29,10 @@ def timestep_norm(
     lengths = torch.full((batch,), length) if boundaries is None or boundaries.lengths is None else boundaries.lengths
     where = boundaries or Boundaries()
     counts = (where.since_start(entry.count, length) + 1).contiguous()
-    inputs = (x.float().contiguous(), weight.float() + 1, bias.float(), entry.mean, entry.var)
+    inputs = tuple(t.contiguous() for t in (x.float(), weight.float() + 1, bias.float(), entry.mean, entry.var))
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     run = timestep_norm_forward if keep or torch.compiler.is_compiling() else _forward
-    y, mean, var, _ = run(*inputs, counts, lengths, num_groups, eps, out_dtype, keep)
+    y, mean, var, _ = run(*inputs, counts, lengths.contiguous(), num_groups, eps, out_dtype, keep)
     return y, NormState(where.exit_position(entry.count, length), mean, var)
 
 
@@ -52,9 +52,9 @@ def _forward(
     """y, the exit mean and variance (B, G), and what backward needs (B, G, L, 3), L = 0 unless `keep`."""
     batch, length, dim = x.shape
     y = _blank(x, lengths, out_dtype)
-    mean, var = torch.empty_like(entry_mean), torch.empty_like(entry_var)
+    mean, var = entry_mean.new_empty(entry_mean.shape), entry_var.new_empty(entry_var.shape)
     saved = mean.new_empty(batch, num_groups, length if keep else 0, 3)
-    inputs = [as_numpy(t) for t in (entry_mean.contiguous(), entry_var.contiguous(), counts, lengths)]
+    inputs = [as_numpy(t) for t in (entry_mean, entry_var, counts, lengths)]
     outputs = [as_numpy(t) for t in (y, mean, var, saved)]
     features = (as_numpy(x), (length, dim, num_groups, keep), as_numpy(weight), as_numpy(bias), eps)
     run_on_team(kernels.forward_on_team, batch * num_groups, *features, *inputs, *outputs)
@@ -101,7 +101,8 @@ def _(
     keep: bool,
 ) -> Any:
     saved = entry_mean.new_empty(x.shape[0], num_groups, x.shape[1] if keep else 0, 3)
-    return x.new_empty(x.shape, dtype=out_dtype), torch.empty_like(entry_mean), torch.empty_like(entry_var), saved
+    mean, var = entry_mean.new_empty(entry_mean.shape), entry_var.new_empty(entry_var.shape)
+    return x.new_empty(x.shape, dtype=out_dtype), mean, var, saved
 
 
 @torch.library.custom_op("megalodon::timestep_norm_backward", mutates_args=())
@@ -121,8 +122,8 @@ def timestep_norm_backward(
     groups = entry_mean.shape[1]
     grad_x = _blank(x, lengths, x.dtype)
     grad_weight, grad_bias = x.new_empty(batch, dim), x.new_empty(batch, dim)
-    to_mean, to_var = torch.empty_like(grad_mean), torch.empty_like(grad_var)
-    inputs = [as_numpy(t) for t in (weight, counts, lengths, saved, entry_mean.contiguous())]
+    to_mean, to_var = grad_mean.new_empty(grad_mean.shape), grad_var.new_empty(grad_var.shape)
+    inputs = [as_numpy(t) for t in (weight, counts, lengths, saved, entry_mean)]
     grads = [as_numpy(t) for t in (grad_y, grad_mean, grad_var, grad_x, grad_weight, grad_bias, to_mean, to_var)]
     run_on_team(kernels.backward_on_team, batch * groups, as_numpy(x), (length, dim, groups, True), *inputs, *grads)
     return grad_x, grad_weight.sum(0), grad_bias.sum(0), to_mean, to_var
@@ -140,16 +141,22 @@ def _(
     grad_mean: Tensor,
     grad_var: Tensor,
 ) -> Any:
-    return tuple(torch.empty_like(t) for t in (x, weight, weight, grad_mean, grad_var))
+    return tuple(t.new_empty(t.shape) for t in (x, weight, weight, grad_mean, grad_var))
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
     x, weight, _, entry_mean, _, counts, lengths = inputs[:7]
     ctx.save_for_backward(x, weight, entry_mean, counts, lengths, output[3])
+    ctx.out_dtype = output[0].dtype
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_y: Tensor, grad_mean: Tensor, grad_var: Tensor, _: Tensor) -> Any:
-    grads = timestep_norm_backward(*ctx.saved_tensors, *(g.contiguous() for g in (grad_y, grad_mean, grad_var)))
+def _backward(ctx: Any, grad_y: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None, _: None) -> Any:
+    saved = ctx.saved_tensors  # asked for once: checkpointing allows no second time
+    x, entry_mean = saved[0], saved[2]
+    grad_y = x.new_zeros(x.shape, dtype=ctx.out_dtype) if grad_y is None else grad_y.contiguous()
+    moments = (entry_mean.new_zeros(entry_mean.shape) if g is None else g.contiguous() for g in (grad_mean, grad_var))
+    grads = timestep_norm_backward(*saved, grad_y, *moments)
     return *grads, *([None] * 6)
 
 
