@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megalodon_lm import Megalodon, ModelConfig
 from megalodon_lm.data.prepare import prepare
+from megalodon_lm.errors import InputError
 from megalodon_lm.training import loss as loss_module
 from megalodon_lm.training.loss import linear_cross_entropy
 from megalodon_lm.training.recipe import Recipe, TrainingRecipe, bundled_recipes
@@ -162,11 +165,90 @@ def test_used_run_folder_is_refused(text, tmp_path):
         ({"training": {"precision": "fp8"}}, "must be one of auto, bf16, float32"),
         ({"data": {"train": [1]}}, "list of strings"),
         ({"data": 3}, "must be a table"),
+        ({"model": {"size": 5}}, r"model\.size = 5 must be the name"),
+        ({"model": {"size": []}}, r"model\.size = \[\] must be the name"),
+        ({"training": {"steps": 10**400}}, "must be at most"),
+        ({"training": {"steps": 16**5000}}, "steps = a number of thousands of digits must be at most"),
+        ({"training": {"learning_rate": 10**400}}, "learning_rate = 1000.* must be at most"),
+        ({"training": {"batch_size": 10**9}}, "batch_size = 1000000000 must be at most 1048576"),
+        ({"training": {"learning_rate": math.inf}}, "learning_rate = inf must be finite"),
+        ({"training": {"clip": math.nan}}, "clip = nan must be finite"),
+        ({"training": {"minutes": math.inf}}, "minutes = inf must be finite"),
+        ({"training": {"beta1": 1.0}}, "beta1 = 1.0 must be at least 0 and below 1"),
+        ({"training": {"beta2": 1}}, "beta2 = 1.0 must be at least 0 and below 1"),
+        ({"training": {"average": 1.0}}, "average = 1.0 must be at least 0 and below 1"),
+        ({"training": {"seed": -1}}, "seed = -1 must not be negative"),
+        ({"training": {"schedule": "step"}}, "must be one of cosine, linear"),
+        ({"model": {"size": "tiny"}, "training": {"begin_from": "a\0b"}}, "without the character 0"),
+        ({"data": {"prompt": "\udcff"}}, "must be text"),
+        ({"data": {"train": ["a\0b"]}}, "without the character 0"),
+        ({"data": {"train": ["a", "b"], "weights": [math.nan, 1]}}, r"weights = \[nan, 1\] must be finite"),
+        ({"data": {"train": ["a", "b"], "weights": [1e308, 1e308]}}, "their sum finite"),
+        ({"data": {"train": ["a", "b"], "weights": [0, 1]}}, "must be positive"),
+        ({"data": {"train": ["a", "b"], "weights": [True, 1]}}, "must be a list of numbers"),
     ],
 )
 def test_wrong_recipes_are_refused(values, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         Recipe.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[data]\ntrain = ['caf\xe9']", "not valid TOML"),
+        (b"x = " + 3000 * b"[", "not valid TOML"),
+        (b"[training]\nsteps = " + 5000 * b"9", "not valid TOML"),
+        (b"model = 5", "model = 5 must be a table"),
+        (b"[training]\nsteps = 2020-01-01", "must be of type int"),
+    ],
+)
+def test_wrong_recipe_files_are_refused(content, message, tmp_path):
+    (tmp_path / "r.toml").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        Recipe.load(tmp_path / "r.toml", ["training.clip=2.0"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("training.steps=" + 3000 * "[", "nested too deep"),
+        ("training.steps=" + 5000 * "9", "too large"),
+        ("model=3", "unknown key ''"),
+        ("training.steps", "must be like"),
+    ],
+)
+def test_wrong_changes_are_refused(change, message, text):
+    with pytest.raises(InputError, match=message):
+        recipe(text).changed(change)
+
+
+NUMBERS = st.floats(0, exclude_min=True, allow_infinity=False)
+PARTS = st.floats(0, 1, exclude_max=True)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+
+
+@given(
+    st.lists(TEXTS, min_size=1), TEXTS, TEXTS, NUMBERS, NUMBERS | st.just(math.inf), NUMBERS | st.just(math.inf),
+    PARTS, PARTS, st.integers(1, 1 << 53), st.booleans(),
+)  # fmt: skip
+def test_recipe_round_trips(tmp_path_factory, train, prompt, tokenizer, rate, clip, minutes, beta, average, steps, yes):
+    given = Recipe(ModelConfig.named("tiny"))
+    d, t = given.data, given.training
+    d.train, d.prompt, d.tokenizer, d.weights = train, prompt, tokenizer, [1.0] * len(train)
+    t.learning_rate, t.clip, t.checkpoint_minutes, t.beta1, t.average, t.steps = (
+        rate,
+        clip,
+        minutes,
+        beta,
+        average,
+        steps,
+    )
+    t.compile = yes
+    given.check()
+    path = tmp_path_factory.mktemp("recipe") / "recipe.toml"
+    path.write_text(given.to_toml(), encoding="utf-8")
+    assert Recipe.load(path) == given
 
 
 @pytest.mark.parametrize("name", bundled_recipes())

@@ -2,18 +2,25 @@
 
 import dataclasses
 import difflib
-import json
+import math
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+import tomli_w
 
 from ..config import ModelConfig
 from ..errors import InputError
 from .precision import Precision
 
 _BUNDLED = Path(__file__).parent.parent / "recipes"
+_MOST = 1 << 53  # of every whole number: beyond it neither JSON nor a float is exact
+_MOST_ROWS = 1 << 20  # of what is held as a list
+ORDERS = ("stream", "shuffled")
+SCHEDULES = ("cosine", "linear", "constant", "wsd")
+BAD_STEPS = ("stop", "skip", "rewind")
 
 
 def bundled_recipes() -> list[str]:
@@ -79,7 +86,7 @@ class TrainingRecipe:
     beta2: float = 0.95
     """Of AdamW."""
     clip: float = 1.0
-    """Largest gradient norm."""
+    """Largest gradient norm; inf for no limit."""
     precision: Precision = "auto"
     """bf16 or float32 matrix products; auto takes bf16 where the processor has it."""
     activation_checkpointing: bool = False
@@ -93,7 +100,7 @@ class TrainingRecipe:
     spike: float = 0.0
     """Nats above its running mean from which a loss is a spike; 0 for no such limit."""
     checkpoint_minutes: float = 5.0
-    """Minutes between checkpoints."""
+    """Minutes between checkpoints; inf for none by time."""
     checkpoint_steps: int = 0
     """Steps between checkpoints; 0 for minutes alone."""
     keep_checkpoints: int = 2
@@ -115,18 +122,25 @@ class Recipe:
     training: TrainingRecipe = field(default_factory=TrainingRecipe)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Recipe":
+    def from_dict(cls, values: dict[str, Any], begun: "Recipe | None" = None) -> "Recipe":
         """From plain values; an unknown key is refused with the nearest known one.
 
         The table [model] may name a size, `size = "small"`, and change single choices of it.
+
+        Args:
+            values: by table and key.
+            begun: the recipe of the run that is to go on: what a fine-tuning leaves out is then taken from it, and the
+                folder it began from is no longer needed.
         """
         _known("recipe", values, ["model", "data", "training"])
         data = _fill(DataRecipe, "data", _table(values, "data"))
         training = _fill(TrainingRecipe, "training", _table(values, "training"))
         model = dict(_table(values, "model"))
         size = model.pop("size", None)
+        _rule(isinstance(size, str | None), "model.size", size, "must be the name of a size")
         if training.begin_from and size is None and len(model) < len(dataclasses.fields(ModelConfig)):
-            model = ModelConfig.load(Path(training.begin_from) / "config.json").to_dict() | model
+            base = begun.model if begun else ModelConfig.load(Path(training.begin_from) / "config.json")
+            model = base.to_dict() | model
         if training.begin_from and "tokenizer" not in _table(values, "data"):
             data.tokenizer = training.begin_from
         config = ModelConfig.from_dict(model) if size is None else ModelConfig.named(size, **model)
@@ -135,12 +149,13 @@ class Recipe:
         return recipe
 
     @classmethod
-    def load(cls, path: str | Path, changes: Iterable[str] = ()) -> "Recipe":
+    def load(cls, path: str | Path, changes: Iterable[str] = (), begun: "Recipe | None" = None) -> "Recipe":
         """Read a TOML file, or a recipe of the package by its name.
 
         Args:
             path: or name.
             changes: see changed.
+            begun: see from_dict.
 
         Raises:
             InputError: missing or malformed file, unknown key, wrong value.
@@ -155,13 +170,13 @@ class Recipe:
                 f"cannot read the recipe {path}: {error.strerror}; "
                 f"recipes of the package: {', '.join(bundled_recipes())}"
             ) from None
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also: not UTF-8, nested too deep, a path that cannot be one
             raise InputError(f"the recipe {path} is not valid TOML: {error}") from None
         for change in changes:
             _change(values, change)
         try:
-            return cls.from_dict(values)
-        except ValueError as error:
+            return cls.from_dict(values, begun)
+        except InputError as error:
             raise InputError(f"{path}: {error}") from None
 
     def changed(self, change: str) -> "Recipe":
@@ -179,33 +194,53 @@ class Recipe:
 
     def to_toml(self) -> str:
         """The whole recipe, defaults included, as TOML."""
-        lines = []
-        for name, part in (("model", self.model), ("data", self.data), ("training", self.training)):
-            lines += [f"[{name}]", *(f"{k} = {json.dumps(v)}" for k, v in dataclasses.asdict(part).items()), ""]
-        return "\n".join(lines)
+        return tomli_w.dumps(dataclasses.asdict(self))
 
     def check(self) -> None:
-        """Refuse values that cannot be trained with.
+        """Refuse values that cannot be trained with: every rule but those of ModelConfig.
 
         Raises:
             InputError: naming the key, the value and the rule.
         """
-        t = self.training
-        if self.data.order == "shuffled" and t.carry_state:
+        d, t = self.data, self.training
+        _rule(d.order in ORDERS, "data.order", d.order, f"must be one of {', '.join(ORDERS)}")
+        self._require(lambda v: v in SCHEDULES, f"must be one of {', '.join(SCHEDULES)}", "schedule")
+        self._require(lambda v: v in BAD_STEPS, f"must be one of {', '.join(BAD_STEPS)}", "bad_step")
+        self._require(
+            lambda v: v in get_args(Precision), f"must be one of {', '.join(get_args(Precision))}", "precision"
+        )
+        for part in (d, t):
+            for key, value in vars(part).items():
+                name = f"{'data' if part is d else 'training'}.{key}"
+                for v in value if isinstance(value, list) else [value]:
+                    if isinstance(v, str):
+                        _rule("\0" not in v and _is_unicode(v), name, value, "must be text without the character 0")
+                    elif isinstance(v, float):
+                        unlimited = key in ("clip", "checkpoint_minutes") and v == math.inf
+                        _rule(math.isfinite(v) or unlimited, name, value, "must be finite")
+                    else:
+                        _rule(abs(v) <= _MOST, name, value, f"must be at most {_MOST}")
+        if d.order == "shuffled" and t.carry_state:
             raise InputError('data.order = "shuffled" has no state to carry; set training.carry_state = false')
-        if self.data.weights and len(self.data.weights) != len(self.data.train):
-            raise InputError(f"data.weights = {self.data.weights} must have one number for each of {self.data.train}")
-        for key in ("length", "batch_size", "steps", "accumulate", "keep_checkpoints"):
-            _rule(getattr(t, key) >= 1, key, getattr(t, key), "must be at least 1")
-        for key in ("learning_rate", "clip", "checkpoint_minutes"):
-            _rule(getattr(t, key) > 0, key, getattr(t, key), "must be positive")
-        for key in (
-            "minutes", "warmup_steps", "weight_decay", "ramp_steps", "spike", "checkpoint_steps", "validate_steps",
-            "validate_bytes",
-        ):  # fmt: skip
-            _rule(getattr(t, key) >= 0, key, getattr(t, key), "must not be negative")
-        for key in ("beta1", "beta2", "final_learning_rate", "decay_part", "average"):
-            _rule(0 <= getattr(t, key) <= 1, key, getattr(t, key), "must be between 0 and 1")
+        if d.weights:
+            same = len(d.weights) == len(d.train)
+            _rule(same, "data.weights", d.weights, f"must have one number for each of {d.train}")
+            positive = min(d.weights) > 0 and math.isfinite(sum(d.weights))
+            _rule(positive, "data.weights", d.weights, "must be positive, and their sum finite")
+        self._require(lambda v: v >= 1, "must be at least 1",
+                      "length", "batch_size", "steps", "accumulate", "keep_checkpoints")  # fmt: skip
+        self._require(lambda v: v <= _MOST_ROWS, f"must be at most {_MOST_ROWS}", "batch_size", "accumulate")
+        self._require(lambda v: v > 0, "must be positive", "learning_rate", "clip", "checkpoint_minutes")
+        self._require(lambda v: v >= 0, "must not be negative",
+                      "minutes", "warmup_steps", "weight_decay", "ramp_steps", "spike", "checkpoint_steps",
+                      "validate_steps", "validate_bytes", "seed")  # fmt: skip
+        self._require(lambda v: 0 <= v <= 1, "must be between 0 and 1", "final_learning_rate", "decay_part")
+        self._require(lambda v: 0 <= v < 1, "must be at least 0 and below 1", "beta1", "beta2", "average")
+
+    def _require(self, holds: Callable[[Any], bool], rule: str, *keys: str) -> None:
+        for key in keys:
+            value = getattr(self.training, key)
+            _rule(holds(value), f"training.{key}", value, rule)
 
 
 def _change(values: dict[str, Any], change: str) -> None:
@@ -218,13 +253,14 @@ def _change(values: dict[str, Any], change: str) -> None:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = value.strip()
-    values.setdefault(part, {})[key] = parsed
+    except (ValueError, RecursionError):  # a number of thousands of digits, thousands of brackets
+        raise InputError(f"the value of {name.strip()} is too large, or nested too deep") from None
+    values[part] = {**_table(values, part), key.strip(): parsed}
 
 
 def _table(values: dict[str, Any], name: str) -> dict[str, Any]:
     table = values.get(name, {})
-    if not isinstance(table, dict):
-        raise InputError(f"{name} must be a table, [{name}], not {table!r}")
+    _rule(isinstance(table, dict), name, table, f"must be a table, [{name}]")
     return table
 
 
@@ -240,28 +276,28 @@ def _fill(kind: Any, name: str, values: dict[str, Any]) -> Any:
     """A recipe part from its table, with every value of the type of its default."""
     defaults = {f.name: getattr(kind(), f.name) for f in dataclasses.fields(kind)}
     _known(f"table [{name}]", values, list(defaults))
-    choices = {
-        "precision": ("auto", "bf16", "float32"),
-        "order": ("stream", "shuffled"),
-        "schedule": ("cosine", "linear", "constant", "wsd"),
-        "bad_step": ("stop", "skip", "rewind"),
-    }
     for key, value in values.items():
         default = defaults[key]
         if isinstance(default, float) and type(value) is int:
+            _rule(abs(value) <= _MOST, f"{name}.{key}", value, f"must be at most {_MOST}")
             values[key] = float(value)
-        elif type(value) is not type(default):
-            raise InputError(f"{name}.{key} = {value!r} must be of type {type(default).__name__}")
-        if key in choices:
-            _rule(value in choices[key], key, value, f"must be one of {', '.join(choices[key])}")
+        else:
+            _rule(type(value) is type(default), f"{name}.{key}", value, f"must be of type {type(default).__name__}")
         if isinstance(default, list):
-            inside: Any = (int, float) if key == "weights" else str
-            if not all(isinstance(v, inside) for v in value):
-                kinds = "numbers" if key == "weights" else "strings"
-                raise InputError(f"{name}.{key} = {value!r} must be a list of {kinds}")
+            kinds, inside = ("numbers", (int, float)) if key == "weights" else ("strings", (str,))
+            _rule(all(type(v) in inside for v in value), f"{name}.{key}", value, f"must be a list of {kinds}")
     return kind(**values)
 
 
-def _rule(holds: bool, key: str, value: Any, rule: str) -> None:
+def _is_unicode(text: str) -> bool:
+    """Whether a string can be written; bytes of a command line that are no UTF-8 cannot."""
+    return text == text.encode("utf-8", "replace").decode()
+
+
+def _rule(holds: bool, name: str, value: Any, rule: str) -> None:
     if not holds:
-        raise InputError(f"training.{key} = {value!r} {rule}")
+        try:
+            shown = repr(value)
+        except ValueError:  # more digits than Python is willing to write
+            shown = "a number of thousands of digits"
+        raise InputError(f"{name} = {shown if len(shown) < 200 else f'{shown[:200]}...'} {rule}")
