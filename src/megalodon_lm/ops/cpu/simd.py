@@ -19,6 +19,7 @@ from numba.core.typing.templates import signature as typing_signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 from torch import Tensor
 
+from .kernel_cache import keep
 from .processor import rounds_to_bf16
 
 LANES = 16
@@ -28,13 +29,20 @@ _WORDS = ir.VectorType(ir.IntType(32), LANES)
 _HALVES = ir.VectorType(ir.IntType(16), LANES)
 
 
-_OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy", "no_cfunc_wrapper": True}
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
+
+
+def _compile(function: Any = None, **options: Any) -> Any:
+    if function is None:
+        return partial(_compile, **options)
+    return keep(njit(**options)(function))
+
 
 # Decorators, to which options of Numba can be added. Both compile for use outside the interpreter lock and keep the
 # result on disk. `compiled` functions are called from Python; they allocate nothing, so that arrays need no reference
 # counts. `inner` ones are called by compiled code alone, which spares the entry from Python.
-compiled: Any = partial(njit, **_OPTIONS, _nrt=False)
-inner: Any = partial(njit, **_OPTIONS, _nrt=True, no_cpython_wrapper=True)
+compiled: Any = partial(_compile, **_OPTIONS, _nrt=False)
+inner: Any = partial(_compile, **_OPTIONS, _nrt=True, no_cpython_wrapper=True)
 
 
 class Float32x16(types.Type):
