@@ -1,27 +1,55 @@
-"""AdamW over float32 weights."""
+"""The optimiser of a run."""
 
 from typing import Any
 
 import torch
 from torch import nn
 
+from .muon import Muon
 from .recipe import TrainingRecipe
 
+MOMENTUM = 0.95  # of Muon
 
-def build_optimizer(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.AdamW:
-    """AdamW as in the authors' released code: every weight decays; norms are stored as offsets, so they decay to 1.
 
-    With `decay_cema = false` the parameters of CEMA's decays and angles do not.
+def build_optimizer(model: nn.Module, recipe: TrainingRecipe, precision: str) -> torch.optim.AdamW:
+    """AdamW as in the authors' released code, or Muon for the linear layers of the blocks and AdamW for the rest.
+
+    Every weight decays; norms are stored as offsets, so they decay to 1. With `decay_cema = false` the parameters of
+    CEMA's decays and angles do not. Each group has a `scale`: its learning rate over that of the recipe.
+
+    Args:
+        model: with the parameters.
+        recipe: with the choices.
+        precision: of the products in Muon.
     """
+    linear = {m.weight for m in model.modules() if isinstance(m, nn.Linear)} if recipe.optimizer == "muon" else set()
     spared = () if recipe.decay_cema else ("alpha", "delta", "theta")
-    groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "weight_decay": 0.0}]
+    decaying: list[nn.Parameter] = []
+    steady: list[nn.Parameter] = []
+    matrices: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        groups[name.rsplit(".", 1)[-1] in spared]["params"].append(parameter)
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=recipe.learning_rate,
-        betas=(recipe.beta1, recipe.beta2),
-        eps=1e-8,
-        weight_decay=recipe.weight_decay,
-        fused=True,
-    )
+        if parameter in linear and name.startswith("layers."):
+            matrices.append(parameter)
+        else:
+            (steady if name.rsplit(".", 1)[-1] in spared else decaying).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": decaying, "scale": 1.0},
+        {"params": steady, "scale": 1.0, "weight_decay": 0.0},
+        {
+            "params": matrices,
+            "scale": recipe.matrix_learning_rate / recipe.learning_rate,
+            "matrices": True,
+            "momentum": MOMENTUM,
+        },
+    ]
+    adamw: dict[str, Any] = {
+        "lr": recipe.learning_rate,
+        "betas": (recipe.beta1, recipe.beta2),
+        "eps": 1e-8,
+        "weight_decay": recipe.weight_decay,
+        "fused": True,
+    }
+    groups = [group for group in groups if group["params"]]
+    if not matrices:
+        return torch.optim.AdamW(groups, **adamw)
+    return Muon(groups, torch.bfloat16 if precision == "bf16" else torch.float32, **adamw)

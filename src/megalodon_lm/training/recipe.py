@@ -19,6 +19,7 @@ _BUNDLED = Path(__file__).parent.parent / "recipes"
 _MOST = 1 << 53  # of every whole number: beyond it neither JSON nor a float is exact
 _MOST_ROWS = 1 << 20  # of what is held as a list
 ORDERS = ("stream", "shuffled")
+OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 BAD_STEPS = ("stop", "skip", "rewind")
 
@@ -67,8 +68,12 @@ class TrainingRecipe:
     """Batches whose gradients make one step."""
     ramp_steps: int = 0
     """Steps over which that number grows from 1 to `accumulate`."""
+    optimizer: str = "adamw"
+    """adamw, or muon: Muon for the linear layers inside the blocks, AdamW for everything else."""
     learning_rate: float = 2e-3
     """At the peak."""
+    matrix_learning_rate: float = 0.02
+    """At the peak, of what Muon moves."""
     warmup_steps: int = 100
     """Steps of linear warm-up."""
     schedule: str = "cosine"
@@ -204,6 +209,7 @@ class Recipe:
         """
         d, t = self.data, self.training
         _rule(d.order in ORDERS, "data.order", d.order, f"must be one of {', '.join(ORDERS)}")
+        self._require(lambda v: v in OPTIMIZERS, f"must be one of {', '.join(OPTIMIZERS)}", "optimizer")
         self._require(lambda v: v in SCHEDULES, f"must be one of {', '.join(SCHEDULES)}", "schedule")
         self._require(lambda v: v in BAD_STEPS, f"must be one of {', '.join(BAD_STEPS)}", "bad_step")
         self._require(
@@ -230,7 +236,9 @@ class Recipe:
         self._require(lambda v: v >= 1, "must be at least 1",
                       "length", "batch_size", "steps", "accumulate", "keep_checkpoints")  # fmt: skip
         self._require(lambda v: v <= _MOST_ROWS, f"must be at most {_MOST_ROWS}", "batch_size", "accumulate")
-        self._require(lambda v: v > 0, "must be positive", "learning_rate", "clip", "checkpoint_minutes")
+        self._require(
+            lambda v: v > 0, "must be positive", "learning_rate", "matrix_learning_rate", "clip", "checkpoint_minutes"
+        )
         self._require(lambda v: v >= 0, "must not be negative",
                       "minutes", "warmup_steps", "weight_decay", "ramp_steps", "spike", "checkpoint_steps",
                       "validate_steps", "validate_bytes", "seed")  # fmt: skip

@@ -97,8 +97,8 @@ class Trainer:
             self.model.load_state_dict(begin_from.state_dict())
         if t.compile:
             compile_blocks(self.model, self.device)
-        self.optimizer = build_optimizer(self.model, t)
         self.precision = choose_precision(t.precision, self.device)
+        self.optimizer = build_optimizer(self.model, t, self.precision)
         self.average = {n: p.detach().clone() for n, p in self.model.named_parameters()} if t.average else None
         self.state: State | None = None
         self.step = self.tokens = 0
@@ -233,7 +233,7 @@ class Trainer:
         fresh = 1.0 if math.isnan(self.usual_loss) else 1 / min(self.step + 1, USUAL_LOSS_STEPS)
         self.usual_loss = total if fresh == 1.0 else self.usual_loss + fresh * (total - self.usual_loss)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         self.optimizer.step()
         if self.average is not None:
             names, weights = zip(*self.model.named_parameters(), strict=True)
