@@ -105,7 +105,7 @@ def _lines(path: Path) -> list[str]:
 
 def prepare(text: Path, out: Path, tokenizer: str, workers: int, kill_after: float | None = None) -> dict[str, Any]:
     """Run the command once; {} if it was killed."""
-    command = [sys.executable, "-m", "megalodon_lm.cli.main", "prepare", str(text), "--out", str(out)]
+    command = [sys.executable, "-m", "megalodon_lm", "prepare", str(text), "--out", str(out)]
     command += ["--tokenizer", tokenizer, "--workers", str(workers)]
     memory, began = Memory(), time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)

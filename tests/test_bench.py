@@ -169,7 +169,7 @@ def test_a_worker_tells_the_memory_of_a_run():
 
 
 def bench(*arguments, cwd):
-    command = [sys.executable, "-m", "megalodon_lm.cli.main", "bench", "--model", "tiny", *map(str, arguments)]
+    command = [sys.executable, "-m", "megalodon_lm", "bench", "--model", "tiny", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
 
 

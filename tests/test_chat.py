@@ -168,7 +168,7 @@ def test_a_model_learns_to_answer_and_is_asked_as_it_was_taught(tmp_path):
     """The way of docs/training.md, in real processes, from a model and chats to a conversation."""
 
     def megalodon(*arguments, **options):
-        command = [sys.executable, "-m", "megalodon_lm.cli.main", *map(str, arguments)]
+        command = [sys.executable, "-m", "megalodon_lm", *map(str, arguments)]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, **options)
 
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def megalodon(*arguments, cwd=None, **options):
-    command = [sys.executable, "-m", "megalodon_lm.cli.main", *map(str, arguments)]
+    command = [sys.executable, "-m", "megalodon_lm", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False, **options)
 
 
@@ -100,7 +100,7 @@ warmup_steps = 1
     assert all(0 < layer["decay"] < 1 and layer["half_life"] > 0 for layer in layers)
     assert megalodon("generate", run, "--prompt", "Once upon", "--max-tokens", 5).stdout.startswith("Once upon")
     assert (
-        "bits per byte" in megalodon("evaluate", "perplexity", run, "texts/1.txt", "--contexts", 0, cwd=tmp_path).stderr
+        "bits per byte" in megalodon("evaluate", "perplexity", run, "texts/1.txt", "--contexts", 0, cwd=tmp_path).stdout
     )
     refused("train", "my.toml", "--set", "training.stepz=3", cwd=tmp_path, says="did you mean 'steps'")
     refused("train", "my.toml", "--resume", "last", cwd=tmp_path, says="needs --out")
@@ -142,7 +142,7 @@ def test_a_bookmark_from_command_to_command(saved, tmp_path):
 
 
 def test_interrupted_reading_keeps_what_was_read(saved, tmp_path):
-    command = [sys.executable, "-m", "megalodon_lm.cli.main", "read", saved, "-", "--save", tmp_path / "a.state"]
+    command = [sys.executable, "-m", "megalodon_lm", "read", saved, "-", "--save", tmp_path / "a.state"]
     reader = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     reader.stdin.write("word " * 40_000)
     reader.stdin.flush()
@@ -178,7 +178,7 @@ def test_evaluate_perplexity_writes_its_figures(saved, tmp_path):
         assert list(figures[norms]["bits_per_byte_by_context"]) == ["16", "550"]
     assert figures["cumulative"] != figures["windowed"]
     assert (tmp_path / "figures.png").stat().st_size > 10_000
-    assert "largest change" in result.stderr
+    assert "largest change" in result.stdout
 
 
 def test_info_prints_json():

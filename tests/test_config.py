@@ -53,7 +53,7 @@ def test_a_whole_number_for_a_float_is_that_float():
         ("c.toml", "layers = 2", r"c\.toml: unknown key 'layers'.*did you mean 'num_layers'"),
         ("c.toml", "num_layers = ", r"c\.toml is not valid TOML"),
         ("c.json", "{", r"c\.json is not valid JSON"),
-        ("c.json", "[]", r"c\.json must hold a table of model choices, not list"),
+        ("c.json", "[]", r"c\.json must hold a table, not list"),
         ("c.json", None, r"cannot read the model configuration .*c\.json: No such file"),
     ],
 )

@@ -11,8 +11,9 @@ import megalodon_lm
 
 PACKAGE = Path(__file__).parent.parent / "src" / "megalodon_lm"
 ROWS = [
-    "errors", "files", "plots", "config", "ops", "state", "layers", "model", "parallel", "baselines", "data",
+    "errors", "files", "tables", "plots", "config", "ops", "state", "layers", "model", "parallel", "baselines", "data",
     "training", "generation", "evaluation", "benchmark", "hub", "serving", "cli",
+    "__main__",
 ]  # fmt: skip
 
 

@@ -223,7 +223,7 @@ def test_a_shard_that_vanished_is_made_again(tmp_path):
 def test_processes_side_by_side_give_the_same_shards(tmp_path):
     write_jsonl(tmp_path / "source")
     for workers in (1, 2):
-        command = [sys.executable, "-m", "megalodon_lm.cli.main", "prepare", "source/all.jsonl", "source", "--out",
+        command = [sys.executable, "-m", "megalodon_lm", "prepare", "source/all.jsonl", "source", "--out",
                    f"out{workers}", "--workers", str(workers)]  # fmt: skip
         shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
         assert f"{2 * len(NOVELS)} documents" in shown

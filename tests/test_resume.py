@@ -177,7 +177,7 @@ def test_broken_checkpoint_is_refused_by_name_and_the_last_good_one_used(file, h
 
 
 def command(path, run, *more):
-    return [sys.executable, "-m", "megalodon_lm.cli.main", "train", str(path), "--out", str(run), *more]
+    return [sys.executable, "-m", "megalodon_lm", "train", str(path), "--out", str(run), *more]
 
 
 def lines(run):

@@ -279,7 +279,7 @@ def test_interrupt_leaves_a_usable_checkpoint(number, text, tmp_path):
     """A real process, interrupted in the middle of a long run."""
     path = tmp_path / "long.toml"
     path.write_text(recipe(text, steps=10**6).to_toml())
-    command = [sys.executable, "-m", "megalodon_lm.cli.main", "train", str(path), "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "megalodon_lm", "train", str(path), "--out", str(tmp_path / "run")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 60

@@ -1,17 +1,18 @@
 """ModelConfig: every choice of the architecture, the published sizes by name, and what a model of that size costs."""
 
 import dataclasses
-import difflib
 import json
 import math
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from .errors import InputError
+from .errors import InputError, nearest
 from .files import write_atomically
+from .tables import read_table
 
+_LARGEST = 2**31 - 1  # of every size; whether a machine can hold it is checked where it is allocated
+_MOST_LAYERS = 10_000
 InitMode = Literal["he", "bert", "xavier"]
 
 
@@ -73,11 +74,13 @@ class ModelConfig:
                 object.__setattr__(self, field, float(getattr(self, field)))
         for field in ("vocab_size", "num_layers", "model_dim", "num_heads", "z_dim", "value_dim", "ffn_hidden_dim",
                       "cema_ndim", "chunk_size", "norm_num_groups"):  # fmt: skip
-            _require(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1")
+            value, largest = getattr(self, field), _MOST_LAYERS if field == "num_layers" else _LARGEST
+            _require(value >= 1, field, value, "must be at least 1")
+            _require(value <= largest, field, value, f"must be at most {largest:,}")
         for field, whole in (("norm_num_groups", "model_dim"), ("num_heads", "z_dim"), ("num_heads", "value_dim")):
             part, total = getattr(self, field), getattr(self, whole)
-            near = next(n for n in range(min(part, total), 0, -1) if total % n == 0)
-            _require(total % part == 0, field, part, f"must divide {whole} = {total}; {near} does")
+            rule = f"must divide {whole} = {total}; {_largest_divisor(total, part)} does"
+            _require(total % part == 0, field, part, rule)
         head = self.z_dim // self.num_heads
         even = self.z_dim + self.num_heads
         rule = f"gives heads of width {head}, but rotary positions need an even width; use {even}"
@@ -96,8 +99,8 @@ class ModelConfig:
         Raises:
             InputError: unknown name; the message lists the known ones.
         """
-        if name not in SIZES:
-            raise InputError(f"unknown size {name!r}{_nearest(name, SIZES)}; known sizes: {', '.join(SIZES)}")
+        if not isinstance(name, str) or name not in SIZES:
+            raise InputError(f"unknown size {name!r}{nearest(name, SIZES)}; known sizes: {', '.join(SIZES)}")
         return cls.from_dict({**SIZES[name], **changes})
 
     @classmethod
@@ -106,7 +109,7 @@ class ModelConfig:
         known = [f.name for f in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
-                raise InputError(f"unknown key {key!r} in the model configuration{_nearest(key, known)}")
+                raise InputError(f"unknown key {key!r} in the model configuration{nearest(key, known)}")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -131,18 +134,10 @@ class ModelConfig:
             InputError: missing or malformed file, unknown key, wrong value.
         """
         path = Path(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-            values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-        except OSError as error:
-            raise InputError(f"cannot read the model configuration {path}: {error.strerror}") from None
-        except ValueError as error:
-            raise InputError(f"{path} is not valid {path.suffix.lstrip('.').upper()}: {error}") from None
-        if not isinstance(values, dict):
-            raise InputError(f"{path} must hold a table of model choices, not {type(values).__name__}")
+        values = read_table(path, "TOML" if path.suffix == ".toml" else "JSON", "the model configuration")
         try:
             return cls.from_dict(values)
-        except ValueError as error:
+        except InputError as error:
             raise InputError(f"{path}: {error}") from None
 
     @property
@@ -187,6 +182,12 @@ def _require(holds: bool, field: str, value: Any, rule: str) -> None:
         raise InputError(f"{field} = {value!r} {rule}")
 
 
+def _largest_divisor(whole: int, limit: int) -> int:
+    """The largest number up to a limit that divides a number."""
+    small = [n for n in range(1, math.isqrt(whole) + 1) if whole % n == 0]
+    return max(n for n in (*small, *(whole // n for n in small)) if n <= limit)
+
+
 def _check_type(field: str, value: Any, kind: Any) -> None:
     if get_origin(kind) is Literal:
         choices = get_args(kind)
@@ -195,11 +196,6 @@ def _check_type(field: str, value: Any, kind: Any) -> None:
         fits = isinstance(value, kind) and not (kind is not bool and isinstance(value, bool))
         fits = fits or (kind is float and type(value) is int)
         _require(fits, field, value, f"must be of type {kind.__name__}, not {type(value).__name__}")
-
-
-def _nearest(word: str, known: Any) -> str:
-    match = difflib.get_close_matches(word, list(known), 1, 0.4)
-    return f"; did you mean {match[0]!r}?" if match else ""
 
 
 _PG19 = dict(num_layers=24, model_dim=2048, num_heads=2, z_dim=512, value_dim=4096, norm_num_groups=64)

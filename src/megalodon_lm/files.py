@@ -3,14 +3,34 @@
 import hashlib
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError
 
+_BEGINNING = 4096  # bytes in which a kind of file is known
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file that commands write where they are told to."""
+
+    name: str
+    marks: tuple[bytes, ...] = ()
+    """One of these stands in the first bytes of such a file; without any, no file is ever taken for one."""
+    endings: tuple[str, ...] = ()
+    """Of its name; none for any."""
+
+
+BOOKMARK = Kind("a bookmark", (b'"format":"megalodon-state',))
+FIGURES = Kind("a file of figures", (b'"bits_per_byte_by_context"', b'"ratio_median"'))
+PICTURE = Kind("a picture", (b"\x89PNG", b"%PDF", b"<svg"), (".png", ".pdf", ".svg"))
+TOKENIZER = Kind("a tokenizer")  # models depend on one that is there
+
 
 def write_atomically(path: str | Path, data: bytes | str) -> None:
-    """Write beside the target, flush to disk, then rename over it.
+    """Write beside the target, flush to disk, then rename over it. A pipe or a device is written to as it is.
 
     Raises:
         InputError: the folder is missing or not writable, or the disk is full; the old file is untouched.
@@ -19,6 +39,10 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
     raw = data.encode("utf-8") if isinstance(data, str) else data
     temporary = None
     try:
+        if _is_device(path):
+            path.write_bytes(raw)
+            return
+        path = Path(os.path.realpath(path))  # the file behind a link, not the link
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with os.fdopen(descriptor, "wb") as file:
             file.write(raw)
@@ -49,20 +73,40 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def check_writable(path: str | Path) -> None:
-    """Refuse a place that could not be written, before work is done for it.
+def check_writable(path: str | Path, kind: Kind) -> None:
+    """Refuse a place that could not be written, or that holds something else, before work is done for it.
+
+    Args:
+        path: of the file to write.
+        kind: of the file: only an empty file, or one of the same kind, is replaced.
 
     Raises:
-        InputError: the folder is missing or not writable, or the path is a folder.
+        InputError: the folder is missing or not writable, or the path is a folder, a file of another kind, or one whose
+            name does not end as such files do.
     """
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"cannot write {path}: it is a folder; name a file in it")
+    if kind.endings and path.suffix.lower() not in kind.endings:
+        raise InputError(f"cannot write {path}: the name of {kind.name} ends in {', '.join(kind.endings)}")
     try:
-        with tempfile.TemporaryFile(dir=path.parent):
+        if path.is_dir():
+            raise InputError(f"cannot write {path}: it is a folder; name a file in it")
+        if _is_device(path):
+            return
+        if path.exists():
+            with path.open("rb") as file:
+                beginning = file.read(_BEGINNING)
+            if beginning and not any(mark in beginning for mark in kind.marks):
+                known = f"is not {kind.name}" if kind.marks else "is there already"
+                raise InputError(f"cannot write {path}: it {known}, and is not replaced; name another file")
+        with tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))):
             pass
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _is_device(path: Path) -> bool:
+    """Whether something is there that is neither a file nor a folder."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def digest(path: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from .errors import InputError
 from .files import write_atomically
 from .ops.chunk_attention import KeyValueCache
+from .ops.device import check_memory
 from .ops.timestep_norm import NormState, empty_norm_state
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ class State:
             dtype: of the cached keys and values; CEMA states are float32 or better.
         """
         device = torch.device(device)
+        nbytes = config.state_bytes(batch, dtype.itemsize)
+        check_memory(nbytes, device, f"a state of {batch} rows", f"chunk_size = {config.chunk_size} decides its size")
         heads, c = config.num_heads, config.chunk_size
         precise = torch.promote_types(dtype, torch.float32)
 

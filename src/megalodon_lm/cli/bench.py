@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import InputError
+from .options import Quiet
 
 TABLE_WIDTH = 132
 
 
 @dataclass
-class Bench:
+class Bench(Quiet):
     """Measure speed and memory beside other models of the same size, and beside what this machine can do at most.
 
     Llama, Mamba and RWKV come with pip install 'megalodon-lm[bench]'. megalodon-jax needs an interpreter of its own:
@@ -43,15 +44,18 @@ class Bench:
     def run(self) -> None:
         """Carry out the command."""
         import torch
-        from rich.console import Console
 
         from ..benchmark.records import Record, write_records
         from ..benchmark.report import draw, table
         from ..benchmark.suite import LENGTHS, QUICK_LENGTHS, Case, Suite, left_out, plan
         from ..config import ModelConfig
+        from ..files import FIGURES, PICTURE, check_writable
         from ..training.precision import check_precision, choose_precision
-        from .progress import console
+        from .progress import console, results
 
+        for path, kind in ((self.json, FIGURES), (self.plot, PICTURE)):
+            if path is not None:
+                check_writable(path, kind)
         for length in self.lengths:
             if length < 1:
                 raise InputError(f"--lengths {length} must be at least 1")
@@ -60,7 +64,7 @@ class Bench:
         precision = choose_precision(check_precision(self.precision), torch.device("cpu"))
         reasons = left_out(self.peers, self.jax_python)
         for peer, reason in reasons.items():
-            console.print(f"{peer} is left out: {reason}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"{peer} is left out: {reason}")
         lengths = self.lengths or (QUICK_LENGTHS if self.quick else LENGTHS)
         cases = plan(self.measures, [p for p in self.peers if p not in reasons], lengths, self.quick)
         if not cases:
@@ -68,10 +72,10 @@ class Bench:
         effort = dict(budget=2.0, fewest=1, most=5) if self.quick else {}
         suite = Suite(config, precision, self.jax_python, **effort)  # type: ignore[arg-type]
         threads = torch.get_num_threads()
-        console.print(f"{config.num_parameters:,} parameters, {precision}, {threads} threads", highlight=False)
+        console.print(f"{config.num_parameters:,} parameters, {precision}, {threads} threads")
 
         def skipped(case: Case, reason: str) -> None:
-            console.print(f"{case} is left out: {reason}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"{case} is left out: {reason}")
 
         records: list[Record] = []
         for record in suite.run(cases, skipped):
@@ -81,8 +85,7 @@ class Bench:
             console.print(
                 f"{len(records)}/{len(cases)} {record.measure} {record.length:,} against {record.peer_name}: "
                 f"{record.ratio_median:.2f} ({record.ratio_low:.2f} - {record.ratio_high:.2f})",
-                highlight=False,
             )
-        Console(width=max(Console().width, TABLE_WIDTH)).print(table(records))
+        results.print(table(records), width=max(results.width, TABLE_WIDTH), crop=False)
         if self.plot is not None:
             draw(self.plot, records)

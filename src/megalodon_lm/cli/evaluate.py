@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, subcommand
 
 from ..errors import InputError
+from .options import Quiet
 
 if TYPE_CHECKING:
     from ..evaluation.by_context import Curve
 
 
 @dataclass
-class Perplexity:
+class Perplexity(Quiet):
     """Loss and bits per byte of a text, by how far back the model may look.
 
     The text, of any size, is read once for each context, with the state emptied every so many tokens, in constant
@@ -54,10 +55,10 @@ class Perplexity:
         from ..evaluation.by_context import draw, measure
         from ..evaluation.norm_statistics import Window
         from ..evaluation.perplexity import Losses
-        from ..files import write_atomically
+        from ..files import FIGURES, PICTURE, check_writable, write_atomically
         from ..training.precision import choose_precision
         from .models import load_trained
-        from .progress import console, progress_bar
+        from .progress import progress_bar, results
 
         for context in self.contexts:
             if context < 0:
@@ -68,6 +69,9 @@ class Perplexity:
         windows: list[Window | None] = [] if self.norm_statistics == "windowed" else [None]
         if self.norm_statistics != "cumulative":
             windows.append(windowed)
+        for path, kind in ((self.json, FIGURES), (self.plot, PICTURE)):
+            if path is not None:
+                check_writable(path, kind)
         documents = find_documents(self.text)
         num_bytes = sum(size(document) for document in documents.values())
         model, tokenizer = load_trained(self.model, self.device)
@@ -88,7 +92,7 @@ class Perplexity:
                         self.contexts, precision, window, watch,
                     )
                 )  # fmt: skip
-        console.print(f"{num_bytes:,} bytes of {len(documents)} documents, {precision}", highlight=False)
+        results.print(f"{num_bytes:,} bytes of {len(documents)} documents, {precision}")
         for curve in curves:
             self._show(curve)
         if self.json is not None:
@@ -100,7 +104,7 @@ class Perplexity:
     def _show(self, curve: "Curve") -> None:
         from rich.table import Table
 
-        from .progress import console
+        from .progress import results
 
         columns = ("context", "bits per byte", "change", "perplexity of a token")
         table = Table(*columns, title=f"{curve.norm_statistics} norm statistics")
@@ -109,15 +113,15 @@ class Perplexity:
             change = "" if shorter is None else f"{bits - shorter:+.4f}"
             table.add_row(f"{context:,}", f"{bits:.4f}", change, f"{losses.perplexity:.4f}")
             shorter = bits
-        console.print(table)
+        results.print(table)
         if len(curve.losses) > 1:
             rise = curve.largest_rise
             verdict = "every longer context is better" if rise < 0 else "longer contexts are worse"
-            console.print(f"{verdict}: the largest change from one to the next is {rise:+.4f}", highlight=False)
+            results.print(f"{verdict}: the largest change from one to the next is {rise:+.4f}")
         table = Table("position up to", "bits per token")
         for position, value in curve.longest.by_position().items():
             table.add_row(f"{position:,}", f"{value:.4f}")
-        console.print(table)
+        results.print(table)
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """megalodon generate"""
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +9,13 @@ from typing import Literal
 from tyro.conf import Positional
 
 from ..errors import InputError
+from .options import Quiet
+
+MOST_SAMPLES = 10_000
 
 
 @dataclass
-class Generate:
+class Generate(Quiet):
     """Continue a text, printed as it is written.
 
     The text may be of any length: it is read in pieces, in constant memory. It is what a bookmark holds (`--state`),
@@ -54,27 +58,29 @@ class Generate:
     def run(self) -> None:
         """Carry out the command."""
         from ..data.corpus import find_documents
-        from ..files import check_writable
+        from ..files import BOOKMARK, check_writable
         from ..generation.generator import Generator
         from ..generation.sampling import Sampling
+        from ..ops.device import check_memory
         from .models import load_trained
 
-        if self.samples < 1:
-            raise InputError(f"--samples {self.samples} must be at least 1")
+        if not 1 <= self.samples <= MOST_SAMPLES:
+            raise InputError(f"--samples {self.samples} must be at least 1 and at most {MOST_SAMPLES:,}")
         sampling = Sampling(
             self.max_tokens, self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty,
             self.stop, self.seed,
         )  # fmt: skip
-        if self.save is not None:
-            check_writable(self.save)
+        for path in self._bookmarks():
+            check_writable(path, BOOKMARK)
         model, tokenizer = load_trained(self.model, self.device)
+        check_memory(self.samples * model.config.state_bytes(), self.device, "these samples", "lower --samples")
         generator = Generator(model, tokenizer, self.precision)
         context = generator.context(self.state)
         if str(self.prompt_file) == "-":
             generator.read(sys.stdin.buffer, context)
         elif self.prompt_file is not None:
             generator.read(find_documents([str(self.prompt_file)]).values(), context)
-        generator.read(self.prompt, context)
+        generator.read(os.fsencode(self.prompt), context)  # the bytes that were typed
         contexts = [context.fork() for _ in range(self.samples)]
         if self.samples == 1:
             sys.stdout.write(self.prompt)
@@ -86,7 +92,13 @@ class Generate:
             seeds = [self.seed + number for number in range(self.samples)]
             for seed, text in zip(seeds, generator.write(contexts, sampling, seeds), strict=True):
                 print(f"--- seed {seed}\n{self.prompt}{text}")
-        if self.save is not None:
-            for number, grown in enumerate(contexts, 1):
-                ending = f".{number}{self.save.suffix}"
-                grown.save(self.save if self.samples == 1 else self.save.with_suffix(ending), tokenizer)
+        for path, grown in zip(self._bookmarks(), contexts, strict=False):
+            grown.save(path, tokenizer)
+
+    def _bookmarks(self) -> list[Path]:
+        """Where to save each continuation."""
+        if self.save is None or self.samples == 1:
+            return [self.save] if self.save else []
+        return [
+            self.save.parent / f"{self.save.stem}.{number}{self.save.suffix}" for number in range(1, self.samples + 1)
+        ]

@@ -23,10 +23,10 @@ class Info:
         """Carry out the command."""
         import json
 
-        from rich.console import Console
         from rich.table import Table
 
         from ..config import SIZES, ModelConfig
+        from .progress import results
 
         if self.layers:
             self._show_layers()
@@ -42,16 +42,16 @@ class Info:
         if self.name:
             for key, value in configs[self.name].to_dict().items():
                 table.add_row(key, str(value))
-        Console(width=None if self.name else 200).print(table)
+        results.print(table, width=None if self.name else max(results.width, 200), crop=False)
 
     def _show_layers(self) -> None:
         import json
 
-        from rich.console import Console
         from rich.table import Table
 
         from ..model.decoder import Megalodon
         from ..training.inspection import inspect_layers
+        from .progress import results
 
         if not Path(self.name).is_dir():
             raise InputError(f"--layers needs a model folder, not {self.name or 'nothing'}")
@@ -62,7 +62,7 @@ class Info:
         table = Table("layer", *(name.replace("_", " ") for name in figures[0]))
         for number, layer in enumerate(figures):
             table.add_row(str(number), *(f"{value:.4g}" for value in layer.values()))
-        Console().print(table)
+        results.print(table)
 
 
 def _config(name: str) -> "ModelConfig":  # type: ignore[name-defined]  # noqa: F821

@@ -1,66 +1,108 @@
-"""Entry point of the command `megalodon`."""
+"""Entry point of the command `megalodon`: whatever goes wrong ends in one line and an exit code.
 
-import sys
-from typing import Annotated, Any
-
-import tyro
-from tyro.conf import arg, subcommand
-
-from .. import __version__
-from ..errors import InputError
-from .bench import Bench
-from .chat import Chat
-from .evaluate import Evaluate
-from .generate import Generate
-from .info import Info
-from .prepare import Prepare
-from .quickstart import Quickstart
-from .read import Read
-from .state import StateFile
-from .tokenizer import Tokenizer
-from .train import Train
-
-Command = (
-    Annotated[Quickstart, subcommand("quickstart")]
-    | Annotated[Tokenizer, subcommand("tokenizer")]
-    | Annotated[Prepare, subcommand("prepare")]
-    | Annotated[Train, subcommand("train")]
-    | Annotated[Read, subcommand("read")]
-    | Annotated[Generate, subcommand("generate")]
-    | Annotated[Chat, subcommand("chat")]
-    | Annotated[StateFile, subcommand("state")]
-    | Annotated[Evaluate, subcommand("evaluate")]
-    | Annotated[Bench, subcommand("bench")]
-    | Annotated[Info, subcommand("info")]
-)
-
-DESCRIPTION = f"""Megalodon {__version__}: language models without a context limit.
-
-Start with `megalodon quickstart`: it trains a small model on novels that come with the package, measures it and lets
-it write. Then train on your own text with `megalodon train RECIPE`.
+It imports next to nothing by itself, so that an interrupt is caught while the rest is imported.
 """
+
+import errno
+import os
+import sys
+from contextlib import suppress
+from typing import TextIO
+
+from ..errors import InputError
+
+DEBUG = "MEGALODON_DEBUG"
+LONGEST = 1000  # characters of a message
+OF_THE_MACHINE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE,
+    errno.ENFILE, errno.ENOMEM, errno.ENAMETOOLONG, errno.ELOOP,
+}  # fmt: skip
+"""Errors of the operating system that no program can rule out before it meets them."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse and run; wrong input ends in one line and exit code 2."""
-    command: Any = tyro.cli(
-        Annotated[Command, arg(name="")],
-        prog="megalodon",
-        description=DESCRIPTION,
-        args=arguments,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-    )
+    """Parse and run.
+
+    Args:
+        arguments: of the command line; None for those of the process.
+
+    Raises:
+        SystemExit: 2 for input that cannot be used, a full disk or too little memory; 130 interrupted; 141 when nobody
+            reads the output any more; 1 for a fault of this package. With MEGALODON_DEBUG set, what was raised instead.
+    """
     try:
-        command.run()
-    except InputError as error:
-        print(f"megalodon: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("megalodon: interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(141)
+        _open_streams()
+        try:
+            from .commands import parse
+
+            parse(arguments).run()
+        finally:
+            _flush(sys.stdout)
+    except Exception as error:
+        _end(error)
+    except KeyboardInterrupt as error:
+        _end(error)
+
+
+def _open_streams() -> None:
+    """Closed streams become empty ones, and a character that an output cannot show becomes a question mark."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def _flush(stream: TextIO) -> None:
+    """Write out what waits. Where that fails, it is dropped, or Python would try and fail again at its end."""
+    try:
+        stream.flush()
+    except OSError:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        raise
+
+
+def _end(error: BaseException) -> None:
+    if os.environ.get(DEBUG):
+        raise error
+    code, message = _verdict(error)
+    with suppress(OSError):
+        if message:
+            line = " ".join(message.split())
+            if len(line) > LONGEST:
+                line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+            print("megalodon:", line, file=sys.stderr)
+        _flush(sys.stderr)
+    sys.exit(code)
+
+
+def _verdict(error: BaseException) -> tuple[int, str]:
+    """The exit code, and what to say."""
+    if isinstance(error, InputError):
+        return 2, f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, BrokenPipeError):
+        return 141, ""
+    if _is_out_of_memory(error):
+        return 2, (
+            "error: not enough memory; lower training.batch_size, training.length or the sizes of the model, write "
+            f"fewer --samples, or close other programs ({error})"
+        )
+    if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+        place = f"{error.filename}: " if error.filename else ""
+        return 2, f"error: {place}{error.strerror}"
+    return 1, (
+        f"{type(error).__name__}: {error}; this is a fault of megalodon and not of what it was given; "
+        f"run it with {DEBUG}=1 to see where it happened"
+    )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    said = ("out of memory", "can't allocate memory", "not enough memory")  # PyTorch's allocators
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(s in str(error) for s in said))
 
 
 if __name__ == "__main__":

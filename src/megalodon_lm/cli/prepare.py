@@ -6,10 +6,11 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from ..errors import InputError
+from .options import Quiet
 
 
 @dataclass
-class Prepare:
+class Prepare(Quiet):
     """Turn text into token shards that training reads through memory maps.
 
     Takes text, Markdown, JSONL and Parquet, each also compressed with gzip or zstd, and folders of them. What cannot be
@@ -59,4 +60,4 @@ class Prepare:
             f"{read / 1e6 / seconds:.1f} MB/s; {self.out}"
         )
         if made["faults"]:
-            console.print(f"{made['faults']:,} faults, listed in {self.out / FAULTS}", highlight=False)
+            console.print(f"{made['faults']:,} faults, listed in {self.out / FAULTS}")

@@ -1,5 +1,6 @@
-"""Progress bars: what is done, the speed, and the time left."""
+"""What commands show: results on standard output, progress and remarks on standard error."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,7 +9,23 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-console = Console(stderr=True)
+UNBROKEN = 10_000  # columns where no terminal is: lines are for programs then
+
+
+class _Console(Console):
+    """Text is shown as it is: a path in brackets is no markup."""
+
+    def __init__(self, stderr: bool):
+        terminal = (sys.stderr if stderr else sys.stdout).isatty()
+        width = None if terminal else UNBROKEN
+        super().__init__(stderr=stderr, width=width, markup=False, highlight=False, emoji=False)
+
+    def on_broken_pipe(self) -> None:
+        """Leave it to whoever called, where the library would end the process."""
+        raise
+
+
+console, results = _Console(stderr=True), _Console(stderr=False)
 
 
 class _Note(ProgressColumn):
@@ -33,6 +50,6 @@ def progress_bar(title: str, total: float | None) -> Iterator[Any]:
             reached = int(10 * done / total) if total else 0
             if not console.is_terminal and reached > tenths:
                 tenths = reached
-                console.print(f"{title}: {10 * tenths} % {note}", highlight=False)
+                console.print(f"{title}: {10 * tenths} % {note}")
 
         yield move

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
+from .options import Quiet
 
 PROMPT = "It was a dark and stormy night"
 
 
 @dataclass
-class Quickstart:
+class Quickstart(Quiet):
     """Train a small model on the bundled novels, measure it against its context, and let it write.
 
     Takes about 5 minutes of training and 2 of measuring on 2 cores, and needs nothing but this package. The run folder
@@ -37,7 +38,7 @@ class Quickstart:
         from ..training.recipe import Recipe
         from ..training.run_folder import free_run_folder
         from ..training.trainer import Trainer
-        from .progress import console, progress_bar
+        from .progress import progress_bar, results
         from .training import train_with_progress
 
         if self.minutes <= 0:
@@ -60,8 +61,8 @@ class Quickstart:
         report.total_seconds = time.perf_counter() - began
         report.save(folder, curve)
         for context, value in report.bits_per_byte_by_context.items():
-            console.print(f"context {context:>7,}: {value:.3f} bits per byte", highlight=False)
-        console.print(f"\n{report.sample}\n", highlight=False, markup=False)
+            results.print(f"context {context:>7,}: {value:.3f} bits per byte")
+        results.print(f"\n{report.sample}\n")
         others = ", ".join(f"{name} {value:.3f}" for name, value in report.baselines.items())
         print(f"{report.bits_per_byte:.3f} bits per byte on the whole validation text ({others})")
         print(f"report: {folder / 'report.md'}")

@@ -7,9 +7,12 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from ..errors import InputError
+from .options import Quiet
+
 
 @dataclass
-class Read:
+class Read(Quiet):
     """Read texts of any length, in constant memory, and keep what was read as a small file: a bookmark.
 
     `megalodon generate MODEL --state book.state` writes on from it, `megalodon chat` talks about it, and another
@@ -34,13 +37,15 @@ class Read:
         import time
 
         from ..data.corpus import Source, find_documents, size
-        from ..files import check_writable
+        from ..files import BOOKMARK, check_writable
         from ..generation.context import Context
         from ..generation.generator import Generator
         from .models import load_trained
         from .progress import console, progress_bar
 
-        check_writable(self.save)
+        if not self.text:
+            raise InputError("no text given; name a file, a folder, bundled:validation, or - for standard input")
+        check_writable(self.save, BOOKMARK)
         documents: dict[str, Source] = {}
         total = 0
         for text in self.text:
@@ -71,7 +76,7 @@ class Read:
                     generator.read(document, context, watch)
         except KeyboardInterrupt:
             context.save(self.save, tokenizer)
-            console.print(f"interrupted after {context.position - at:,} bytes of {name}", highlight=False)
+            console.print(f"interrupted after {context.position - at:,} bytes of {name}")
             print(f"{self.save}: {progress(complete=True)}")
             sys.exit(130)
         context.save(self.save, tokenizer)

@@ -7,9 +7,11 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from .options import Quiet
+
 
 @dataclass
-class Tokenizer:
+class Tokenizer(Quiet):
     """Train a tokenizer: byte-level BPE, as a tokenizer.json that the tokenizers library reads too."""
 
     action: Positional[Literal["train"]]
@@ -29,10 +31,10 @@ class Tokenizer:
         """Carry out the command."""
         from ..data.documents import Reading, find_files, parts_of
         from ..data.subword import pieces, train_bpe
-        from ..files import check_writable, write_atomically
+        from ..files import TOKENIZER, check_writable, write_atomically
         from .progress import console
 
-        check_writable(self.out)
+        check_writable(self.out, TOKENIZER)
         reading = Reading(self.field, self.encoding)
 
         def texts() -> Iterator[str]:
@@ -44,5 +46,5 @@ class Tokenizer:
 
         write_atomically(self.out, train_bpe(texts(), self.vocab_size))
         for fault in reading.faults[:10]:
-            console.print(f"{fault['path']}, {fault['place']}: {fault['reason']}, {fault['outcome']}", highlight=False)
+            console.print(f"{fault['path']}, {fault['place']}: {fault['reason']}, {fault['outcome']}")
         print(self.out)

@@ -8,10 +8,11 @@ from typing import Literal
 from tyro.conf import Positional
 
 from ..errors import InputError
+from .options import Quiet
 
 
 @dataclass
-class Train:
+class Train(Quiet):
     """Train a model from a recipe.
 
     A recipe is a TOML file with the tables [model], [data] and [training]; docs/recipes.md explains every key. Ctrl-C

@@ -19,12 +19,11 @@ def train_with_progress(trainer: Trainer, tensorboard: bool = False) -> tuple[bo
     config = trainer.recipe.model
     console.print(
         f"training {config.num_parameters:,} parameters on {trainer.device} in {trainer.precision}; {trainer.folder}",
-        highlight=False,
     )
     for note in trainer.notes:
-        console.print(f"passed over: {note}", highlight=False)
+        console.print(f"passed over: {note}")
     if trainer.step:
-        console.print(f"going on after step {trainer.step:,}, {trainer.tokens:,} tokens", highlight=False)
+        console.print(f"going on after step {trainer.step:,}, {trainer.tokens:,} tokens")
     data, validation = trainer.recipe.data, None
     if trainer.recipe.training.validate_steps:
         validation = Validation(
@@ -46,11 +45,9 @@ def train_with_progress(trainer: Trainer, tensorboard: bool = False) -> tuple[bo
             if board:
                 board.write(m)
             if m.validation is not None:
-                console.print(
-                    f"step {m.step}: {m.validation:.4f} bits per byte on the validation text", highlight=False
-                )
+                console.print(f"step {m.step}: {m.validation:.4f} bits per byte on the validation text")
             if m.event:
-                console.print(f"step {m.step}: {m.event}", highlight=False)
+                console.print(f"step {m.step}: {m.event}")
             move(m.progress, f"step {m.step}  {loss:.3f} bits/token  {speed:,.0f} tokens/s  {m.utilisation:.0%}")
 
         finished = trainer.train(watch, validation)

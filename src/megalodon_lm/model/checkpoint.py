@@ -13,6 +13,7 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..errors import InputError
 from ..files import write_atomically
+from ..ops.device import choose_device
 
 if TYPE_CHECKING:
     from .decoder import Megalodon
@@ -53,12 +54,17 @@ def load_model(
     cls: "type[Megalodon]", folder: str | Path, device: torch.device | str, dtype: torch.dtype | None
 ) -> "Megalodon":
     """Read a model; see Megalodon.load."""
-    folder = Path(folder)
+    folder, device = Path(folder), choose_device(device)
     for path in (folder / CONFIG_FILE, folder / WEIGHTS_FILE):
         if not path.is_file():
             raise InputError(f"no model in {folder}: {path.name} is missing")
     config = ModelConfig.load(folder / CONFIG_FILE)
     path = folder / WEIGHTS_FILE
+    if config.num_parameters > path.stat().st_size:
+        raise InputError(
+            f"{path} does not fit {folder / CONFIG_FILE}: it has {path.stat().st_size:,} bytes, and the configuration "
+            f"{config.num_parameters:,} parameters"
+        )
     try:
         stored = load_file(path)
     except (SafetensorError, OSError) as error:

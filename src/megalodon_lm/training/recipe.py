@@ -1,9 +1,7 @@
 """Recipes: everything that defines a training run, as one TOML file."""
 
 import dataclasses
-import difflib
 import math
-import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +10,8 @@ from typing import Any, get_args
 import tomli_w
 
 from ..config import ModelConfig
-from ..errors import InputError
+from ..errors import InputError, nearest
+from ..tables import parse_table, read_table
 from .precision import Precision
 
 _BUNDLED = Path(__file__).parent.parent / "recipes"
@@ -167,16 +166,8 @@ class Recipe:
         """
         if str(path) in bundled_recipes():
             path = _BUNDLED / f"{path}.toml"
-        try:
-            with open(path, "rb") as file:
-                values = tomllib.load(file)
-        except OSError as error:
-            raise InputError(
-                f"cannot read the recipe {path}: {error.strerror}; "
-                f"recipes of the package: {', '.join(bundled_recipes())}"
-            ) from None
-        except (ValueError, RecursionError) as error:  # also: not UTF-8, nested too deep, a path that cannot be one
-            raise InputError(f"the recipe {path} is not valid TOML: {error}") from None
+        known = f"; recipes of the package: {', '.join(bundled_recipes())}"
+        values = read_table(path, "TOML", "the recipe", known)
         for change in changes:
             _change(values, change)
         try:
@@ -258,11 +249,11 @@ def _change(values: dict[str, Any], change: str) -> None:
     if not equals or part not in ("model", "data", "training"):
         raise InputError(f"{change!r} must be like training.steps=2000: a table, a key and a value")
     try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value.strip()
-    except (ValueError, RecursionError):  # a number of thousands of digits, thousands of brackets
-        raise InputError(f"the value of {name.strip()} is too large, or nested too deep") from None
+        parsed = parse_table(f"value = {value}", "TOML", change)["value"]
+    except InputError:
+        parsed = value.strip()  # a bare word
+        if parsed.startswith(("[", "{")):
+            raise
     values[part] = {**_table(values, part), key.strip(): parsed}
 
 
@@ -275,8 +266,7 @@ def _table(values: dict[str, Any], name: str) -> dict[str, Any]:
 def _known(where: str, values: dict[str, Any], known: list[str]) -> None:
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1, 0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
+            hint = nearest(key, known) or f"; known keys: {', '.join(known)}"
             raise InputError(f"unknown key {key!r} in the {where}{hint}")
 
 

@@ -19,6 +19,7 @@ from ..data.subword import SubwordTokenizer, train_bpe
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..errors import InputError
 from ..model.decoder import Megalodon
+from ..ops.device import check_memory, choose_device
 from ..state import State, from_tensors
 from .checkpoint import Checkpoint, newest, prefixed, under
 from .checkpoint_writer import CheckpointWriter
@@ -74,8 +75,13 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, folder: str | Path, device: torch.device | str = "cpu", resume: Resume = "no"):
-        self.recipe, self.device = recipe, torch.device(device)
+        self.recipe, self.device = recipe, choose_device(device)
         t = recipe.training
+        activations = 4 * t.batch_size * t.length * recipe.model.model_dim  # of one of many
+        check_memory(
+            16 * recipe.model.num_parameters + t.batch_size * recipe.model.state_bytes() + activations,
+            self.device, "this training", "lower the sizes in [model], training.batch_size or training.length",
+        )  # fmt: skip
         self.tokenizer = _tokenizer(recipe, Path(folder), resume)
         if recipe.model.vocab_size < self.tokenizer.vocab_size:
             raise InputError(

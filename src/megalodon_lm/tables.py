@@ -1,0 +1,67 @@
+"""Reading TOML and JSON: whatever is wrong with a file is one line that names it."""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import InputError
+
+_LARGEST = 1 << 20  # bytes; a file of settings has a few thousand
+_BITS = 64  # of integers, as TOML has them
+
+
+def read_table(path: str | Path, form: Literal["TOML", "JSON"], what: str, remedy: str = "") -> dict[str, Any]:
+    """The table that a file holds.
+
+    Args:
+        path: of the file.
+        form: of its text.
+        what: it is, for messages, such as "the recipe".
+        remedy: put behind the message about a file that cannot be read.
+
+    Raises:
+        InputError: missing or unreadable file, not UTF-8, malformed, or no table.
+    """
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(_LARGEST + 1)
+    except OSError as error:
+        raise InputError(f"cannot read {what} {path}: {error.strerror}{remedy}") from None
+    if len(raw) > _LARGEST:
+        raise InputError(f"{what} {path} has more than {_LARGEST:,} bytes; it is no file of settings")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{what} {path} is not valid {form}: it is not UTF-8 at byte {error.start:,}") from None
+    return parse_table(text, form, f"{what} {path}")
+
+
+def parse_table(text: str, form: Literal["TOML", "JSON"], where: str) -> dict[str, Any]:
+    """The table that a text holds.
+
+    Args:
+        text: TOML or JSON.
+        form: which of them.
+        where: it comes from, for messages.
+
+    Raises:
+        InputError: malformed, nested too deep, no table, or an integer of more than 64 bits.
+    """
+    try:
+        table = tomllib.loads(text) if form == "TOML" else json.loads(text)
+    except RecursionError:
+        raise InputError(f"{where} is not valid {form}: it is nested too deep") from None
+    except ValueError as error:
+        raise InputError(f"{where} is not valid {form}: {error}") from None
+    if not isinstance(table, dict):
+        raise InputError(f"{where} must hold a table, not {type(table).__name__}")
+    if not _integers_fit(table):
+        raise InputError(f"{where} holds an integer of more than {_BITS} bits")
+    return table
+
+
+def _integers_fit(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return all(map(_integers_fit, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, int) or value.bit_length() < _BITS
