@@ -52,12 +52,14 @@ def parse_table(text: str, form: Literal["TOML", "JSON"], where: str) -> dict[st
         table = tomllib.loads(text) if form == "TOML" else json.loads(text)
     except RecursionError:
         raise InputError(f"{where} is not valid {form}: it is nested too deep") from None
-    except ValueError as error:
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{where} is not valid {form}: {error}") from None
+    except ValueError:  # thousands of digits
+        raise InputError(f"{where} is not valid {form}: a number is too large") from None
     if not isinstance(table, dict):
         raise InputError(f"{where} must hold a table, not {type(table).__name__}")
     if not _integers_fit(table):
-        raise InputError(f"{where} holds an integer of more than {_BITS} bits")
+        raise InputError(f"{where} is not valid {form}: a number is too large, of more than {_BITS} bits")
     return table
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -250,10 +251,10 @@ def _change(values: dict[str, Any], change: str) -> None:
         raise InputError(f"{change!r} must be like training.steps=2000: a table, a key and a value")
     try:
         parsed = parse_table(f"value = {value}", "TOML", change)["value"]
-    except InputError:
+    except InputError as error:
+        if not isinstance(error.__context__, tomllib.TOMLDecodeError):
+            raise  # too large, or nested too deep
         parsed = value.strip()  # a bare word
-        if parsed.startswith(("[", "{")):
-            raise
     values[part] = {**_table(values, part), key.strip(): parsed}
 
 
