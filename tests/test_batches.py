@@ -145,3 +145,15 @@ def test_a_row_enters_every_source_of_a_mixture_at_a_marked_start(length):
         assert all(starts[at] for at, token in enumerate(tokens) if token == BEGIN)
         marked_inside = sum(bool(starts[at]) for at in range(len(tokens)) if tokens[at] != BEGIN)
         assert marked_inside <= 2, "once for each source"
+
+
+@pytest.mark.parametrize("section", [1, 3, 4, 7, 100])
+def test_sections_hold_every_token_once_and_begin_with_a_mark(section):
+    documents = [np.arange(10), np.arange(100, 107), np.arange(200, 201)]
+    sequence = in_memory(documents, seed=3, section=section)
+    stretch = sequence.read(0, len(sequence))
+    assert sorted(stretch.tokens.tolist()) == sorted(np.concatenate(documents).tolist())
+    parts = np.split(stretch.tokens, np.flatnonzero(stretch.starts)[1:])
+    expected = [d[at : at + section].tolist() for d in documents for at in range(0, len(d), section)]
+    assert sorted(p.tolist() for p in parts) == sorted(expected)
+    assert sequence.fingerprint != in_memory(documents, seed=3).fingerprint

@@ -43,7 +43,9 @@ class Mixture:
         return max(range(len(taken)), key=lambda i: self.shares[i] * total - taken[i])
 
 
-def load_mixture(sources: list[str], weights: list[float], tokenizer: Tokenizer, seed: int) -> Mixture:
+def load_mixture(
+    sources: list[str], weights: list[float], tokenizer: Tokenizer, seed: int, section: int = 0
+) -> Mixture:
     """The text that a recipe names.
 
     Args:
@@ -51,12 +53,13 @@ def load_mixture(sources: list[str], weights: list[float], tokenizer: Tokenizer,
         weights: one for each source; none to take all by their lengths.
         tokenizer: of the model.
         seed: of the order of documents.
+        section: see Sequence.
 
     Raises:
         InputError: missing or unreadable source, or one prepared with another tokenizer.
     """
     groups = [[source] for source in sources] if weights else _together(sources)
-    sequences = [_sequence(group, tokenizer, seed) for group in groups]
+    sequences = [_sequence(group, tokenizer, seed, section) for group in groups]
     return Mixture(sequences, weights or None)
 
 
@@ -66,7 +69,7 @@ def _together(sources: list[str]) -> list[list[str]]:
     return ([raw] if raw or not sources else []) + [[source] for source in sources if is_prepared(source)]
 
 
-def _sequence(sources: list[str], tokenizer: Tokenizer, seed: int) -> Sequence:
+def _sequence(sources: list[str], tokenizer: Tokenizer, seed: int, section: int) -> Sequence:
     if len(sources) == 1 and is_prepared(sources[0]):
         prepared = Prepared.open(Path(sources[0]))
         if prepared.manifest["fingerprint"] != tokenizer.fingerprint:
@@ -75,15 +78,15 @@ def _sequence(sources: list[str], tokenizer: Tokenizer, seed: int) -> Sequence:
                 "set data.tokenizer to it"
             )
         ends = [documents["end"] for documents in prepared.documents]
-        return Sequence(prepared.tokens, ends, seed, prepared.digest, prepared.answers)
+        return Sequence(prepared.tokens, ends, seed, prepared.digest, prepared.answers, section)
     documents = find_documents(sources).values()
     begin = np.array([tokenizer.begin])
-    return in_memory((np.concatenate([begin, *tokenizer.encode_blocks(blocks(d))]) for d in documents), seed)
+    return in_memory((np.concatenate([begin, *tokenizer.encode_blocks(blocks(d))]) for d in documents), seed, section)
 
 
-def in_memory(documents: Iterable[np.ndarray], seed: int) -> Sequence:
+def in_memory(documents: Iterable[np.ndarray], seed: int, section: int = 0) -> Sequence:
     """A sequence of documents, each given as its tokens."""
     arrays = list(documents)
     whole = np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
     dtype = np.uint16 if whole.max(initial=0) < 1 << 16 else np.uint32
-    return Sequence([whole.astype(dtype)], [np.cumsum([len(a) for a in arrays])], seed)
+    return Sequence([whole.astype(dtype)], [np.cumsum([len(a) for a in arrays])], seed, section=section)

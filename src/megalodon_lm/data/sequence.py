@@ -27,6 +27,7 @@ class Sequence:
         seed: of the order of the documents.
         fingerprint: of the tokens; None to compute it from them.
         learnt: which tokens are to be learnt, bool arrays like `tokens`; None for all.
+        section: cut longer documents into sections of so many tokens, which count as documents; 0 for none.
 
     Raises:
         InputError: no tokens at all.
@@ -39,15 +40,20 @@ class Sequence:
         seed: int,
         fingerprint: str | None = None,
         learnt: Several[np.ndarray] | None = None,
+        section: int = 0,
     ):
         self._tokens, self._learnt = tokens, learnt
         stops = [np.asarray(e, np.int64) for e in ends]
-        starts = [np.concatenate([np.zeros(1, np.int64), e])[:-1] for e in stops]
+        begin = np.concatenate([np.concatenate([np.zeros(1, np.int64), e])[:-1] for e in stops])
         array = np.repeat(np.arange(len(tokens), dtype=np.int32), [len(e) for e in stops])
+        length = np.concatenate(stops) - begin
+        if section:
+            document, into = _sections(length, section)
+            array, begin = array[document], begin[document] + into
+            length = np.minimum(length[document] - into, section)
         order = np.random.default_rng(seed).permutation(len(array))
-        self._array, self._begin = array[order], np.concatenate(starts)[order]
-        self._ends = np.cumsum((np.concatenate(stops) - np.concatenate(starts))[order])
-        self._given, self._seed = fingerprint, seed
+        self._array, self._begin, self._ends = array[order], begin[order], np.cumsum(length[order])
+        self._given, self._seed = fingerprint, f"{seed}/{section}" if section else str(seed)
         if len(self) == 0:
             raise InputError("the text has no tokens")
 
@@ -57,7 +63,7 @@ class Sequence:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the tokens and their order."""
-        whole = hashlib.sha256(str(self._seed).encode())
+        whole = hashlib.sha256(self._seed.encode())
         if self._given is not None:
             whole.update(self._given.encode())
         else:
@@ -88,3 +94,11 @@ class Sequence:
             starts[done] = into == 0
             done += taken
         return Stretch(tokens, starts, learnt)
+
+
+def _sections(length: np.ndarray, section: int) -> tuple[np.ndarray, np.ndarray]:
+    """The document of each section, and where in it the section begins; a document has at least one."""
+    count = np.maximum(-(-length // section), 1)
+    document = np.repeat(np.arange(len(length)), count)
+    number = np.arange(len(document)) - np.repeat(np.cumsum(count) - count, count)
+    return document, number * section

@@ -41,6 +41,8 @@ class DataRecipe:
     """bytes; a tokenizer.json; a SentencePiece model; or bpe:4096, say, trained on the text when the run begins."""
     order: str = "stream"
     """stream: rows read documents in order from step to step; shuffled: windows of `length` tokens in random order."""
+    section: int = 0
+    """Tokens after which a longer document is left for another one, so that a short run sees them all; 0 for never."""
     validation: list[str] = field(default_factory=lambda: ["bundled:validation"])
     """Validation texts: files, folders of .txt files, bundled:validation, or one prepared folder."""
     prompt: str = ""
@@ -225,6 +227,7 @@ class Recipe:
             _rule(same, "data.weights", d.weights, f"must have one number for each of {d.train}")
             positive = min(d.weights) > 0 and math.isfinite(sum(d.weights))
             _rule(positive, "data.weights", d.weights, "must be positive, and their sum finite")
+        _rule(d.section >= 0, "data.section", d.section, "must not be negative")
         self._require(lambda v: v >= 1, "must be at least 1",
                       "length", "batch_size", "steps", "accumulate", "keep_checkpoints")  # fmt: skip
         self._require(lambda v: v <= _MOST_ROWS, f"must be at most {_MOST_ROWS}", "batch_size", "accumulate")

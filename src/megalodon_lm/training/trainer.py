@@ -88,7 +88,7 @@ class Trainer:
                 f"vocab_size = {recipe.model.vocab_size} is too small for the tokenizer {recipe.data.tokenizer} and "
                 f"its special tokens; use {self.tokenizer.vocab_size}"
             )
-        mixture = load_mixture(recipe.data.train, recipe.data.weights, self.tokenizer, t.seed)
+        mixture = load_mixture(recipe.data.train, recipe.data.weights, self.tokenizer, t.seed, recipe.data.section)
         self.batches: Batches = Stream(mixture, t.batch_size, t.length)
         if recipe.data.order == "shuffled":
             self.batches = Windows(mixture, t.batch_size, t.length, t.seed)
