@@ -198,6 +198,13 @@ def _check_type(field: str, value: Any, kind: Any) -> None:
         _require(fits, field, value, f"must be of type {kind.__name__}, not {type(value).__name__}")
 
 
+def _byte_model(dim: int) -> dict[str, Any]:
+    return dict(
+        vocab_size=259, num_layers=6, model_dim=dim, z_dim=dim // 2, value_dim=2 * dim, ffn_hidden_dim=2 * dim,
+        chunk_size=512, norm_num_groups=dim // 32, swiglu=True,
+    )  # fmt: skip
+
+
 _PG19 = dict(num_layers=24, model_dim=2048, num_heads=2, z_dim=512, value_dim=4096, norm_num_groups=64)
 _7B = dict(num_layers=32, model_dim=4096, num_heads=4, z_dim=1024, value_dim=8192, norm_num_groups=64)
 
@@ -209,11 +216,13 @@ SIZES: dict[str, dict[str, Any]] = {
     "mega7.1B": dict(_7B, ffn_hidden_dim=11264),
     "mega7.3B": dict(_7B, ffn_hidden_dim=8192, swiglu=True),
     "paper7B": dict(_7B, ffn_hidden_dim=8192, swiglu=True, chunk_size=4096, rope_base=100_000.0),
-    # Small ones, for a CPU and bytes: the model of the tests, of the quickstart, and of the speed comparison.
+    # Small ones, for a CPU and bytes: that of the tests, those of the quickstart, that of the speed comparison.
     "tiny": dict(vocab_size=259, num_layers=2, model_dim=64, z_dim=32, value_dim=128, ffn_hidden_dim=128,
                  cema_ndim=8, chunk_size=64, norm_num_groups=4, swiglu=True),
-    "small": dict(vocab_size=259, num_layers=6, model_dim=256, z_dim=128, value_dim=512, ffn_hidden_dim=512,
-                  chunk_size=512, norm_num_groups=8, swiglu=True),
+    "nano": _byte_model(96),
+    "micro": _byte_model(128),
+    "mini": _byte_model(192),
+    "small": _byte_model(256),
     "bench22M": dict(vocab_size=256, num_layers=6, model_dim=512, num_heads=2, z_dim=256, value_dim=1024,
                      ffn_hidden_dim=1024, chunk_size=1024, norm_num_groups=16, swiglu=True),
 }  # fmt: skip

@@ -23,6 +23,8 @@ class Quickstart(Quiet):
     """Run folder to create; the default is runs/quickstart, or the next free number."""
     minutes: float = 5.0
     """Minutes of training."""
+    size: str = "auto"
+    """Size of the model, such as micro; auto for the one that learns most in the time, by the speed of the machine."""
     evaluate_bytes: int = 0
     """Bytes of the validation text to measure on; 0 for all of it."""
     device: str = "cpu"
@@ -35,18 +37,25 @@ class Quickstart(Quiet):
 
         from ..data.corpus import read_documents
         from ..evaluation.quickstart import measure
+        from ..training.budget import byte_model
+        from ..training.machine import product_rate
+        from ..training.precision import choose_precision
         from ..training.recipe import Recipe
         from ..training.run_folder import free_run_folder
         from ..training.trainer import Trainer
-        from .progress import progress_bar, results
+        from .progress import console, progress_bar, results
         from .training import train_with_progress
 
         if self.minutes <= 0:
             raise InputError(f"--minutes {self.minutes} must be positive")
         if self.evaluate_bytes < 0:
             raise InputError(f"--evaluate-bytes {self.evaluate_bytes} must be at least 0; 0 measures on all")
-        recipe = Recipe.load("quickstart")
-        recipe.training.minutes = self.minutes
+        device = torch.device(self.device)
+        precision = choose_precision("auto", device)
+        rate = product_rate(precision, device)
+        size = byte_model(60 * self.minutes * rate) if self.size == "auto" else self.size
+        recipe = Recipe.load("quickstart", [f"training.minutes={self.minutes}", f"model.size={size}"])
+        console.print(f"this machine makes {rate / 1e9:,.0f} GFLOP/s of {precision} matrix products: size {size}")
         folder = self.out or free_run_folder(Path("runs") / "quickstart")
         trainer = Trainer(recipe, folder, self.device)
         finished, curve = train_with_progress(trainer)
