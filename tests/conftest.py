@@ -21,3 +21,8 @@ def saved(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tiny.save(folder)
     return folder
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Running one case of tests/test_fuzz.py again."""
+    parser.addoption("--fuzz-seed", type=int, help="the only case that tests/test_fuzz.py runs")

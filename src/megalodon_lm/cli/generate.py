@@ -4,12 +4,17 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
 from ..errors import InputError
 from .options import Quiet
+
+if TYPE_CHECKING:
+    from ..generation.context import Context
+    from ..generation.generator import Generator
+    from ..generation.sampling import Sampling
 
 MOST_SAMPLES = 10_000
 
@@ -48,6 +53,9 @@ class Generate(Quiet):
     """Above 1, tokens already written become less likely."""
     stop: tuple[str, ...] = ()
     """Stop before any of these strings."""
+    json: bool = False
+    """Print JSON at the end: of each sample its text, tokens, their log-probabilities by the model in nats (before
+    temperature and limits), why it ended (length, stop, end), and its seed."""
     seed: int = 0
     """The same seed gives the same text."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
@@ -82,18 +90,39 @@ class Generate(Quiet):
             generator.read(find_documents([str(self.prompt_file)]).values(), context)
         generator.read(os.fsencode(self.prompt), context)  # the bytes that were typed
         contexts = [context.fork() for _ in range(self.samples)]
-        if self.samples == 1:
+        seeds = [self.seed + number for number in range(self.samples)]
+        if self.json:
+            self._print_json(generator, contexts, sampling, seeds)
+        elif self.samples == 1:
             sys.stdout.write(self.prompt)
             for piece in generator.stream(contexts, sampling):
                 sys.stdout.write(piece.text)
                 sys.stdout.flush()
             print()
         else:
-            seeds = [self.seed + number for number in range(self.samples)]
             for seed, text in zip(seeds, generator.write(contexts, sampling, seeds), strict=True):
                 print(f"--- seed {seed}\n{self.prompt}{text}")
         for path, grown in zip(self._bookmarks(), contexts, strict=False):
             grown.save(path, tokenizer)
+
+    def _print_json(
+        self, generator: "Generator", contexts: "list[Context]", sampling: "Sampling", seeds: list[int]
+    ) -> None:
+        import json
+
+        found: list[dict[str, Any]] = [
+            {"seed": seed, "text": "", "tokens": [], "logprobs": [], "finish_reason": "length"} for seed in seeds
+        ]
+        for piece in generator.stream(contexts, sampling, seeds, logprobs=True):
+            row = found[piece.row]
+            row["text"] += piece.text
+            row["tokens"].append(piece.token)
+            row["logprobs"].append(piece.logprob)
+            row["finish_reason"] = piece.finished
+        try:
+            print(json.dumps({"prompt": self.prompt, "samples": found}, indent=2, allow_nan=False))
+        except ValueError:
+            raise InputError(f"a log-probability is not finite; the weights in {self.model} are damaged") from None
 
     def _bookmarks(self) -> list[Path]:
         """Where to save each continuation."""

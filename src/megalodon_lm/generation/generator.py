@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..data.corpus import Source, blocks
 from ..data.tokenizer import Tokenizer
@@ -27,6 +28,8 @@ class Piece(NamedTuple):
     """What can be shown now: whole characters, and nothing that may yet turn out to be a stop string."""
     finished: Literal["", "length", "stop", "end"]
     """Why the row ends here: max_tokens, a stop string, the end token; or empty."""
+    logprob: float | None = None
+    """Where asked for: log-probability of the token by the model, in nats, before temperature and limits."""
 
 
 class Generator:
@@ -96,7 +99,11 @@ class Generator:
         return texts
 
     def stream(
-        self, contexts: Sequence[Context], sampling: Sampling, seeds: Sequence[int] | None = None
+        self,
+        contexts: Sequence[Context],
+        sampling: Sampling,
+        seeds: Sequence[int] | None = None,
+        logprobs: bool = False,
     ) -> PythonGenerator[Piece]:
         """Continue several texts side by side, token by token.
 
@@ -107,6 +114,7 @@ class Generator:
             contexts: at least one, each with something read; they may differ in length.
             sampling: one for all rows.
             seeds: one a row; by default sampling.seed for each.
+            logprobs: whether the pieces tell them.
 
         Yields:
             A Piece for each row in turn, until all rows are finished.
@@ -123,15 +131,22 @@ class Generator:
             while True:
                 tokens = sample(logits, sampling, draws.next(), written)
                 written[torch.arange(len(rows)), tokens] = True
-                for number, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+                scores = _logprobs(logits, tokens) if logprobs else [None] * len(rows)
+                for number, (row, token, score) in enumerate(zip(rows, tokens.tolist(), scores, strict=True)):
                     if not row.finished:
-                        yield Piece(number, token, row.add(token), row.finished)
+                        yield Piece(number, token, row.add(token), row.finished, score)
                 if all(row.finished for row in rows):
                     return
                 logits = decoder.step(tokens.to(decoder.device))
         finally:
             for context, row in zip(contexts, rows, strict=True):
                 context.read(torch.tensor(row.tokens, dtype=torch.int64).numpy())
+
+
+def _logprobs(logits: Tensor, tokens: Tensor) -> list[float]:
+    """Of the token of each row."""
+    scores = logits.double().cpu().log_softmax(-1)
+    return scores[torch.arange(len(tokens)), tokens.cpu()].tolist()
 
 
 class _Row:
