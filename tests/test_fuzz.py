@@ -57,8 +57,8 @@ validate_bytes = 50
 """
 ODD = [
     "", " ", "-", "--", "-1", "0", "1", "2", "1.5", "1e308", "-1e308", "1e400", "nan", "inf", "-inf", "true", "None",
-    "[]", "{}", "[", "99999999999999999999", "4294967296", "0x10", "\u0663", "\u00e9\n", "\x1b[31m", "[/b]", "{x}", "%s",
-    os.fsdecode(b"\xff"), "a" * 300, "a" * 5000, ".", "..", "missing", "missing/x", "folder", "loop", "text.txt",
+    "[]", "{}", "[", "99999999999999999999", "4294967296", "0x10", "\u0663", "\u00e9\n", "\x1b[31m", "[/b]", "{x}",
+    "%s", os.fsdecode(b"\xff"), "a" * 300, "a" * 5000, ".", "..", "missing", "missing/x", "folder", "loop", "text.txt",
     "text.txt/x", "empty.txt", "model", "model/config.json", "model/model.safetensors", "run", "run/metrics.jsonl",
     "corpus", "book.state", "tokenizer.json", "lines.jsonl", "recipe.toml", "noise.bin", "/dev/null", "/dev/full",
     "bytes", "bpe:300", "bpe:x", "bundled:nothing", "auto", "cuda", "cpu", "tiny", "x.png", "x.json", "x.foo",
