@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import megalodon_lm
+from megalodon_lm import ByteTokenizer, Generator, Megalodon
 from megalodon_lm.cli import commands
 from megalodon_lm.cli.main import main
 from megalodon_lm.errors import InputError
@@ -219,6 +220,9 @@ def test_nothing_but_a_file_of_its_own_kind_is_written_over(saved, tmp_path, ref
     assert "a.1.state: it is not a bookmark" in refused(
         "generate", model, "--samples", 2, "--save", tmp_path / "a.state"
     )
+    context = Generator(Megalodon.load(model).eval(), ByteTokenizer()).read("words")
+    with pytest.raises(InputError, match="is not a bookmark"):
+        context.save(model / "config.json", ByteTokenizer())
     assert {path: path.read_bytes() for path in before} == before
     link = tmp_path / "link.state"
     link.symlink_to(tmp_path / "b.state")
@@ -295,3 +299,16 @@ def test_generated_text_as_json(saved, tiny, run):
     assert alone["samples"] == found["samples"][1:]
     nothing = json.loads(run("generate", saved, "--max-tokens", 0, "--json")[1])
     assert nothing["samples"] == [{"seed": 0, "text": "", "tokens": [], "logprobs": [], "finish_reason": "length"}]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--evaluate-bytes", 1], "--evaluate-bytes 1 must be at least 1024, the training length"),
+        (["--minutes", "nan"], "--minutes nan must be positive and finite"),
+        (["--minutes", "inf"], "--minutes inf must be positive and finite"),
+    ],
+)
+def test_what_the_quickstart_cannot_do(options, says, tmp_path, refused):
+    assert says in refused("quickstart", "--out", tmp_path / "run", *options)
+    assert not (tmp_path / "run").exists()

@@ -78,7 +78,7 @@ ODD_TOML = [
 ODD_JSON = [None, True, 0, -1, 1.5, 1e400, float("nan"), 10**30, "", "x", [], [1], {}, {"x": 1}, 2**31, "\u0000"]
 
 USUAL = {
-    "quickstart": ["--minutes", "0.001", "--evaluate-bytes", "300", "--out", "new"],
+    "quickstart": ["--minutes", "0.001", "--evaluate-bytes", "1500", "--out", "new"],
     "tokenizer": ["train", "text.txt", "--out", "new.json", "--vocab-size", "270"],
     "prepare": ["text.txt", "lines.jsonl", "--out", "new", "--workers", "1"],
     "train": ["recipe.toml", "--out", "new"],

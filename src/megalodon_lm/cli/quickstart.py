@@ -1,5 +1,6 @@
 """megalodon quickstart"""
 
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class Quickstart(Quiet):
 
         from ..data.corpus import read_documents
         from ..evaluation.quickstart import measure
+        from ..ops.device import choose_device
         from ..training.budget import byte_model
         from ..training.machine import product_rate
         from ..training.precision import choose_precision
@@ -46,15 +48,19 @@ class Quickstart(Quiet):
         from .progress import console, progress_bar, results
         from .training import train_with_progress
 
-        if self.minutes <= 0:
-            raise InputError(f"--minutes {self.minutes} must be positive")
+        if not 0 < self.minutes < math.inf:
+            raise InputError(f"--minutes {self.minutes} must be positive and finite")
         if self.evaluate_bytes < 0:
             raise InputError(f"--evaluate-bytes {self.evaluate_bytes} must be at least 0; 0 measures on all")
-        device = torch.device(self.device)
+        device = choose_device(self.device)
         precision = choose_precision("auto", device)
         rate = product_rate(precision, device)
         size = byte_model(60 * self.minutes * rate) if self.size == "auto" else self.size
         recipe = Recipe.load("quickstart", [f"training.minutes={self.minutes}", f"model.size={size}"])
+        if 0 < self.evaluate_bytes < recipe.training.length:
+            raise InputError(
+                f"--evaluate-bytes {self.evaluate_bytes} must be at least {recipe.training.length}, the training length"
+            )
         console.print(f"this machine makes {rate / 1e9:,.0f} GFLOP/s of {precision} matrix products: size {size}")
         folder = self.out or free_run_folder(Path("runs") / "quickstart")
         trainer = Trainer(recipe, folder, self.device)

@@ -16,6 +16,7 @@ from .. import __version__
 from ..config import ModelConfig
 from ..data.tokenizer import Tokenizer
 from ..errors import InputError
+from ..files import BOOKMARK, check_writable
 from ..model.decoder import Megalodon
 from ..state import State, StateFile, is_cache
 from ..training.loss import token_losses
@@ -121,8 +122,9 @@ class Context:
         """Write a bookmark, atomically: the new one or the old one is there, whatever happens.
 
         Raises:
-            InputError: the place cannot be written.
+            InputError: the place cannot be written, or holds something that is no bookmark.
         """
+        check_writable(path, BOOKMARK)
         notes = {
             "tokenizer": tokenizer.fingerprint,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
