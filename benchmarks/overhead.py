@@ -31,9 +31,9 @@ from megalodon_lm.files import write_atomically
 from megalodon_lm.training import trainer as loop
 from megalodon_lm.training.checkpoint_writer import CheckpointWriter
 from megalodon_lm.training.loss import linear_cross_entropy
+from megalodon_lm.training.metrics import MetricsFile
 from megalodon_lm.training.precision import autocast
 from megalodon_lm.training.recipe import Recipe
-from megalodon_lm.training.run_folder import MetricsFile
 
 ROUND = ("bare", "loop", "loop", "checkpoint")
 

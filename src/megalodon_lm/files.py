@@ -1,5 +1,6 @@
 """Writing files so that a reader finds the old one or the new one, never half of either."""
 
+import errno
 import hashlib
 import os
 import tempfile
@@ -63,12 +64,18 @@ def is_unfinished(path: Path, name: str) -> bool:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk. Folders cannot be opened on Windows; then nothing."""
+    """Wait until a file, or the names in a folder, are on disk.
+
+    Some systems cannot say so of a folder: Windows does not open one, some network disks refuse. Then nothing.
+    """
     if os.name == "nt" and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 

@@ -36,13 +36,17 @@ class Train(Quiet):
         """Carry out the command."""
         from ..training.recipe import Recipe
         from ..training.report import REPORT_MARKDOWN, write_report
-        from ..training.run_folder import free_run_folder
+        from ..training.run_folder import free_run_folder, recorded_recipe
+        from ..training.tensorboard import summary_writer
         from ..training.trainer import Trainer
         from .training import train_with_progress
 
-        recipe = Recipe.load(self.recipe, self.set)
         if self.resume != "no" and self.out is None:
             raise InputError(f"--resume {self.resume} needs --out, the folder of the run to go on with")
+        begun = recorded_recipe(self.out) if self.out and self.resume != "no" else None
+        recipe = Recipe.load(self.recipe, self.set, begun)
+        if self.tensorboard:
+            summary_writer()
         folder = self.out or free_run_folder(Path("runs") / self.recipe.stem)
         finished, _ = train_with_progress(Trainer(recipe, folder, self.device, self.resume), self.tensorboard)
         write_report(folder)

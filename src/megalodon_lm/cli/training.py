@@ -21,7 +21,7 @@ def train_with_progress(trainer: Trainer, tensorboard: bool = False) -> tuple[bo
         f"training {config.num_parameters:,} parameters on {trainer.device} in {trainer.precision}; {trainer.folder}",
     )
     for note in trainer.notes:
-        console.print(f"passed over: {note}")
+        console.print(note)
     if trainer.step:
         console.print(f"going on after step {trainer.step:,}, {trainer.tokens:,} tokens")
     data, validation = trainer.recipe.data, None

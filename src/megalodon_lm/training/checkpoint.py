@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class Checkpoint:
         Raises:
             InputError: the disk is full or the folder not writable; older checkpoints stay as they are.
         """
-        target = run / CHECKPOINTS / f"step-{self.step:08d}"
+        target = run / CHECKPOINTS / _name(self.step)
         unfinished = target.with_name(f".{target.name}")
         try:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -74,7 +74,7 @@ class Checkpoint:
             for name in (*CONTENTS, MANIFEST_FILE, ""):
                 flush(unfinished / name)
             if target.exists():  # a run that went back and came here again
-                shutil.rmtree(target)
+                _remove(target)
             os.replace(unfinished, target)
             flush(target.parent)
         except (OSError, SafetensorError) as error:
@@ -95,26 +95,59 @@ class Checkpoint:
         for name in CONTENTS:
             check(path / name, manifest["files"][name])
         try:
-            progress = json.loads((path / PROGRESS_FILE).read_text())
+            progress = json.loads((path / PROGRESS_FILE).read_bytes())
+            _check_progress(progress)
             config = ModelConfig.load(path / CONFIG_FILE)
             weights, training = load_file(path / WEIGHTS_FILE), load_file(path / TRAINING_FILE)
-        except (OSError, ValueError, SafetensorError) as error:  # written so by another version
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:  # written so by another version
             raise InputError(f"the checkpoint {path} cannot be understood: {error}") from None
         return cls(progress["step"], config, weights, training, progress)
 
 
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, the newest first."""
-    return sorted((run / CHECKPOINTS).glob("step-*"), reverse=True)
+    found = [path for path in (run / CHECKPOINTS).glob("step-*") if path.name == _name(step_of(path))]
+    return sorted(found, key=step_of, reverse=True)
 
 
-def prune(run: Path, keep: int, best: int | None = None) -> None:
-    """Delete all checkpoints but the newest `keep` and the one of step `best`."""
-    for path in checkpoints(run)[keep:]:
-        if best is None or path.name != f"step-{best:08d}":
-            doomed = path.with_name(f".{path.name}")  # so that half of one is never taken for one
-            os.replace(path, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint; -1 if it has none."""
+    number = path.name.removeprefix("step-")
+    return int(number) if number.isdecimal() and number.isascii() else -1
+
+
+def is_whole(path: Path, run_id: str) -> bool:
+    """Whether a checkpoint is what was written by this run."""
+    try:
+        manifest = _manifest(path, run_id)
+        for name in CONTENTS:
+            check(path / name, manifest["files"][name])
+    except InputError:
+        return False
+    return True
+
+
+def prune(run: Path, kept: Collection[int], current: int) -> None:
+    """Delete the checkpoints before a step that are not to be kept, and what killed processes left unfinished.
+
+    Args:
+        run: folder.
+        kept: steps.
+        current: step; later ones, of which this process knows nothing, stay as they are.
+    """
+    for path in checkpoints(run):
+        if step_of(path) < current and step_of(path) not in kept:
+            _remove(path)
+    for path in (run / CHECKPOINTS).glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint under another name, so that half of one is never taken for one."""
+    doomed = path.with_name(f".{path.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def newest(run: Path, run_id: str, accept_older: bool) -> tuple[Checkpoint | None, list[str]]:
@@ -129,16 +162,26 @@ def newest(run: Path, run_id: str, accept_older: bool) -> tuple[Checkpoint | Non
         It, and a line for each broken one that was passed over.
 
     Raises:
-        InputError: naming what is broken.
+        InputError: naming what is broken, or if none is whole; nothing was changed.
     """
     passed: list[str] = []
     for path in checkpoints(run):
         try:
             return Checkpoint.read(path, run_id), passed
-        except ValueError as error:
+        except InputError as error:
             if not accept_older:
                 raise InputError(f"{error}; --resume auto takes the newest checkpoint that is whole") from None
-            passed.append(str(error))
+            passed.append(f"passed over: {error}")
+    if passed:
+        raise InputError(
+            f"none of the checkpoints in {run / CHECKPOINTS} can be used ({passed[0]}); nothing was changed; put a "
+            "whole one back, or begin anew in another folder"
+        )
+    if (run / WEIGHTS_FILE).exists():
+        raise InputError(
+            f"{run} holds a trained model but no checkpoint to go on from; nothing was changed; begin another run with "
+            f"training.begin_from = {run}"
+        )
     return None, passed
 
 
@@ -165,18 +208,45 @@ def _manifest(path: Path, run_id: str) -> dict[str, Any]:
     file = path / MANIFEST_FILE
     try:
         manifest = json.loads(file.read_bytes())
-        checksum = manifest.pop("checksum")
     except FileNotFoundError:
         raise InputError(f"{file} is missing") from None
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, RecursionError):
         raise InputError(f"{file} cannot be read; it was truncated or altered") from None
-    if checksum != _checksum(manifest):
+    checksum = manifest.pop("checksum", None) if isinstance(manifest, dict) else None
+    if checksum is None or checksum != _checksum(manifest):
         raise InputError(f"{file} was altered: its checksum does not match")
-    if manifest["run"] != run_id:
-        raise InputError(f"{file} belongs to another run, {manifest['run']}")
-    if path.name != f"step-{manifest['step']:08d}":
-        raise InputError(f"{file} belongs to step {manifest['step']}")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(isinstance(files.get(name), dict) for name in CONTENTS):
+        raise InputError(f"{file} does not list {', '.join(CONTENTS)}; it is of another version")
+    if manifest.get("run") != run_id:
+        raise InputError(f"{file} belongs to another run, {manifest.get('run')}")
+    if path.name != _name(manifest.get("step")):
+        raise InputError(f"{file} belongs to step {manifest.get('step')}")
     return manifest
+
+
+def _name(step: Any) -> str:
+    return f"step-{step:08d}" if type(step) is int else ""
+
+
+def _check_progress(progress: Any) -> None:
+    """Refuse what a Trainer could not have written.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    holds = {
+        "step": lambda v: type(v) is int,
+        "tokens": lambda v: type(v) is int,
+        "seconds": lambda v: isinstance(v, int | float) and v >= 0,
+        "usual_loss": lambda v: v is None or isinstance(v, int | float),
+        "place": lambda v: isinstance(v, list),
+        "data": lambda v: isinstance(v, str),
+        "best": lambda v: v is None or (isinstance(v, list) and [type(x) for x in v] in ([float, int], [int, int])),
+    }
+    wrong = [key for key, rule in holds.items() if not isinstance(progress, dict) or not rule(progress.get(key, ...))]
+    if wrong:
+        raise ValueError(f"{PROGRESS_FILE} has no proper {', '.join(wrong)}")
 
 
 def _checksum(manifest: dict[str, Any]) -> str:

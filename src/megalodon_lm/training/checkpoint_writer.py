@@ -3,7 +3,7 @@
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from .checkpoint import Checkpoint, export, prune
+from .checkpoint import Checkpoint, checkpoints, export, is_whole, prune, step_of
 
 
 class CheckpointWriter:
@@ -12,13 +12,14 @@ class CheckpointWriter:
     Args:
         run: folder.
         run_id: of the run.
-        keep: newest checkpoints to keep.
+        keep: newest whole checkpoints to keep, besides the best.
     """
 
     def __init__(self, run: Path, run_id: str, keep: int):
         self.run, self.run_id, self.keep = run, run_id, keep
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
+        self._whole: set[int] = set()  # steps of checkpoints that were written or looked at by this process
 
     def submit(self, checkpoint: Checkpoint, best: int | None) -> None:
         """Begin to write; waits for the one before.
@@ -36,7 +37,18 @@ class CheckpointWriter:
     def _write(self, checkpoint: Checkpoint, best: int | None) -> None:
         written = checkpoint.write(self.run, self.run_id)
         export(written, self.run)
-        prune(self.run, self.keep, best)
+        prune(self.run, {*self._newest(checkpoint.step), *([] if best is None else [best])}, checkpoint.step)
+
+    def _newest(self, step: int) -> list[int]:
+        """The steps of the newest whole checkpoints up to one that was just written."""
+        self._whole.add(step)
+        newest = [step]
+        for path in checkpoints(self.run):
+            before = step_of(path)
+            if before < step and len(newest) < self.keep and (before in self._whole or is_whole(path, self.run_id)):
+                self._whole.add(before)
+                newest.append(before)
+        return newest
 
     def check(self) -> None:
         """Raise what went wrong in the meantime."""

@@ -1,13 +1,12 @@
 """What a run did, as a page and a picture, from its metrics."""
 
-import json
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from ..files import write_atomically
 from ..plots import picture
-from .run_folder import METRICS_FILE
+from .metrics import read_metrics
 
 REPORT_MARKDOWN, PICTURE = "training.md", "training.png"
 SMOOTHED = 50  # steps
@@ -19,7 +18,7 @@ def write_report(folder: Path) -> None:
     Raises:
         InputError: the folder cannot be written.
     """
-    records = [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
+    records = read_metrics(folder)
     if not records:
         return
     _draw(folder / PICTURE, records)

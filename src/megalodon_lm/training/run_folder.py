@@ -1,42 +1,98 @@
-"""The folder of one run: its identity, recipe, metrics, checkpoints and reports."""
+"""The folder of one run: its identity, its lock and its recipe."""
 
 import json
-import math
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .. import __version__
 from ..errors import InputError
-from ..files import flush, is_unfinished, write_atomically
+from ..files import is_unfinished, write_atomically
 from .recipe import Recipe
+from .run_lock import LOCK_FILE, RunLock
 
-METRICS_FILE, RECIPE_FILE, RUN_FILE = "metrics.jsonl", "recipe.toml", "run.json"
+RECIPE_FILE, RUN_FILE = "recipe.toml", "run.json"
 Resume = Literal["no", "last", "auto"]
-FIXED = ("length", "batch_size", "carry_state", "seed", "average")
+FIXED = ("length", "batch_size", "carry_state", "seed", "average", "optimizer")
 """Keys of [training] that a run keeps when it goes on, besides all of [model] and [data]."""
 
 
-def create_run_folder(path: str | Path) -> Path:
-    """Make the folder, or take an empty one.
+@dataclass(frozen=True)
+class Run:
+    """The folder of a run that this process holds."""
+
+    folder: Path
+    id: str
+    lock: RunLock
+
+
+def find_run(path: Path, recipe: Recipe, resume: Resume) -> Run | None:
+    """The run to go on with.
+
+    Args:
+        path: folder.
+        recipe: of the run; one that goes on may change what FIXED does not name.
+        resume: "no" begins in an empty folder, "last" goes on, "auto" does either.
+
+    Returns:
+        It, or None where a new one is to begin; nothing is written then.
 
     Raises:
-        InputError: the folder holds files already, or cannot be made; nothing is overwritten.
+        InputError: unusable folder, no run in it, another recipe, or another process at work.
     """
-    path = Path(path)
+    if resume not in get_args(Resume):
+        raise InputError(f"resume = {resume!r} must be one of {', '.join(get_args(Resume))}")
+    goes_on = resume != "no" and (path / RUN_FILE).exists()
+    if not goes_on:
+        if resume == "last":
+            raise InputError(f"there is no run to go on with in {path}: it has no {RUN_FILE}")
+        _check_free(path)
+        return None
+    lock = RunLock(path)
+    try:
+        run = Run(path, _identity(path / RUN_FILE), lock)
+        before = recorded_recipe(path)
+        if before is not None:
+            _compare(before, recipe)
+    except BaseException:
+        lock.release()
+        raise
+    return run
+
+
+def begin_run(path: Path) -> Run:
+    """Make the folder of a new run, or take an empty one.
+
+    Raises:
+        InputError: the folder holds files already, cannot be made, or another process is at work in it.
+    """
+    _check_free(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        used = any(not is_unfinished(p, RUN_FILE) for p in path.iterdir())
     except OSError as error:
         raise InputError(f"cannot create the run folder {path}: {error.strerror}") from None
-    if used:
-        raise InputError(
-            f"the run folder {path} is not empty; choose another one with --out, or go on with it by --resume auto; "
-            "nothing was overwritten"
-        )
-    return path
+    lock = RunLock(path)
+    try:
+        _check_free(path)  # now that nobody else can begin in it
+        run_id = uuid.uuid4().hex
+        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        write_atomically(path / RUN_FILE, json.dumps({"id": run_id, "created": created, "version": __version__}) + "\n")
+    except BaseException:
+        lock.release()
+        raise
+    return Run(path, run_id, lock)
+
+
+def recorded_recipe(path: Path) -> Recipe | None:
+    """The recipe of the run in a folder; None where no run has begun, or one was killed while it did.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    return Recipe.load(path / RECIPE_FILE) if (path / RUN_FILE).exists() and (path / RECIPE_FILE).exists() else None
 
 
 def free_run_folder(path: str | Path) -> Path:
@@ -48,43 +104,23 @@ def free_run_folder(path: str | Path) -> Path:
     return candidate
 
 
-def open_run(path: str | Path, recipe: Recipe, resume: Resume) -> tuple[Path, str, bool]:
-    """The folder of a new run, or that of one to go on with.
-
-    Args:
-        path: folder.
-        recipe: of the run; one that goes on may change what FIXED does not name.
-        resume: "no" begins in an empty folder, "last" goes on, "auto" does either.
-
-    Returns:
-        The folder, the run's id, and whether it goes on.
-
-    Raises:
-        InputError: unusable folder, no run in it, or another recipe.
-    """
-    if resume not in get_args(Resume):
-        raise InputError(f"resume = {resume!r} must be one of {', '.join(get_args(Resume))}")
-    path = Path(path)
-    goes_on = resume != "no" and (path / RUN_FILE).exists()
-    if resume == "last" and not goes_on:
-        raise InputError(f"there is no run to go on with in {path}: it has no {RUN_FILE}")
-    if goes_on:
-        run_id = _identity(path / RUN_FILE)
-        if (path / RECIPE_FILE).exists():  # unless killed right here
-            _compare(Recipe.load(path / RECIPE_FILE), recipe)
-    else:
-        path = create_run_folder(path)
-        run_id = uuid.uuid4().hex
-        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        write_atomically(path / RUN_FILE, json.dumps({"id": run_id, "created": created, "version": __version__}) + "\n")
-    write_atomically(path / RECIPE_FILE, recipe.to_toml())
-    return path, run_id, goes_on
+def _check_free(path: Path) -> None:
+    """Refuse a place that holds anything but what a run leaves that was killed before it began."""
+    try:
+        used = path.exists() and any(p.name != LOCK_FILE and not is_unfinished(p, RUN_FILE) for p in path.iterdir())
+    except OSError as error:
+        raise InputError(f"cannot create the run folder {path}: {error.strerror}") from None
+    if used:
+        raise InputError(
+            f"the run folder {path} is not empty; choose another one with --out, or go on with it by --resume auto; "
+            "nothing was overwritten"
+        )
 
 
 def _identity(path: Path) -> str:
     try:
-        return str(json.loads(path.read_text())["id"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(json.loads(path.read_bytes())["id"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise InputError(f"{path} cannot be read; it was truncated or altered") from None
 
 
@@ -102,49 +138,3 @@ def _differences(before: Recipe, now: Recipe) -> Iterator[tuple[str, str, Any, A
     for part in ("model", "data", "training"):
         old, new = vars(getattr(before, part)), vars(getattr(now, part))
         yield from ((part, key, old[key], new[key]) for key in old if old[key] != new[key])
-
-
-class MetricsFile:
-    """One JSON object a line, flushed as it is written.
-
-    Args:
-        folder: of the run.
-    """
-
-    def __init__(self, folder: Path):
-        self.path = folder / METRICS_FILE
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Append one record; numbers that are not finite become null.
-
-        Raises:
-            InputError: the disk is full.
-        """
-        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        try:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror}") from None
-
-    def flush(self) -> None:
-        """Wait until all is on disk: no checkpoint may know a step that the metrics could still lose."""
-        flush(self.path)
-
-    def cut(self, step: int) -> None:
-        """Take back what was written after a step, and a half-written line."""
-        self._file.close()
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                continue
-        write_atomically(self.path, "".join(f"{line}\n" for line in kept))
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()

@@ -7,7 +7,22 @@ from typing import TYPE_CHECKING
 from ..errors import InputError
 
 if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
     from .trainer import StepMetrics
+
+
+def summary_writer() -> "type[SummaryWriter]":
+    """What writes event files.
+
+    Raises:
+        InputError: tensorboard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("tensorboard is not installed; pip install tensorboard, or leave out --tensorboard") from None
+    return SummaryWriter
 
 
 class TensorBoard:
@@ -22,13 +37,7 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, step: int = 0):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise InputError(
-                "tensorboard is not installed; pip install tensorboard, or leave out --tensorboard"
-            ) from None
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+        self._writer = summary_writer()(str(folder), purge_step=step + 1)
 
     def write(self, metrics: "StepMetrics") -> None:
         """The numbers of one step."""

@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,24 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.batches import Batch, Batches, Stream, Windows, prefetched
-from ..data.corpus import blocks, find_documents
-from ..data.mixture import load_mixture
-from ..data.subword import SubwordTokenizer, train_bpe
-from ..data.tokenizer import Tokenizer, load_tokenizer
+from ..data.batches import Batch, prefetched
 from ..errors import InputError
+from ..files import write_atomically
 from ..model.decoder import Megalodon
 from ..ops.device import check_memory, choose_device
 from ..state import State, from_tensors
 from .checkpoint import Checkpoint, newest, prefixed, under
 from .checkpoint_writer import CheckpointWriter
+from .compiling import compile_blocks
+from .inputs import find_tokenizer, load_base, open_text
 from .loss import linear_cross_entropy
 from .machine import product_rate
 from .memory import resident
+from .metrics import MetricsFile
 from .optimizer import build_optimizer
 from .precision import autocast, choose_precision
 from .recipe import Recipe, TrainingRecipe
-from .run_folder import MetricsFile, Resume, open_run
+from .run_folder import RECIPE_FILE, Resume, begin_run, find_run, recorded_recipe
 from .schedule import learning_rate
 
 BAD_IN_A_ROW = 10  # batches skipped, or times gone back without a new checkpoint, before the run gives up
@@ -67,11 +67,13 @@ class Trainer:
         folder: of the run.
         device: where to train.
         resume: "no" needs a new or empty folder; "last" goes on from the newest checkpoint; "auto" does so where there
-            is one, passes over broken ones, and begins where there is none.
+            is a run, passes over broken checkpoints, and begins where there is none.
+
+    The folder is locked until `train` ends, and made only when all else is in order.
 
     Raises:
-        InputError: unusable folder, broken checkpoint, another recipe, missing or changed text, or a vocabulary too
-            small for the tokenizer.
+        InputError: unusable folder or device, broken checkpoint, another recipe, missing or changed text, or a
+            vocabulary too small for the tokenizer.
     """
 
     def __init__(self, recipe: Recipe, folder: str | Path, device: torch.device | str = "cpu", resume: Resume = "no"):
@@ -82,54 +84,44 @@ class Trainer:
             16 * recipe.model.num_parameters + t.batch_size * recipe.model.state_bytes() + activations,
             self.device, "this training", "lower the sizes in [model], training.batch_size or training.length",
         )  # fmt: skip
-        self.tokenizer = _tokenizer(recipe, Path(folder), resume)
-        if recipe.model.vocab_size < self.tokenizer.vocab_size:
-            raise InputError(
-                f"vocab_size = {recipe.model.vocab_size} is too small for the tokenizer {recipe.data.tokenizer} and "
-                f"its special tokens; use {self.tokenizer.vocab_size}"
-            )
-        mixture = load_mixture(recipe.data.train, recipe.data.weights, self.tokenizer, t.seed, recipe.data.section)
-        self.batches: Batches = Stream(mixture, t.batch_size, t.length)
-        if recipe.data.order == "shuffled":
-            self.batches = Windows(mixture, t.batch_size, t.length, t.seed)
-        self.place = self.batches.begin()
-        begin_from = self._trained(Path(t.begin_from)) if t.begin_from else None
-        self.folder, self.run_id, goes_on = open_run(folder, recipe, resume)
-        self.tokenizer.save(self.folder)
-        torch.manual_seed(t.seed)
-        with self.device:
-            self.model = Megalodon(recipe.model, t.activation_checkpointing)
-        if begin_from:
-            self.model.load_state_dict(begin_from.state_dict())
-        if t.compile:
-            compile_blocks(self.model, self.device)
-        self.precision = choose_precision(t.precision, self.device)
-        self.optimizer = build_optimizer(self.model, t, self.precision)
-        self.average = {n: p.detach().clone() for n, p in self.model.named_parameters()} if t.average else None
-        self.state: State | None = None
-        self.step = self.tokens = 0
-        self.saved_step: int | None = None
-        self.seconds = self.warmup_seconds = 0.0
-        self.usual_loss = math.nan
-        self.best: tuple[float, int] | None = None
-        self.notes: list[str] = []
-        if goes_on:
-            checkpoint, self.notes = newest(self.folder, self.run_id, accept_older=resume == "auto")
+        with ExitStack() as undo:
+            run = find_run(Path(folder), recipe, resume)
+            checkpoint: Checkpoint | None = None
+            self.notes: list[str] = []
+            if run is not None:
+                undo.callback(run.lock.release)
+                checkpoint, self.notes = newest(run.folder, run.id, accept_older=resume == "auto")
+            begun = run is not None and recorded_recipe(run.folder) is not None
+            self.tokenizer = find_tokenizer(recipe, Path(folder) if begun else None)
+            self.batches = open_text(recipe, self.tokenizer)
+            self.place = self.batches.begin()
+            base = load_base(recipe, self.tokenizer) if checkpoint is None else None
+            torch.manual_seed(t.seed)
+            with self.device:
+                self.model = Megalodon(recipe.model, t.activation_checkpointing)
+            if base is not None:
+                self.model.load_state_dict(base.state_dict())
+            if t.compile:
+                compile_blocks(self.model, self.device)
+            self.precision = choose_precision(t.precision, self.device)
+            self.optimizer = build_optimizer(self.model, t, self.precision)
+            self.average = {n: p.detach().clone() for n, p in self.model.named_parameters()} if t.average else None
+            self.state: State | None = None
+            self.step = self.tokens = 0
+            self.saved_step: int | None = None
+            self.seconds = self.warmup_seconds = 0.0
+            self.usual_loss = math.nan
+            self.best: tuple[float, int] | None = None
             if checkpoint is not None:
                 self.restore(checkpoint)
-
-    def _trained(self, folder: Path) -> Megalodon:
-        """The model to begin from, which must be of the recipe's kind."""
-        trained = Megalodon.load(folder)
-        if load_tokenizer(folder).fingerprint != self.tokenizer.fingerprint:
-            raise InputError(f"{folder} has another tokenizer than the data; set data.tokenizer to {folder}")
-        ours, theirs = self.recipe.model.to_dict(), trained.config.to_dict()
-        changed = [key for key in ours if ours[key] != theirs[key] and "drop" not in key]
-        if changed:
-            raise InputError(
-                f"{folder} differs from the recipe in model.{', model.'.join(changed)}; set them as in its config.json"
-            )
-        return trained
+            if run is None:  # nothing can go wrong any more but the folder itself
+                run = begin_run(Path(folder))
+                undo.callback(run.lock.release)
+            self.tokenizer.save(run.folder)
+            write_atomically(run.folder / RECIPE_FILE, recipe.to_toml())
+            self.run, self.folder = run, run.folder
+            self.notes += [run.lock.note] if run.lock.note else []
+            undo.pop_all()
 
     @property
     def progress(self) -> float:
@@ -165,7 +157,7 @@ class Trainer:
         t = self.recipe.training
         metrics = MetricsFile(self.folder)
         metrics.cut(self.step)
-        writer = CheckpointWriter(self.folder, self.run_id, t.keep_checkpoints)
+        writer = CheckpointWriter(self.folder, self.run.id, t.keep_checkpoints)
         operations = self.recipe.model.flops_per_token(backward=True) / product_rate(self.precision, self.device)
         saved, bad, event = time.perf_counter(), 0, ""
         self.model.train()
@@ -208,6 +200,7 @@ class Trainer:
         finally:
             writer.close()
             metrics.close()
+            self.run.lock.release()
         return self.progress >= 1
 
     def _step(self, batches: Iterator[Batch], rate: float) -> tuple[str, float, float]:
@@ -268,7 +261,7 @@ class Trainer:
         if t.bad_step == "skip":
             return f"skipped: {trouble}"
         writer.wait()
-        checkpoint, _ = newest(self.folder, self.run_id, accept_older=True)
+        checkpoint, _ = newest(self.folder, self.run.id, accept_older=True)
         if checkpoint is None:
             raise InputError(f"{trouble} at step {step}, and there is no checkpoint yet to go back to; {advice}")
         place, tokens, seconds = self.place, self.tokens, self.seconds
@@ -363,18 +356,6 @@ class Trainer:
         self.place = progress["place"]
 
 
-def _tokenizer(recipe: Recipe, folder: Path, resume: Resume) -> Tokenizer:
-    """The tokenizer a recipe names; bpe:N is trained on the text when the run begins, and found in its folder later."""
-    kind, _, size = recipe.data.tokenizer.partition(":")
-    if kind != "bpe" or not size.isdecimal():
-        return load_tokenizer(recipe.data.tokenizer)
-    if resume != "no" and (folder / "tokenizer.json").exists():
-        return load_tokenizer(folder)
-    texts = find_documents(recipe.data.train).values()
-    pieces = (b"".join(blocks(text)).decode("utf-8", "replace") for text in texts)
-    return SubwordTokenizer(train_bpe(pieces, int(size)))
-
-
 def _taken(batches: Iterator[Batch], count: int) -> list[Batch]:
     """The batches of a step: so many, and more until one has something to learn."""
     taken = [next(batches) for _ in range(count)]
@@ -392,24 +373,6 @@ def accumulated(recipe: TrainingRecipe, step: int) -> int:
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-
-
-def compile_blocks(model: Megalodon, device: torch.device) -> None:
-    """Compile every block in place with torch.compile, at its first use; blocks of equal shapes share the code.
-
-    Raises:
-        InputError: no C++ compiler, which the CPU needs.
-    """
-    if device.type == "cpu":
-        from torch._inductor.cpp_builder import get_cpp_compiler
-        from torch._inductor.exc import InvalidCxxCompiler
-
-        try:
-            get_cpp_compiler()
-        except InvalidCxxCompiler:
-            raise InputError("training.compile = true needs a C++ compiler; install g++ or set it to false") from None
-    for block in model.layers:
-        block.compile()
 
 
 @contextmanager

@@ -1,0 +1,80 @@
+"""What a recipe names beside its numbers, found and checked before a run writes anything."""
+
+from pathlib import Path
+
+from ..data.batches import Batches, Stream, Windows
+from ..data.corpus import blocks, find_documents
+from ..data.mixture import load_mixture
+from ..data.shards import is_prepared
+from ..data.subword import SubwordTokenizer, train_bpe
+from ..data.tokenizer import Tokenizer, load_tokenizer
+from ..errors import InputError
+from ..model.decoder import Megalodon
+from .recipe import Recipe
+
+
+def find_tokenizer(recipe: Recipe, begun: Path | None) -> Tokenizer:
+    """The tokenizer of a run; bpe:N is trained on the text.
+
+    Args:
+        recipe: of the run.
+        begun: the folder of a run that goes on, which holds the tokenizer it began with.
+
+    Raises:
+        InputError: missing or unreadable file, or one that does not fit the vocabulary.
+    """
+    d, t = recipe.data, recipe.training
+    kind, _, size = d.tokenizer.partition(":")
+    saved = begun is not None and any((begun / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    if begun is not None and (saved or d.tokenizer == t.begin_from):  # what it began from is no longer needed
+        tokenizer = load_tokenizer(begun)
+    elif kind == "bpe" and size.isdecimal():
+        texts = find_documents(d.train).values()
+        pieces = (b"".join(blocks(text)).decode("utf-8", "replace") for text in texts)
+        tokenizer = SubwordTokenizer(train_bpe(pieces, int(size)))
+    else:
+        tokenizer = load_tokenizer(d.tokenizer)
+    if recipe.model.vocab_size < tokenizer.vocab_size:
+        raise InputError(
+            f"vocab_size = {recipe.model.vocab_size} is too small for the tokenizer {d.tokenizer} and its special "
+            f"tokens; use {tokenizer.vocab_size}"
+        )
+    return tokenizer
+
+
+def open_text(recipe: Recipe, tokenizer: Tokenizer) -> Batches:
+    """The batches of a run; that there is a validation text, if it is to be measured on, is looked at too.
+
+    Raises:
+        InputError: missing or unreadable text, too little of it, or one prepared with another tokenizer.
+    """
+    d, t = recipe.data, recipe.training
+    mixture = load_mixture(d.train, d.weights, tokenizer, t.seed, d.section)
+    if t.validate_steps and len(d.validation) == 1 and is_prepared(d.validation[0]):
+        load_mixture(d.validation, [], tokenizer, t.seed)
+    elif t.validate_steps:
+        find_documents(d.validation)
+    if d.order == "shuffled":
+        return Windows(mixture, t.batch_size, t.length, t.seed)
+    return Stream(mixture, t.batch_size, t.length)
+
+
+def load_base(recipe: Recipe, tokenizer: Tokenizer) -> Megalodon | None:
+    """The model a run begins from, if it does, which must be of the recipe's kind.
+
+    Raises:
+        InputError: missing or damaged, of another shape, or with another tokenizer.
+    """
+    if not recipe.training.begin_from:
+        return None
+    folder = Path(recipe.training.begin_from)
+    base = Megalodon.load(folder)
+    if load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
+        raise InputError(f"{folder} has another tokenizer than the data; set data.tokenizer to {folder}")
+    ours, theirs = recipe.model.to_dict(), base.config.to_dict()
+    changed = [key for key in ours if ours[key] != theirs[key] and "drop" not in key]
+    if changed:
+        raise InputError(
+            f"{folder} differs from the recipe in model.{', model.'.join(changed)}; set them as in its config.json"
+        )
+    return base

@@ -1,0 +1,81 @@
+"""The metrics of a run: one JSON object a line."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..files import flush, write_atomically
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsFile:
+    """One JSON object a line, flushed as it is written.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / METRICS_FILE
+        self._open()
+
+    def _open(self) -> None:
+        try:
+            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror}") from None
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record; numbers that are not finite become null.
+
+        Raises:
+            InputError: the disk is full.
+        """
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror}") from None
+
+    def flush(self) -> None:
+        """Wait until all is on disk: no checkpoint may know a step that the metrics could still lose."""
+        flush(self.path)
+
+    def cut(self, step: int) -> None:
+        """Take back what was written after a step, and what is no record."""
+        self._file.close()
+        kept = [record for record in read_metrics(self.path.parent) if record["step"] <= step]
+        write_atomically(self.path, "".join(f"{json.dumps(record)}\n" for record in kept))
+        self._open()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run, without lines that are none, such as the half one that a killed process leaves.
+
+    Raises:
+        InputError: the file is missing or unreadable.
+    """
+    try:
+        lines = (folder / METRICS_FILE).read_bytes().splitlines()
+    except OSError as error:
+        raise InputError(f"cannot read {folder / METRICS_FILE}: {error.strerror}") from None
+    records = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            records.append(record)
+    return records
