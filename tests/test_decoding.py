@@ -9,8 +9,10 @@ import torch
 
 from megalodon_lm import Megalodon, ModelConfig, State
 from megalodon_lm.generation.decoding import Decoder
+from megalodon_lm.generation.fused_step import FusedStep
 from megalodon_lm.generation.stream import read
 from megalodon_lm.ops import backend
+from megalodon_lm.ops.derived import rounded
 
 CONFIGS = {
     "swiglu": ModelConfig.named("tiny", norm_num_groups=4),
@@ -211,6 +213,7 @@ def test_memory_does_not_grow_with_steps():
 import resource, torch
 from megalodon_lm import Megalodon, ModelConfig
 from megalodon_lm.generation.decoding import Decoder
+from megalodon_lm.generation.fused_step import FusedStep
 from megalodon_lm.generation.stream import read
 model = Megalodon(ModelConfig.named("tiny")).eval()
 decoder = Decoder(model, read(model, torch.zeros(1, 10, dtype=torch.int64))[1])
@@ -225,3 +228,13 @@ print(steps(20_000) - before)
         pytest.skip("ru_maxrss is in KiB only on Linux")
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ))
     assert int(out.stdout) < 2048  # KiB
+
+
+def test_reading_and_steps_share_one_rounded_copy_of_each_matrix(tiny):
+    tokens = torch.zeros(1, 5, dtype=torch.int64)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        _, state = tiny(tokens)
+    steps = [FusedStep(tiny, state, torch.bfloat16) for _ in range(2)]
+    with torch.inference_mode():
+        read = rounded(tiny.layers[0].mega.wv.weight, torch.bfloat16).data_ptr()
+    assert {step.layers[0][0][2][0][0].ctypes.data for step in steps} == {read}

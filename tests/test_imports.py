@@ -85,6 +85,12 @@ HEAVY = {"transformers", "datasets", "numba", "matplotlib", "tyro"}
         ("import megalodon_lm", HEAVY | {"torch"}),
         ("from megalodon_lm import ModelConfig", HEAVY | {"torch"}),
         ("from megalodon_lm import Megalodon, State", HEAVY),
+        ("from megalodon_lm import *; import torch; Megalodon(ModelConfig.named('tiny'))", {"torch._dynamo", "sympy"}),
+        (
+            "from megalodon_lm import *; import torch; torch.set_default_device('meta'); "
+            "Megalodon(ModelConfig.named('tiny'))",
+            {"torch._dynamo", "sympy"},
+        ),
     ],
 )
 def test_importing_the_package_is_light(code, absent):

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalodon_lm.ops import reference
@@ -145,7 +146,8 @@ def _total():
 def test_operator_is_well_formed(kind):
     where = boundaries(kind, B, 70) or Boundaries()
     x, p, q, g, omega, state = case(70)
-    inputs = [t.contiguous().requires_grad_() for t in (x, *native.pack(p, q, g, omega), state)]
+    direct = F.pad(omega, (0, -len(omega) % native.WIDTH)).view(-1, native.WIDTH)
+    inputs = [t.contiguous().requires_grad_() for t in (x, native.pack(p, q, g), direct, state)]
     torch.library.opcheck(native.cema_forward, (*inputs, where.starts, where.lengths, True))
 
 

@@ -16,6 +16,7 @@ from ..ops.cpu import decoding_kernels as kernels
 from ..ops.cpu.scalars import array_of
 from ..ops.cpu.simd import LANES, as_numpy
 from ..ops.cpu.team import num_threads
+from ..ops.derived import rounded
 from ..ops.timestep_norm import NormState
 from ..state import LayerState, State
 
@@ -37,7 +38,7 @@ class FusedStep:
         model: that `fits`; later changes of its weights may go unseen.
         state: after the prompt; it is copied.
         dtype: of the weights in products and of the attention cache, float32 or bf16. Weights of another type are
-            copied.
+            rounded once for all steps and for reading.
     """
 
     def __init__(self, model: Megalodon, state: State, dtype: torch.dtype):
@@ -142,7 +143,8 @@ class FusedStep:
         return (*_norm_state(layer.norm), as_numpy(h), *cached, as_numpy(fill.clone()))
 
     def _matrix(self, weight: Tensor) -> np.ndarray:
-        return as_numpy(weight.detach().to(self.dtype).contiguous())
+        with torch.no_grad():  # so that it is the one that reading takes
+            return as_numpy(rounded(weight, self.dtype).contiguous())
 
 
 _CPU = torch.device("cpu")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..ops import backend
 from ..ops.boundaries import Boundaries
 from ..ops.cema import cema_coefficients
+from ..ops.derived import derived
 
 
 class ComplexEMA(nn.Module):
@@ -27,7 +28,9 @@ class ComplexEMA(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the initial values anew."""
+        """Draw the initial values anew; none on the meta device, as in layers.initialization."""
+        if self.theta.is_meta:
+            return
         dim = len(self.theta)
         nn.init.normal_(self.alpha, std=0.2)
         nn.init.normal_(self.delta, std=0.2)
@@ -43,5 +46,5 @@ class ComplexEMA(nn.Module):
         self, x: Tensor, state: Tensor | None = None, boundaries: Boundaries | None = None
     ) -> tuple[Tensor, Tensor]:
         """x (B, L, D) and the entry state (B, D, N, 2) to y (B, L, D) and the exit state."""
-        p, q, g = cema_coefficients(self.alpha, self.delta, self.theta, self.gamma)
+        p, q, g = derived(cema_coefficients, self.alpha, self.delta, self.theta, self.gamma)
         return backend.cema(x, p, q, g, self.omega.squeeze(-1), state, boundaries)

@@ -13,8 +13,10 @@ from ..config import ModelConfig
 from ..errors import InputError
 from ..layers.block import Block
 from ..layers.initialization import init_embedding
+from ..layers.linear import Linear
 from ..layers.norms import TimestepNorm
 from ..ops.boundaries import Boundaries
+from ..ops.derived import forget
 from ..ops.timestep_norm import NormState
 from ..state import State
 
@@ -25,9 +27,7 @@ class Head(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.final_norm = TimestepNorm(config.model_dim, config.norm_num_groups, config.norm_eps)
-        self.output = nn.utils.skip_init(
-            nn.Linear, config.model_dim, config.vocab_size, bias=False, device=torch.get_default_device()
-        )
+        self.output = Linear(config.model_dim, config.vocab_size, bias=False)
         init_embedding(self.output.weight)
 
 
@@ -46,9 +46,8 @@ class Megalodon(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
-        self.embed = nn.utils.skip_init(
-            nn.Embedding, config.vocab_size, config.model_dim, device=torch.get_default_device()
-        )
+        # As from_pretrained: the constructor would draw values of its own.
+        self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.model_dim), freeze=False)
         init_embedding(self.embed.weight)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.output = Head(config)
@@ -116,6 +115,8 @@ class Megalodon(nn.Module):
     ) -> tuple[Tensor, State]:
         config = self.config
         batch, length = tokens.shape
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            forget(self.parameters())  # an optimiser may follow
         x = self.embed(tokens)
         if length == 0:
             return x, state or self._empty_state(batch, x)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..boundaries import Boundaries
+from ..derived import derived
 from . import cema_kernels as kernels
 from .cema_blocks import TOKENS, WIDTH, plan_blocks
 from .cema_step import step
@@ -33,19 +34,17 @@ def cema(
     if length == 1 and not operator:
         return step(x, p, q, g, omega, state, starts, lengths)
     entry = p.new_zeros(batch, dim, p.shape[1], 2) if state is None else state
-    coefficients, direct = pack(p, q, g, omega)
+    coefficients, direct = derived(pack, p, q, g), F.pad(omega, (0, -dim % WIDTH)).reshape(-1, WIDTH).contiguous()
     run = cema_forward if operator else _forward
     y, leaving, _ = run(x.contiguous(), coefficients, direct, entry.contiguous(), starts, lengths, tracked)
     return y, leaving
 
 
-def pack(p: Tensor, q: Tensor, g: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
-    """Coefficients as the kernels read them: (C, N', 5, WIDTH), N' even, and omega (C, WIDTH), zero beyond D and N."""
+def pack(p: Tensor, q: Tensor, g: Tensor) -> Tensor:
+    """Coefficients as the kernels read them: (C, N', 5, WIDTH), N' even, zero beyond D and N."""
     dim, ndim = p.shape
-    missing = -dim % WIDTH
-    parts = F.pad(torch.stack([q.real, q.imag, p, g.real, g.imag]), (0, ndim % 2, 0, missing))
-    parts = parts.view(5, -1, WIDTH, parts.shape[-1]).permute(1, 3, 0, 2).contiguous()
-    return parts, F.pad(omega, (0, missing)).reshape(-1, WIDTH).contiguous()
+    parts = F.pad(torch.stack([q.real, q.imag, p, g.real, g.imag]), (0, ndim % 2, 0, -dim % WIDTH))
+    return parts.view(5, -1, WIDTH, parts.shape[-1]).permute(1, 3, 0, 2).contiguous()
 
 
 def _saved_shape(x: Tensor, coefficients: Tensor, keep: bool) -> tuple[int, ...]:
