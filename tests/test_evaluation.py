@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -6,8 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from megalodon_lm import Megalodon, ModelConfig
-from megalodon_lm.evaluation import perplexity
+from megalodon_lm.data.tokenizer import ByteTokenizer
+from megalodon_lm.evaluation import perplexity, quickstart
 from megalodon_lm.evaluation.by_context import WHOLE, measure
+from megalodon_lm.evaluation.by_position import rise_by_position, window_starts
 from megalodon_lm.evaluation.compressors import compressors
 from megalodon_lm.evaluation.norm_statistics import Window
 from megalodon_lm.evaluation.perplexity import Losses, score
@@ -110,6 +113,62 @@ def test_positions_fall_into_buckets_that_cover_the_window():
     losses.add(0, values[:, :3])
     losses.add(3, values[:, 3:])
     assert losses.by_position() == pytest.approx({1: 0, 2: 1, 4: 2.5, 8: 5.5, 10: 8.5})
+
+
+def test_positions_are_compared_on_the_same_tokens():
+    """Pages differ by bits, context is worth hundredths: few windows are enough to find out."""
+    random = np.random.default_rng(0)
+    length, windows = 20_000, (8, 100, 5000)
+    whole = 2 + np.repeat(random.normal(0, 2, length // 100), 100) + random.normal(0, 1, length)
+
+    def worth(position):
+        return 0.5 / np.sqrt(position + 1)
+
+    rises = []
+    for window in windows:
+        places = window_starts(length, window, 10_000)[:, None] + np.arange(window)
+        assert places.min() > 0
+        assert places.max() == length - 1
+        assert places.size == 10_000
+        losses = whole[places] + worth(np.arange(window)) + random.normal(0, 0.01, places.shape)
+        rises.append(losses - whole[places])
+    found = rise_by_position(rises)
+    assert list(found) == [2**k for k in range(13)] + [5000]
+    low = 0
+    for high, rise in found.items():
+        assert abs(rise.mean - worth(np.arange(low, high)).mean()) < 4 * rise.error + 0.002
+        assert rise.error < 0.06
+        low = high
+
+
+def test_one_window_at_least_and_it_ends_with_the_text():
+    assert window_starts(100, 99, 10).tolist() == [1]
+    assert window_starts(100, 10, 30).tolist() == [30, 60, 90]
+
+
+def test_the_report_holds_losses_by_position_of_the_windows_it_names(tiny, monkeypatch):
+    """By definition: each window read by itself, each token beside itself in the whole text."""
+    monkeypatch.setattr(quickstart, "WINDOWS", (1, 4))
+    monkeypatch.setattr(quickstart, "WINDOW_TOKENS", 128)
+    raw = bytes(text(300).tolist())
+    recipe = SimpleNamespace(training=SimpleNamespace(length=16), model=tiny.config)
+    trainer = SimpleNamespace(
+        model=tiny, tokenizer=ByteTokenizer(), recipe=recipe, precision="float32", device=torch.device("cpu"),
+        tokens=1, seconds=1.0,
+    )  # fmt: skip
+    found = quickstart.measure(trainer, raw, "It")
+    whole, _ = expected_losses(tiny, text(300), None)
+    sums, counts = {}, {}
+    for window in (16, 64):
+        for start in window_starts(300, window, 128):
+            losses, _ = expected_losses(tiny, text(300)[start : start + window], None)
+            for position, rise in enumerate(losses - whole[start : start + window], 1):
+                bucket = 1 << (position - 1).bit_length()
+                sums[bucket], counts[bucket] = sums.get(bucket, 0) + rise, counts.get(bucket, 0) + 1
+    expected = {b: (whole.mean() + sums[b] / counts[b]) / math.log(2) for b in sums} | {300: whole.mean() / math.log(2)}
+    assert found.bits_per_byte_by_position == pytest.approx(expected, rel=1e-5)
+    assert found.bits_per_byte == pytest.approx(expected[300], rel=1e-5)
+    assert list(found.bits_per_byte_by_context) == [1, 4, 16, 64, 300]
 
 
 def test_compressors_on_the_validation_text():

@@ -1,40 +1,111 @@
-"""Pictures: matplotlib without a display."""
+"""Pictures: matplotlib without a display, in one style, legible at the width of a page."""
 
-from collections.abc import Iterator
+import io
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .files import PICTURE, check_writable, write_atomically
 
-HEIGHT = 4.2  # inches
+WIDTH = 9.0  # inches; a page shows them at some 90 pixels each, so that letters of 10 points stay legible
+TICKS = 8  # that have room beside each other in half that width
+STYLE: Any = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "0.9",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "savefig.dpi": 150,
+}
 
 
 @contextmanager
-def picture(path: Path, columns: int, width: float = 5.5) -> Iterator[Any]:
-    """Panels side by side, to be drawn on; written to the file afterwards.
+def picture(path: Path, panels: Sequence[Sequence[str]], height: float = 3.6, **grid: Any) -> Iterator[dict[str, Any]]:
+    """Panels to be drawn on; written to the file afterwards, atomically.
 
     Args:
         path: ends in .png, .svg or .pdf.
-        columns: panels.
-        width: of each, in inches.
+        panels: rows of names; one that is repeated takes several places.
+        height: in inches.
+        grid: for matplotlib's subplot_mosaic, such as width_ratios.
 
     Yields:
-        The panels, as matplotlib axes.
+        The panels by name, as matplotlib axes.
 
     Raises:
-        InputError: the path cannot be written, or its ending names no kind of picture.
+        InputError: the path cannot be written, holds something else, or its ending names no kind of picture.
     """
+    check_writable(path, PICTURE)
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, columns, figsize=(width * columns, HEIGHT), squeeze=False, layout="constrained")
-    try:
-        yield axes[0]
-        figure.savefig(path, dpi=110)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        pyplot.close(figure)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = pyplot.subplot_mosaic(
+            [list(row) for row in panels], figsize=(WIDTH, height), layout="constrained", **grid
+        )
+        try:
+            yield axes
+            drawn = io.BytesIO()
+            figure.savefig(drawn, format=path.suffix[1:].lower())
+        finally:
+            pyplot.close(figure)
+    write_atomically(path, drawn.getvalue())
+
+
+def finite(points: Iterable[tuple[float, float | None]]) -> tuple[list[float], list[float]]:
+    """The points that can be drawn, as coordinates x and y; those without a finite y are left out."""
+    kept = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
+    return [x for x, _ in kept], [y for _, y in kept]
+
+
+def short(number: float) -> str:
+    """1024 is 1K, 1048576 is 1M; what is no multiple stays as it is."""
+    for size, letter in ((1 << 20, "M"), (1 << 10, "K")):
+        if number >= size and number % size == 0:
+            return f"{number / size:.0f}{letter}"
+    return f"{number:,.0f}"
+
+
+def length_axis(axis: Any, lengths: Iterable[float]) -> None:
+    """Make x a logarithmic axis of lengths, with ticks at powers of two or, where they would collide, of four."""
+    lengths = list(lengths)
+    low, high = 0.99 * min(lengths, default=1), 1.01 * max(lengths, default=1)
+    powers = [2**k for k in range(64) if low <= 2**k <= high]
+    ticks = (powers if len(powers) <= TICKS else [p for p in powers if p.bit_length() % 2]) or lengths[:1]
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks, [short(tick) for tick in ticks])
+    axis.minorticks_off()
+
+
+def amount_axis(which: Any) -> None:
+    """Label a linear axis (axis.xaxis, axis.yaxis) of counts: 500K, 2M, of thousands and millions."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    which.set_major_locator(MaxNLocator(5))
+    which.set_major_formatter(EngFormatter(sep=""))
+
+
+def log_axis(which: Any, values: Iterable[float]) -> None:
+    """Make axis.xaxis or axis.yaxis logarithmic, with plain numbers at the powers of ten, or at 1, 2 and 5 of each.
+
+    Within a factor of two it stays linear.
+    """
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+    positive = [value for value in values if value > 0] or [1.0]
+    ratio = max(positive) / min(positive)
+    if ratio < 2:
+        which.set_major_locator(MaxNLocator(4))
+        return
+    (which.axes.set_xscale if which.axis_name == "x" else which.axes.set_yscale)("log")
+    which.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 50 else (1,)))
+    which.set_major_formatter("{x:,.10g}")
+    which.set_minor_formatter(NullFormatter())

@@ -2,22 +2,41 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from ..plots import picture
+from ..plots import length_axis, log_axis, picture, short
 from .records import Record
-from .suite import MEASURES, short
+from .suite import MEASURES
 
-COLOURS = {
-    "megalodon": "tab:blue",
-    "llama": "tab:orange",
-    "mamba": "tab:green",
-    "rwkv": "tab:red",
-    "megalodon-jax": "tab:purple",
-    "portable": "tab:brown",
+
+class Look(NamedTuple):
+    """How a contender is shown: what it is called, in which colour and line."""
+
+    label: str
+    colour: str
+    line: str = "-"
+
+
+FLOOR = Look("the machine's floor", "0.45", "--")
+LOOKS = {
+    "megalodon": Look("Megalodon", "tab:blue"),
+    "llama": Look("Llama", "tab:orange"),
+    "rwkv": Look("RWKV", "tab:red"),
+    "mamba": Look("Mamba", "tab:green"),
+    "megalodon-jax": Look("megalodon-jax", "tab:purple"),
+    "portable": Look("portable code", "tab:cyan"),
 }
-"""Of the lines in the picture; floors are grey."""
+"""In the order of every table, legend and panel; floors come behind them."""
+TITLES = {"training": "Training", "prefill": "Prefill", "decode": "Decoding", "cema": "CEMA"}
+LENGTHS = {"decode": "tokens read before"}
+COLUMNS = 2
+
+
+def _place(peer: str) -> tuple[int, str]:
+    """Of a contender in the order of LOOKS."""
+    return (list(LOOKS).index(peer) if peer in LOOKS else len(LOOKS)), peer
 
 
 def table(records: Sequence[Record]) -> Table:
@@ -30,7 +49,7 @@ def table(records: Sequence[Record]) -> Table:
         shown.add_column(column, no_wrap=True)
     for column in ("ours", "its", "ratio", "floor", "our MB", "its MB", "rounds"):
         shown.add_column(column, justify="right", no_wrap=True)
-    for r in sorted(records, key=lambda r: (MEASURES.index(r.measure), r.peer_name, r.length)):
+    for r in sorted(records, key=lambda r: (MEASURES.index(r.measure), _place(r.peer_name), r.length)):
         shown.add_row(
             r.measure,
             short(r.length),
@@ -51,32 +70,62 @@ def _megabytes(size: int | None) -> str:
 
 
 def draw(path: Path, records: Sequence[Record]) -> None:
-    """Tokens per second against length, one panel a measure and one line a model.
+    """Tokens per second, one panel a measure: lines over length, or bars where there is one length alone.
 
     Raises:
         InputError: the path cannot be written, or its ending names no kind of picture.
     """
     measures = [m for m in MEASURES if any(r.measure == m for r in records)]
-    with picture(path, len(measures), 4.4) as axes:
-        for axis, measure in zip(axes, measures, strict=True):
-            for name, points in sorted(_lines(records, measure).items()):
-                style = "--" if "floor" in name else "-"
-                colour = COLOURS.get(name, "0.5")
-                axis.plot(*zip(*sorted(points.items()), strict=True), "o", linestyle=style, color=colour, label=name)
-            lengths = sorted({r.length for r in records if r.measure == measure})
-            axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="tokens per second", title=measure)
-            axis.set_xticks(lengths, [short(length) for length in lengths])
-            axis.minorticks_off()
-            axis.legend(fontsize=8)
+    rows = [measures[at : at + COLUMNS] for at in range(0, len(measures), COLUMNS)]
+    rows[-1] += rows[-1][-1:] * (len(rows[0]) - len(rows[-1]))
+    lengths = [r.length for r in records]
+    with picture(path, rows, 3.2 * len(rows) + 0.4) as axes:
+        legend: dict[str, Any] = {}
+        for measure in measures:
+            axis, rates = axes[measure], _rates([r for r in records if r.measure == measure])
+            axis.set_title(_message([r for r in records if r.measure == measure]))
+            if len(set().union(*rates.values())) == 1:
+                _draw_bars(axis, {peer: next(iter(points.values())) for peer, points in rates.items()})
+                continue
+            for peer, points in rates.items():
+                look = LOOKS.get(peer, FLOOR)
+                x, y = zip(*sorted(points.items()), strict=True)
+                (legend[look.label],) = axis.plot(x, y, "o", linestyle=look.line, color=look.colour, markersize=4)
+            axis.set(xlabel=LENGTHS.get(measure, "tokens"), ylabel="tokens per second")
+            log_axis(axis.yaxis, [rate for points in rates.values() for rate in points.values()])
+            length_axis(axis, lengths)
+        if legend:
+            known = [look.label for look in (*LOOKS.values(), FLOOR) if look.label in legend]
+            axis.figure.legend([legend[label] for label in known], known, loc="outside upper center", ncols=len(known))
 
 
-def _lines(records: Sequence[Record], measure: str) -> dict[str, dict[int, float]]:
-    """Rates by model and length; ours are the mean over the peers measured at that length."""
+def _draw_bars(axis: Any, rates: dict[str, float]) -> None:
+    for place, (peer, rate) in enumerate(rates.items()):
+        look = LOOKS.get(peer, FLOOR)
+        axis.barh(place, rate, color=look.colour, height=0.4)
+        axis.text(0, place - 0.25, f" {look.label}: {rate:,.0f}", va="bottom")
+    axis.set(xlabel="tokens per second", xticks=[], yticks=[], ylim=(len(rates) - 0.5, -0.7))
+    axis.grid(False)
+
+
+def _message(records: Sequence[Record]) -> str:
+    """What a panel says: our rate beside that of the first peer, from the lowest ratio to the highest."""
+    measure, peer = records[0].measure, min((r.peer_name for r in records), key=_place)
+    ratios = sorted(r.ratio_median for r in records if r.peer_name == peer)
+    if peer not in LOOKS:
+        return f"{TITLES[measure]}, tokens per second"
+    ends = dict.fromkeys((ratios[0], ratios[-1]))
+    several = " to ".join(f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.1f}" for ratio in ends)
+    return f"{TITLES[measure]}: {several} times as fast as {LOOKS[peer].label}"
+
+
+def _rates(records: Sequence[Record]) -> dict[str, dict[int, float]]:
+    """Rates of one measure by contender, in order, and length; ours are the mean over the peers at that length."""
     ours: dict[int, list[float]] = {}
-    lines: dict[str, dict[int, float]] = {}
-    for r in (r for r in records if r.measure == measure):
+    rates: dict[str, dict[int, float]] = {}
+    for r in records:
         ours.setdefault(r.length, []).append(r.ours)
         if not r.peer_name.startswith("megalodon at"):
-            lines.setdefault(r.peer_name, {})[r.length] = r.peer
-    lines["megalodon"] = {length: sum(rates) / len(rates) for length, rates in ours.items()}
-    return lines
+            rates.setdefault(r.peer_name, {})[r.length] = r.peer
+    rates["megalodon"] = {length: sum(values) / len(values) for length, values in ours.items()}
+    return {peer: rates[peer] for peer in sorted(rates, key=_place)}

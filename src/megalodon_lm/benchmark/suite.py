@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from ..baselines import NAMES, missing
 from ..config import ModelConfig
+from ..plots import short
 from .pairs import alternate, rate_ratio, rounds_within
 from .records import Record
 from .worker import ContenderFailed, Prepared, Worker
@@ -75,11 +76,6 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.measure} at {short(self.length)} against {self.peer_name}"
-
-
-def short(length: int) -> str:
-    """1024 is 1K."""
-    return f"{length // 1024}K" if length % 1024 == 0 else str(length)
 
 
 def plan(

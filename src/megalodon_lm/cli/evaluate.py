@@ -115,9 +115,7 @@ class Perplexity(Quiet):
             shorter = bits
         results.print(table)
         if len(curve.losses) > 1:
-            rise = curve.largest_rise
-            verdict = "every longer context is better" if rise < 0 else "longer contexts are worse"
-            results.print(f"{verdict}: the largest change from one to the next is {rise:+.4f}")
+            results.print(curve.verdict)
         table = Table("position up to", "bits per token")
         for position, value in curve.longest.by_position().items():
             table.add_row(f"{position:,}", f"{value:.4f}")

@@ -35,7 +35,7 @@ class Train(Quiet):
     def run(self) -> None:
         """Carry out the command."""
         from ..training.recipe import Recipe
-        from ..training.report import REPORT_MARKDOWN, write_report
+        from ..training.report import REPORT_MARKDOWN, bytes_per_token, write_report
         from ..training.run_folder import free_run_folder, recorded_recipe
         from ..training.tensorboard import summary_writer
         from ..training.trainer import Trainer
@@ -48,8 +48,14 @@ class Train(Quiet):
         if self.tensorboard:
             summary_writer()
         folder = self.out or free_run_folder(Path("runs") / self.recipe.stem)
-        finished, _ = train_with_progress(Trainer(recipe, folder, self.device, self.resume), self.tensorboard)
-        write_report(folder)
+        trainer = Trainer(recipe, folder, self.device, self.resume)
+        per_token = bytes_per_token(trainer.batches, trainer.tokenizer)
+        try:
+            finished, _ = train_with_progress(trainer, self.tensorboard)
+        except InputError:  # what happened until then is worth a report too
+            write_report(folder, per_token)
+            raise
+        write_report(folder, per_token)
         print(folder / REPORT_MARKDOWN)
         if not finished:
             sys.exit(130)

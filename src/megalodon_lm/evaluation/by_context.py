@@ -1,6 +1,7 @@
 """The effect of context: one text, read with the state emptied every so many tokens, and never."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..model.decoder import Megalodon
-from ..plots import picture
+from ..plots import finite, length_axis, picture
 from ..training.precision import Precision
 from .norm_statistics import Window
 from .perplexity import Losses, score
@@ -39,6 +40,16 @@ class Curve:
         """Bits per byte by which a context is worse than the next shorter one, at most; negative if all are better."""
         values = list(self.bits_per_byte.values())
         return max((b - a for a, b in itertools.pairwise(values)), default=0.0)
+
+    @property
+    def verdict(self) -> str:
+        """What the curve says, in a few words."""
+        if not all(map(math.isfinite, self.bits_per_byte.values())):
+            return "the losses are not finite"
+        if len(self.losses) == 1:
+            return f"{self.longest.bits_per_byte(self.num_bytes):.4f} bits per byte"
+        said = "every longer context is better" if self.largest_rise < 0 else "longer contexts are worse"
+        return f"{said}: the largest change from one to the next is {self.largest_rise:+.4f}"
 
     @property
     def longest(self) -> Losses:
@@ -94,16 +105,17 @@ def _ordered(contexts: Sequence[int]) -> Iterator[int]:
 
 
 def draw(path: Path, curves: Sequence[Curve]) -> None:
-    """Bits per byte by context, and bits per token by position in the longest context.
+    """Bits per byte by context.
 
     Raises:
         InputError: the path cannot be written, or its ending names no kind of picture.
     """
-    with picture(path, 2) as (left, right):
+    with picture(path, [["context"]]) as axes:
+        axis = axes["context"]
         for curve in curves:
-            label = f"{curve.norm_statistics} norm statistics"
-            left.plot(*zip(*curve.bits_per_byte.items(), strict=True), "o-", label=label)
-            right.plot(*zip(*curve.longest.by_position().items(), strict=True), "o-", label=label)
-        left.set(xscale="log", xlabel="state emptied every so many tokens", ylabel="bits per byte")
-        right.set(xscale="log", xlabel="position in the longest context (tokens)", ylabel="bits per token")
-        left.legend(fontsize=8)
+            x, y = finite(curve.bits_per_byte.items())
+            axis.plot(x, y, "o-", label=f"{curve.norm_statistics} norm statistics")
+        length_axis(axis, [context for curve in curves for context in curve.losses])
+        axis.set(xlabel="state emptied every so many tokens; the last is the whole text", ylabel="bits per byte")
+        axis.set_title(curves[0].verdict)
+        axis.legend()

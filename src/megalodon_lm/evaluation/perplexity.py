@@ -84,6 +84,7 @@ def score(
     precision: Precision = "float32",
     window: Window | None = None,
     watch: Callable[[Losses], None] = lambda losses: None,
+    keep: Callable[[np.ndarray], None] = lambda nats: None,
 ) -> Losses:
     """Losses of every token of one document of any length, in constant memory.
 
@@ -98,6 +99,8 @@ def score(
         precision: of the matrix products.
         window: normalise with statistics of the last chunks, see norm_statistics; None with those of the whole window.
         watch: called now and then with the losses so far.
+        keep: called with the losses of each piece in nats, (windows, columns) float64; without `window` in the order of
+            the text.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -109,8 +112,9 @@ def score(
             hidden, state = model.features(inputs.to(device), state if position else None)
             if norms:
                 state = norms.after(inputs, state)
-            nats = token_losses(hidden, model.output.output.weight, tokens.to(device))
-            losses.add(position, nats.double().cpu().numpy())
+            nats = token_losses(hidden, model.output.output.weight, tokens.to(device)).double().cpu().numpy()
+            losses.add(position, nats)
+            keep(nats)
             watch(losses)
     return losses
 

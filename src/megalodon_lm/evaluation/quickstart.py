@@ -9,17 +9,19 @@ from ..generation.stream import generate
 from ..ops import backend
 from ..training.precision import autocast
 from ..training.trainer import Trainer
+from .by_position import rise_by_position, window_starts
 from .compressors import compressors
-from .perplexity import Losses, score
+from .perplexity import LOG2, Losses, score
 from .report import Report
 
-STRETCH_WINDOWS = 4  # windows of the longest context that the contexts are compared on
+WINDOWS = (1 / 16, 1, 8, 64)  # lengths, of the training length
+WINDOW_TOKENS = 1 << 14  # scored for each of them, or one window
 
 
 def measure(
     trainer: Trainer, text: bytes, prompt: str, watch: Callable[[float, str], None] = lambda done, note: None
 ) -> Report:
-    """Evaluate a trained model.
+    """Evaluate a trained model: read the text once as a whole, and windows of it as `by_position` says.
 
     Args:
         trainer: after training.
@@ -29,23 +31,32 @@ def measure(
     """
     model, tokenizer, length = trainer.model.eval(), trainer.tokenizer, trainer.recipe.training.length
     tokens = tokenizer.encode(text)
-    contexts = [c for c in (length * 4**k // 16 for k in range(6)) if 1 <= c <= len(tokens)]
-    stretch = tokens[: min(len(tokens), STRETCH_WINDOWS * 64 * length)]
-    work = len(tokens) + len(contexts) * len(stretch)
+    windows = [w for w in (int(length * part) for part in WINDOWS) if 1 <= w < len(tokens)]
+    starts = {w: window_starts(len(tokens), w, WINDOW_TOKENS) for w in windows}
+    work = len(tokens) + sum(w * len(starts[w]) for w in windows)
     done = 0
 
-    def run(part: np.ndarray, context: int | None) -> Losses:
+    def losses(part: np.ndarray, context: int | None) -> np.ndarray:
         nonlocal done
         note = "whole text" if context is None else f"context {context:,}"
-        losses = score(
-            model, [part], tokenizer.begin, context, trainer.precision,
-            watch=lambda losses: watch((done + losses.tokens) / work, note),
-        )  # fmt: skip
-        done += losses.tokens
-        return losses
 
-    losses = {context: run(stretch, context) for context in contexts}
-    whole = run(tokens, None)
+        def move(so_far: Losses) -> None:
+            watch((done + so_far.tokens) / work, note)
+
+        kept: list[np.ndarray] = []
+        score(model, [part], tokenizer.begin, context, trainer.precision, None, move, lambda n: kept.append(n.ravel()))
+        done += len(part)
+        return np.concatenate(kept) / LOG2
+
+    whole = losses(tokens, None)
+    rises = []
+    for window in windows:
+        places = starts[window][:, None] + np.arange(window)
+        rises.append(losses(tokens[places].ravel(), window).reshape(places.shape) - whole[places])
+    scale = len(tokens) / len(text)  # from tokens to bytes
+    mean = float(whole.mean())
+    by_position = {position: (mean + rise.mean, rise.error) for position, rise in rise_by_position(rises).items()}
+    by_position[len(tokens)] = (mean, 0.0)
     sample_tokens = torch.from_numpy(tokenizer.encode(prompt, begin=True))[None].to(trainer.device)
     with autocast(trainer.precision, trainer.device):
         written = [int(t) for t in generate(model, sample_tokens, 600, temperature=0.8, top_p=0.95)]
@@ -54,11 +65,11 @@ def measure(
         train_bytes=trainer.tokens,
         train_seconds=trainer.seconds,
         total_seconds=0.0,
-        bits_per_byte=whole.bits_per_byte(len(text)),
-        bits_per_byte_by_context={c: x.bits_per_byte(len(stretch)) for c, x in losses.items()},
+        bits_per_byte=scale * mean,
+        bits_per_byte_by_position={position: scale * bits for position, (bits, _) in by_position.items()},
+        error_by_position={position: scale * error for position, (_, error) in by_position.items()},
         baselines=compressors([text]),
         training_length=length,
-        bits_per_byte_by_position=losses[contexts[-1]].by_position(),
         precision=trainer.precision,
         implementation=backend.describe(trainer.device),
         sample=prompt + tokenizer.decode(written),

@@ -1,19 +1,42 @@
 """What a run did, as a page and a picture, from its metrics."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
+from ..data.batches import Batches
+from ..data.tokenizer import Tokenizer
 from ..files import write_atomically
-from ..plots import picture
+from ..plots import amount_axis, finite, log_axis, picture
 from .metrics import read_metrics
 
 REPORT_MARKDOWN, PICTURE = "training.md", "training.png"
 SMOOTHED = 50  # steps
+SAMPLED = 1 << 16  # tokens that bytes per token are counted on
 
 
-def write_report(folder: Path) -> None:
+def bytes_per_token(batches: Batches, tokenizer: Tokenizer) -> float:
+    """Bytes of text that a learnt token stands for, on average over the first batches; 0 if none stands for any."""
+    place, tokens, size = batches.begin(), 0, 0
+    while tokens < SAMPLED:
+        batch = batches.read(place)
+        place = batch.place
+        learnt = batch.targets if batch.learnt is None else batch.targets[batch.learnt]
+        size += len(tokenizer.decode_bytes(learnt.flatten().tolist()))
+        tokens += max(1, learnt.numel())
+    return size / tokens
+
+
+def write_report(folder: Path, bytes_per_token: float) -> None:
     """Write training.md and training.png into a run folder with at least one step.
+
+    Args:
+        folder: of the run.
+        bytes_per_token: of what it learns from; 0 where that is not known.
 
     Raises:
         InputError: the folder cannot be written.
@@ -21,50 +44,103 @@ def write_report(folder: Path) -> None:
     records = read_metrics(folder)
     if not records:
         return
-    _draw(folder / PICTURE, records)
-    write_atomically(folder / REPORT_MARKDOWN, _markdown(records))
+    write_atomically(folder / REPORT_MARKDOWN, _markdown(records, bytes_per_token))
+    _draw(folder / PICTURE, records, bytes_per_token)
 
 
-def _markdown(records: list[dict[str, Any]]) -> str:
+def _markdown(records: list[dict[str, Any]], bytes_per_token: float) -> str:
     last = records[-1]
-    validated = [(r["step"], r["validation"]) for r in records if r.get("validation") is not None]
-    best = min(validated, key=lambda pair: pair[1], default=None)
+    best = _best(records)
     events = [f"- step {r['step']}: {r['event']}" for r in records if r["event"]]
+    loss = _smooth(records)[-1]
+    per_byte = f", {loss / bytes_per_token:.4f} bits per byte" if bytes_per_token else ""
     rows = {
         "steps": f"{last['step']:,}",
         "tokens": f"{last['tokens']:,}",
         "time in steps": f"{last['seconds']:,.0f} s",
-        f"loss of the last {SMOOTHED} steps": f"{_mean(records[-SMOOTHED:]):.4f} bits per token",
-        "tokens per second, median": f"{median(r['tokens_per_second'] for r in records):,.0f}",
-        "operations, of the machine's matrix product rate": f"{median(r['utilisation'] or 0 for r in records):.0%}",
+        "loss at the end, smoothed": f"{loss:.4f} bits per token{per_byte}" if loss == loss else "not finite",
+        "tokens per second, median": f"{_median(records, 'tokens_per_second'):,.0f}",
+        "operations, of the machine's matrix product rate": f"{_median(records, 'utilisation'):.0%}",
         "memory": f"{max(r['memory'] or 0 for r in records) / 1e6:,.0f} MB",
     }
     if best is not None:
-        rows["best validation"] = f"{best[1]:.4f} bits per byte, at step {best[0]:,}"
+        rows["best validation"] = f"{best['validation']:.4f} bits per byte, at step {best['step']:,}"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     happened = "\n".join(["\n## What happened\n", *events, ""]) if events else ""
     return f"# Training\n\n| | |\n|---|---|\n{table}\n\n![loss, rate and gradient]({PICTURE})\n{happened}"
 
 
-def _mean(records: list[dict[str, Any]]) -> float:
-    losses = [r["bits_per_token"] for r in records if r["bits_per_token"] is not None]
-    return sum(losses) / len(losses) if losses else float("nan")
+def _best(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The step with the lowest validation."""
+    validated = [r for r in records if r["validation"] is not None]
+    return min(validated, key=lambda r: r["validation"], default=None)
 
 
-def _draw(path: Path, records: list[dict[str, Any]]) -> None:
+def _median(records: Sequence[dict[str, Any]], key: str) -> float:
+    return median([r[key] for r in records if r[key] is not None] or [0.0])
+
+
+def _smooth(records: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Bits per token of each step, averaged with those before it: SMOOTHED, or a fifth of the run so far.
+
+    NaN where none of them is finite.
+    """
+    losses = np.array([math.nan if r["bits_per_token"] is None else r["bits_per_token"] for r in records])
+    known = np.isfinite(losses)
+    sums, counts = (np.concatenate([[0.0], np.cumsum(part)]) for part in (np.where(known, losses, 0.0), known))
+    done = np.arange(1, len(losses) + 1)
+    first = done - np.minimum(SMOOTHED, (done + 4) // 5)
+    sums, counts = sums[1:] - sums[first], counts[1:] - counts[first]
+    return np.where(counts > 0, sums / np.maximum(counts, 1), math.nan)
+
+
+def _draw(path: Path, records: list[dict[str, Any]], bytes_per_token: float) -> None:
     tokens = [r["tokens"] for r in records]
-    with picture(path, 3) as (loss, gradient, speed):
-        smooth = [_mean(records[max(0, i + 1 - SMOOTHED) : i + 1]) for i in range(len(records))]
-        loss.plot(tokens, [r["bits_per_token"] for r in records], color="0.8", linewidth=0.5)
-        loss.plot(tokens, smooth)
-        validated = [(r["tokens"], r["validation"]) for r in records if r.get("validation") is not None]
-        loss.set(xlabel="tokens", title="Loss", ylabel="training, bits per token")
-        loss.set_ylim(0.9 * min(smooth), min(smooth[0], 3 * min(smooth)) * 1.05)
-        if validated:
-            other = loss.twinx()
-            other.plot(*zip(*validated, strict=True), "o-", color="tab:orange")
-            other.set_ylabel("validation, bits per byte", color="tab:orange")
-        gradient.plot(tokens, [r["gradient_norm"] for r in records], linewidth=0.5)
-        gradient.set(xlabel="tokens", title="Norm of the gradient", yscale="log")
-        speed.plot(tokens, [r["tokens_per_second"] for r in records], linewidth=0.5)
-        speed.set(xlabel="tokens", title="Tokens per second", ylim=(0, None))
+    marker = "." if len(records) < SMOOTHED else ""
+    panels = [["loss", "learning_rate"], ["loss", "gradient_norm"], ["loss", "tokens_per_second"]]
+    with picture(path, panels, 4.6, width_ratios=[2, 1]) as axes:
+        _draw_loss(axes["loss"], records, bytes_per_token, marker)
+        for name, title in (
+            ("learning_rate", "Learning rate"),
+            ("gradient_norm", "Norm of the gradient"),
+            ("tokens_per_second", "Tokens per second"),
+        ):
+            axis = axes[name]
+            x, y = finite(zip(tokens, (r[name] for r in records), strict=True))
+            axis.plot(x, y, marker=marker, linewidth=0.8)
+            axis.set_title(title)
+            amount_axis(axis.xaxis)
+            if name == "gradient_norm":
+                log_axis(axis.yaxis, y)
+                continue
+            axis.set_ylim(bottom=0)
+            if name == "tokens_per_second":
+                amount_axis(axis.yaxis)
+            else:
+                axis.yaxis.set_major_formatter("{x:g}")
+        axes["tokens_per_second"].set_xlabel("tokens")
+
+
+def _draw_loss(axis: Any, records: list[dict[str, Any]], bytes_per_token: float, marker: str) -> None:
+    """Training and validation on one axis: in bits per byte, or training alone in bits per token."""
+    scale, unit = (1 / bytes_per_token, "byte") if bytes_per_token else (1.0, "token")
+    tokens, losses = finite((r["tokens"], r["bits_per_token"]) for r in records)
+    axis.plot(tokens, [scale * loss for loss in losses], color="0.8", linewidth=0.6, marker=marker)
+    tokens, smooth = finite(zip((r["tokens"] for r in records), (scale * _smooth(records)).tolist(), strict=True))
+    axis.plot(tokens, smooth, color="tab:blue", label="training, smoothed", marker=marker)
+    best, shown = _best(records), smooth
+    if best and bytes_per_token:
+        x, y = finite((r["tokens"], r["validation"]) for r in records)
+        axis.plot(x, y, "o-", color="tab:orange", markersize=4, label="validation")
+        axis.set_title(f"{best['validation']:.3f} bits per byte on the validation text")
+        shown = smooth + y
+    elif smooth:
+        axis.set_title(f"{smooth[-1]:.3f} bits per {unit} in training")
+    if shown:
+        low = min(shown)
+        high = min(max(shown), 3 * low)
+        room = 0.1 * (high - low) or 0.1
+        axis.set_ylim(low - room, high + room)
+    axis.set(xlabel="tokens", ylabel=f"bits per {unit}")
+    amount_axis(axis.xaxis)
+    axis.legend()
