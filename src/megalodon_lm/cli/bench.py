@@ -59,8 +59,6 @@ class Bench(Quiet):
         for length in self.lengths:
             if length < 1:
                 raise InputError(f"--lengths {length} must be at least 1")
-        if self.plot is not None:
-            check_picture(self.plot)
         is_file = self.model.endswith((".toml", ".json"))
         config = ModelConfig.load(self.model) if is_file else ModelConfig.named(self.model)
         precision = choose_precision(check_precision(self.precision), torch.device("cpu"))
