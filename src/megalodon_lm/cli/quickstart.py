@@ -5,6 +5,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ..errors import InputError
 from .options import Quiet
@@ -28,6 +29,8 @@ class Quickstart(Quiet):
     """Size of the model, such as micro; auto for the one that learns most in the time, by the speed of the machine."""
     evaluate_bytes: int = 0
     """Bytes of the validation text to measure on; 0 for all of it."""
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    """Of matrix products; auto takes bf16 where the device multiplies it natively."""
     device: str = "cpu"
     """Where to train: cpu or cuda."""
 
@@ -53,10 +56,11 @@ class Quickstart(Quiet):
         if self.evaluate_bytes < 0:
             raise InputError(f"--evaluate-bytes {self.evaluate_bytes} must be at least 0; 0 measures on all")
         device = choose_device(self.device)
-        precision = choose_precision("auto", device)
+        precision = choose_precision(self.precision, device)
         rate = product_rate(precision, device)
         size = byte_model(60 * self.minutes * rate) if self.size == "auto" else self.size
-        recipe = Recipe.load("quickstart", [f"training.minutes={self.minutes}", f"model.size={size}"])
+        changes = [f"training.minutes={self.minutes}", f"training.precision={precision}", f"model.size={size}"]
+        recipe = Recipe.load("quickstart", changes)
         if 0 < self.evaluate_bytes < recipe.training.length:
             raise InputError(
                 f"--evaluate-bytes {self.evaluate_bytes} must be at least {recipe.training.length}, the training length"
