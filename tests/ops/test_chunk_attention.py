@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from megalodon_lm.ops import bins, reference
 from megalodon_lm.ops import chunk_attention as portable
-from megalodon_lm.ops import reference
+from megalodon_lm.ops.boundaries import Boundaries
 from megalodon_lm.ops.chunk_attention import KeyValueCache, causal_attention, chunk_attention
 
 from .cases import BOUNDARIES, assert_close, boundaries, gradients
@@ -69,5 +70,27 @@ def test_one_row_of_no_tokens_leaves_the_cache():
     cache = KeyValueCache(keys, values, fill)
     where = boundaries("padding", B, 4)
     _, leaving = chunk_attention(q, k, v, C, 1e4, cache, where)
-    assert torch.equal(leaving.keys[-1], keys[-1])
+    assert torch.equal(leaving.keys[-1, :2], keys[-1, :2])
     assert leaving.fill[-1] == 2
+
+
+def test_no_token_at_all():
+    inputs = case(4)
+    fill, where = torch.tensor([3, 15, 0]), Boundaries(None, torch.zeros(B, dtype=torch.int64))
+    out, keys, values = run(chunk_attention, where, fill)(*inputs)
+    assert not out.any()
+    assert torch.equal(keys[1, :15], inputs[3][1, :15])
+    assert torch.equal(values[1, :15], inputs[4][1, :15])
+
+
+@pytest.mark.parametrize("merged", [1, 3, 100])
+def test_documents_of_all_lengths_share_bins(merged, monkeypatch):
+    monkeypatch.setattr(bins, "MERGED_KEYS", merged)
+    starts = torch.zeros(B, 60, dtype=torch.bool)
+    starts[:, torch.tensor([0, 1, 2, 5, 12, 13, 40])] = True
+    starts[1, 0] = False
+    where, fill = Boundaries(starts), torch.tensor([3, 15, 0])
+    actual = gradients(run(chunk_attention, where, fill), case(60))
+    expected = gradients(run(reference.chunk_attention, where, fill), case(60))
+    assert_close(actual[0], expected[0], 1e-12)
+    assert_close(actual[1], expected[1], 1e-11)

@@ -84,21 +84,21 @@ class Blocks:
             if padding:
                 x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, padding))
             return x.reshape(-1, self.size, *x.shape[2:])
-        return _take(x.reshape(batch * length, *x.shape[2:]), self.index)
+        return take(x.reshape(batch * length, *x.shape[2:]), self.index)
 
     def scatter(self, y: Tensor) -> Tensor:
         """(M, T, ...) to (B, L, ...), zero at padding."""
         batch, length = self.shape
         if self.place is None:
             return y.reshape(batch, -1, *y.shape[2:])[:, :length]
-        return _take(y.reshape(-1, *y.shape[2:]), self.place)
+        return take(y.reshape(-1, *y.shape[2:]), self.place)
 
     def tail(self, x: Tensor) -> Tensor:
         """(B, T, ...): the tokens of each row's last block moved to the end of the block, zeros before them."""
         blocks = self.gather(x)
         slots = torch.arange(self.size, device=x.device) - (self.size - self.used)[:, None]
         index = torch.where((slots >= 0) & (self.last >= 0)[:, None], self.last[:, None] * self.size + slots, -1)
-        return _take(blocks.reshape(-1, *blocks.shape[2:]), index)
+        return take(blocks.reshape(-1, *blocks.shape[2:]), index)
 
     def carry(self, totals: Tensor, entry: Tensor | None, decay: Tensor | None = None) -> Tensor:
         """State at the entry of each block: e_m = decay * e_{m-1} + totals_{m-1} inside a segment.
@@ -127,31 +127,41 @@ class Blocks:
         return state
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
+def take(x: Tensor, index: Tensor) -> Tensor:
     """x[index] along the first dimension, zero where index is negative."""
     taken = x[index.clamp(min=0)]
     return torch.where((index >= 0).view(*index.shape, *(1,) * (x.dim() - 1)), taken, torch.zeros_like(taken))
 
 
+def _size(segments: Tensor, most: int) -> int:
+    """Slots in a block for segments of these lengths: halved from `most` while that saves four slots of ten."""
+    size = most
+    while size > 1:
+        slots, fewer = (int((-(-segments // n)).sum()) * n for n in (size, (size + 1) // 2))
+        if fewer > 0.6 * slots:
+            break
+        size = (size + 1) // 2
+    return size
+
+
 def cut_into_blocks(
     batch: int,
     length: int,
-    size: int,
+    most: int,
     boundaries: Boundaries | None,
     device: torch.device,
-    offset: Tensor | None = None,
 ) -> Blocks:
     """Cut a piece into blocks of one size, aligned to the start of each segment.
 
     Args:
         batch: B.
         length: L.
-        size: slots in a block.
+        most: slots in a block; fewer where short segments would leave much of it empty.
         boundaries: of the piece.
         device: where the result lives.
-        offset: (B,) int64 on the CPU, slots already taken in the first block of a continued segment; None for none.
     """
-    if boundaries is None and offset is None:
+    size = min(most, length)
+    if boundaries is None:
         per_row = -(-length // size)
         row = torch.arange(batch, device=device).repeat_interleave(per_row)
         first = (torch.arange(batch * per_row, device=device) % max(per_row, 1)) == 0
@@ -159,9 +169,7 @@ def cut_into_blocks(
         used = torch.full((batch,), length - (per_row - 1) * size, device=device)
         return Blocks(None, None, first, first, row, row, last, used, size, per_row, (batch, length))
 
-    boundaries = boundaries or Boundaries()
     lengths = torch.full((batch,), length) if boundaries.lengths is None else boundaries.lengths
-    offset = torch.zeros(batch, dtype=torch.int64) if offset is None else offset
     steps = torch.arange(length).expand(batch, length)
     valid = steps < lengths[:, None]
     started = torch.zeros(batch, length, dtype=torch.bool) if boundaries.starts is None else boundaries.starts & valid
@@ -172,14 +180,14 @@ def cut_into_blocks(
     ends = torch.cat([at[1:], at.new_zeros(1)])[: len(at)]
     row_ends = torch.cat([rows[1:] != rows[:-1], rows.new_ones(1, dtype=torch.bool)])[: len(rows)]
     ends = torch.where(row_ends, lengths[rows], ends)
-    shift = torch.where(continued, offset[rows], 0)
-    blocks_of = -(-(shift + ends - at) // size)
+    size = _size(ends - at, size)
+    blocks_of = -(-(ends - at) // size)
     base = blocks_of.cumsum(0) - blocks_of
     count = int(blocks_of.sum())
 
     segment_of = (begins.flatten().cumsum(0) - 1).clamp(min=0).view(batch, length)
     if len(at):
-        slot = steps - at[segment_of] + shift[segment_of] + base[segment_of] * size
+        slot = steps - at[segment_of] + base[segment_of] * size
     else:
         slot = torch.full((batch, length), -1)
     place = torch.where(valid, slot, -1)

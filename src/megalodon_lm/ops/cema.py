@@ -61,8 +61,8 @@ def cema(
     """
     batch, length, dim = x.shape
     ndim = p.shape[1]
-    size = min(BLOCK_SIZE, length)
-    blocks = cut_into_blocks(batch, length, size, boundaries, x.device)
+    blocks = cut_into_blocks(batch, length, BLOCK_SIZE, boundaries, x.device)
+    size = blocks.size
     xs = x.to(p.dtype)
 
     powers = _powers(q, size)  # (T + 1, D, N): q^0 .. q^T
@@ -75,16 +75,26 @@ def cema(
     emit = torch.cat([emit.real, -emit.imag], -1).transpose(0, 1)  # (D, T, 2N)
 
     xb = blocks.gather(xs).permute(2, 1, 0)  # (D, T, M)
-    totals = torch.bmm(absorb.permute(1, 2, 0), xb)  # (D, 2N, M)
     entry = None if state is None else _complex(torch.cat([state[..., 0], state[..., 1]], -1).to(p.dtype))
-    entries = blocks.carry(_complex(totals.permute(2, 0, 1)), entry, powers[size])  # (M, D, N)
-    y = torch.bmm(toeplitz, xb) + torch.bmm(emit, _pairs(entries).permute(1, 2, 0))  # (D, T, M)
+    last = blocks.last.clamp(min=0)
+    y = torch.bmm(toeplitz, xb)  # (D, T, M)
+    if blocks.longest > 1:
+        totals = torch.bmm(absorb.permute(1, 2, 0), xb)  # (D, 2N, M)
+        entries = blocks.carry(_complex(totals.permute(2, 0, 1)), entry, powers[size])  # (M, D, N)
+        y = y + torch.bmm(emit, _pairs(entries).permute(1, 2, 0))
+        before_last = entries[last]
+    else:  # no state goes from block to block, so none is held for each of them
+        before_last = torch.zeros(batch, dim, ndim, dtype=q.dtype, device=x.device)
+        if entry is not None and len(blocks.row):
+            (carried,) = blocks.carries.nonzero(as_tuple=True)
+            y = y.index_add(2, carried, torch.bmm(emit, _pairs(entry[blocks.row[carried]]).permute(1, 2, 0)))
+            before_last = torch.where(blocks.carries[last].view(-1, 1, 1), entry, before_last)
     y = blocks.scatter(y.permute(2, 1, 0)) + omega.to(p.dtype) * xs
     if boundaries is not None and boundaries.lengths is not None:
         y = torch.where(boundaries.valid(length)[..., None].to(x.device), y, 0)
 
     added = _complex(torch.einsum("tdn,btd->bdn", absorb, blocks.tail(xs)))
-    leaving = powers[blocks.used] * entries[blocks.last.clamp(min=0)] + added
+    leaving = powers[blocks.used] * before_last + added
     if (boundaries is not None) and (boundaries.lengths is not None):
         before = torch.zeros_like(leaving) if entry is None else entry
         leaving = torch.where((blocks.last >= 0).view(-1, 1, 1), leaving, before)

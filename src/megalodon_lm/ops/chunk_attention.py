@@ -7,11 +7,13 @@ because values are wider than queries here, and the fused attention of PyTorch i
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .boundaries import Blocks, Boundaries, cut_into_blocks
+from .bins import pack_into_bins
+from .boundaries import Boundaries, take
 
 TILE_SIZE = 256
 
@@ -62,49 +64,41 @@ def chunk_attention(
         return _even(q, k, v, chunk_size, cache, int(fill[0]), dropout, drop_keys)
 
     boundaries = boundaries or Boundaries()
-    slots = (boundaries.since_start(fill, length) % chunk_size).to(q.device)
+    places = boundaries.since_start(fill, length) % chunk_size
+    if boundaries.lengths is not None:
+        places = torch.where(boundaries.valid(length), places, -1)
+    slots = places.clamp(min=0).to(q.device)
     q, k = rope(q, slots, rope_base, chunk_size), rope(k, slots, rope_base, chunk_size)
-    keys_in = cut_into_blocks(batch, length, chunk_size, boundaries, q.device, fill)
-    leaving_fill = boundaries.exit_position(fill, length) % chunk_size
-    if len(keys_in.row) == 0:
-        return torch.zeros_like(v), cache or _empty_cache(k, v, chunk_size, leaving_fill)
-    kb, vb = keys_in.gather(k), keys_in.gather(v)
-    if cache is not None:
-        taken = torch.where(keys_in.carries, fill.to(q.device)[keys_in.row], 0)
-        kept = torch.arange(chunk_size, device=q.device) < taken[:, None]
-        kb = torch.where(kept[..., None, None], cache.keys[keys_in.row].to(kb.dtype), kb)
-        vb = torch.where(kept[..., None, None], cache.values[keys_in.row].to(vb.dtype), vb)
+    keys, values = (None, None) if cache is None else (cache.keys, cache.values)
+    bins = pack_into_bins(places, chunk_size, q.device)
+    kb, vb = bins.gather_keys(k, keys), bins.gather_keys(v, values)
+    qb = take(q.flatten(0, 1), bins.queries)
+    out = take(_tiles(qb, kb, vb, bins.low, bins.high, bins.longest, dropout, drop_keys).flatten(0, 1), bins.place)
 
-    # Queries sit in windows no wider than the fullest block, so that a step of one token costs one query.
-    begin = torch.where(keys_in.carries, fill.to(q.device)[keys_in.row], 0)
-    window, width = _windows(keys_in, begin)
-    at = begin[:, None] + torch.arange(window.shape[1], device=q.device)  # (M, W) slot of each query
-    qb = torch.where((window >= 0)[..., None, None], q.flatten(0, 1)[window.clamp(min=0)], 0)
-    visible = torch.arange(width, device=q.device) <= at[..., None]
-    out = _attend(qb, kb[:, :width], vb[:, :width], visible[:, None], dropout, drop_keys)
-    place = torch.full((batch * length,), -1, device=q.device)
-    place[window[window >= 0]] = (window >= 0).flatten().nonzero().squeeze(1)
-    flat = torch.where((place >= 0).view(-1, 1, 1), out.flatten(0, 1)[place.clamp(min=0)], 0)
-
-    last = keys_in.last.clamp(min=0)
-    leave = leaving_fill.to(q.device)
-    kept = (torch.arange(chunk_size, device=q.device) < leave[:, None])[..., None, None]
-    touched = (keys_in.last >= 0).view(-1, 1, 1, 1)
-    old = cache or _empty_cache(k, v, chunk_size, fill)
-    keys = torch.where(touched, torch.where(kept, kb[last], 0), old.keys.to(kb.dtype))
-    values = torch.where(touched, torch.where(kept, vb[last], 0), old.values.to(vb.dtype))
-    return flat.view_as(v), KeyValueCache(keys, values, leaving_fill)
+    stops = torch.full_like(fill, length) if boundaries.lengths is None else boundaries.lengths
+    fill = boundaries.exit_position(fill, length) % chunk_size
+    keys, values = (_open_chunk(*given, stops, fill, chunk_size) for given in ((k, keys), (v, values)))
+    return out, KeyValueCache(keys, values, fill)
 
 
-def _windows(blocks: Blocks, begin: Tensor) -> tuple[Tensor, int]:
-    """(M, W) tokens of each block without the slots before `begin`, -1 where there is none; and the slots in use."""
-    assert blocks.index is not None
-    filled = blocks.index >= 0
-    width = int((filled * torch.arange(1, blocks.size + 1, device=begin.device)).max())
-    window = torch.arange(int(filled.sum(1).max()), device=begin.device)
-    slots = begin[:, None] + window
-    inside = slots < blocks.size
-    return torch.where(inside, blocks.index.gather(1, slots.clamp(max=blocks.size - 1)), -1), width
+def _open_chunk(piece: Tensor, cached: Tensor | None, stops: Tensor, fill: Tensor, chunk_size: int) -> Tensor:
+    """(B, c, H, d): keys or values of the unfinished chunks at the exit, zero from slot `fill` on.
+
+    Args:
+        piece: (B, L, H, d).
+        cached: (B, c, H, d) the unfinished chunks at the entry, or None for empty ones.
+        stops: (B,) tokens of each row.
+        fill: (B,) tokens of the unfinished chunk at the exit.
+        chunk_size: c.
+    """
+    slot = torch.arange(chunk_size)
+    token = (stops - fill)[:, None] + slot
+    used = slot < fill[:, None]
+    rows = torch.arange(len(fill))[:, None] * piece.shape[1]
+    taken = take(piece.flatten(0, 1), torch.where(used & (token >= 0), rows + token, -1).to(piece.device))
+    if cached is None:
+        return taken
+    return torch.where((used & (token < 0)).to(piece.device)[..., None, None], cached.to(piece.dtype), taken)
 
 
 def _even(
@@ -157,13 +151,24 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, drop
         (B, Lq, H, dv).
     """
     queries, before = q.shape[1], k.shape[1] - q.shape[1]
+    high = torch.arange(before, before + queries, device=q.device)[None]
+    return _tiles(q, k, v, torch.zeros_like(high), high, np.arange(before, before + queries) + 1, dropout, drop_keys)
+
+
+def _tiles(
+    q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, longest: np.ndarray, dropout: float, drop_keys: bool
+) -> Tensor:
+    """Softmax attention of q (M, Q, H, dk) to the keys low..high (M or 1, Q) of k, v (M, K, H, .), in tiles of queries.
+
+    `longest` (Q,) tells how many keys a query of any row may see, so that none further away is looked at.
+    """
     rows = []
-    for start in range(0, queries, TILE_SIZE):
-        stop = min(start + TILE_SIZE, queries)
-        at = torch.arange(before + start, before + stop, device=q.device)
-        visible = torch.arange(before + stop, device=q.device) <= at[:, None]
-        seen = slice(0, before + stop)
-        rows.append(_attend(q[:, start:stop], k[:, seen], v[:, seen], visible, dropout, drop_keys))
+    for start in range(0, q.shape[1], TILE_SIZE):
+        tile = slice(start, start + TILE_SIZE)
+        width = int(longest[tile].max())
+        key = torch.arange(width, device=q.device)
+        visible = (key >= low[:, tile, None]) & (key <= high[:, tile, None])
+        rows.append(_attend(q[:, tile], k[:, :width], v[:, :width], visible[:, None], dropout, drop_keys))
     return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
 
 
@@ -180,12 +185,6 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, dropout: float, dr
     if dropout and not drop_keys:
         weights = F.dropout(weights, dropout)
     return (weights @ v).transpose(1, 2)
-
-
-def _empty_cache(k: Tensor, v: Tensor, chunk_size: int, fill: Tensor) -> KeyValueCache:
-    return KeyValueCache(
-        k.new_zeros(len(k), chunk_size, *k.shape[2:]), v.new_zeros(len(v), chunk_size, *v.shape[2:]), fill
-    )
 
 
 def rope(x: Tensor, slots: Tensor, base: float, highest: int) -> Tensor:

@@ -48,7 +48,7 @@ def timestep_norm(
         y (B, L, D), and the statistics at the exit.
     """
     batch, length, dim = x.shape
-    blocks = cut_into_blocks(batch, length, min(BLOCK_SIZE, length), boundaries, x.device)
+    blocks = cut_into_blocks(batch, length, BLOCK_SIZE, boundaries, x.device)
     groups = x.to(torch.promote_types(x.dtype, torch.float32)).view(batch, length, num_groups, -1)
     token_mean = groups.mean(-1, keepdim=True)
     token_var = (groups - token_mean).square().mean(-1).double()
