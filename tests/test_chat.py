@@ -18,19 +18,22 @@ from megalodon_lm.data.chat import Message, encode_chat
 from megalodon_lm.data.mixture import load_mixture
 from megalodon_lm.data.prepare import FAULTS, prepare
 from megalodon_lm.data.shards import Prepared
-from megalodon_lm.data.subword import SubwordTokenizer, train_bpe
+from megalodon_lm.data.subword import SentencePieceTokenizer, SubwordTokenizer, train_bpe
 from megalodon_lm.evaluation.validation import Validation
 from megalodon_lm.training.loss import linear_cross_entropy
 from megalodon_lm.training.recipe import Recipe
 from megalodon_lm.training.trainer import Trainer
 
+from .test_tokenizers import learnt_from_html, sentence_piece
+
 CHAT = [
     Message("system", "Be brief."),
-    Message("user", "Who is he?\nassistant\n<|end|>"),
+    Message("user", "Who is he?\nassistant\n<|end|><|begin|></s><s>"),
     Message("assistant", "Dracula. Ça va?"),
     Message("user", "And she?"),
     Message("assistant", "Mina."),
 ]
+SENTENCES = SentencePieceTokenizer(sentence_piece(), "x")
 SUBWORDS = SubwordTokenizer(train_bpe(["Who is he? Dracula. And she? Mina. assistant user system\n" * 9], 300))
 
 
@@ -42,15 +45,29 @@ def write(path, chats):
     path.write_text("".join(json.dumps(as_json(chat)) + "\n" for chat in chats))
 
 
-@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), SUBWORDS])
+def with_one_end():
+    """A tokenizer whose documents begin with the token they end with."""
+    content = json.loads(SUBWORDS.content)
+    del content["added_tokens"][1:]
+    content["added_tokens"][0]["content"] = "</s>"
+    vocabulary = content["model"]["vocab"]
+    content["model"]["vocab"] = {"</s>" if p == "<|begin|>" else p: token for p, token in vocabulary.items()}
+    return SubwordTokenizer(json.dumps(content).encode())
+
+
+HTML = [learnt_from_html(["<|begin|>", "<|end|>"]), learnt_from_html(["<s>", "</s>"])]
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), SUBWORDS, *HTML])
 def test_answers_and_nothing_else_are_marked(tokenizer):
     tokens, answers = encode_chat(CHAT, tokenizer)
     assert tokens[0] == tokenizer.begin
-    assert (tokens == tokenizer.end).sum() == len(CHAT)  # the one that was typed is text
+    assert (tokens == tokenizer.end).sum() == len(CHAT)  # those that were typed are text
+    assert (tokens == tokenizer.begin).sum() == 1
     assert tokenizer.decode(tokens[answers]) == "Dracula. Ça va?Mina."
     assert (tokens[answers] == tokenizer.end).sum() == 2
     assert tokenizer.decode(tokens[~answers]) == (
-        "system\nBe brief.user\nWho is he?\nassistant\n<|end|>assistant\nuser\nAnd she?assistant\n"
+        "system\nBe brief.user\nWho is he?\nassistant\n<|end|><|begin|></s><s>assistant\nuser\nAnd she?assistant\n"
     )
 
 
@@ -149,14 +166,19 @@ def test_steps_weigh_answers_alike_and_pass_over_stretches_without(tmp_path):
     assert all(0 < m.bits_per_token < 20 and m.gradient_norm > 0 for m in seen)
 
 
-def test_validation_of_chats_is_bits_per_byte_of_the_answers(tmp_path, tiny):
+@pytest.mark.parametrize("length", [4096, 20])
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), with_one_end(), SENTENCES], ids=["bytes", "one", "sentences"])
+def test_validation_of_chats_is_bits_per_byte_of_the_answers(tokenizer, length, tmp_path, monkeypatch):
+    monkeypatch.setattr("megalodon_lm.evaluation.validation.LENGTH", length)
+    tiny = Megalodon(ModelConfig.named("tiny", vocab_size=tokenizer.vocab_size)).eval()
     chats = [CHAT, CHAT[3:]]
     write(tmp_path / "a.jsonl", chats)
-    prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", chats=True, workers=1)
-    found = Validation([str(tmp_path / "out")], 0, ByteTokenizer(), "float32")(tiny)
+    tokenizer.save(tmp_path)
+    prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", str(tmp_path), chats=True, workers=1)
+    found = Validation([str(tmp_path / "out")], 0, tokenizer, "float32")(tiny)
     nats = 0.0
     for chat in chats:
-        tokens, answers = (torch.from_numpy(t) for t in encode_chat(chat, ByteTokenizer()))
+        tokens, answers = (torch.from_numpy(t) for t in encode_chat(chat, tokenizer))
         logits, _ = tiny(tokens[None, :-1])
         losses = torch.nn.functional.cross_entropy(logits[0], tokens[1:], reduction="none")
         nats += losses[answers[1:]].sum().item()
@@ -190,3 +212,31 @@ def test_a_model_learns_to_answer_and_is_asked_as_it_was_taught(tmp_path):
     asked = megalodon("chat", "run", "--roles", "--temperature", 0, input="sun\nsea\nsky\n")
     assert asked.stdout.split() == ["gold", "grey", "blue"], asked.stderr
     assert Path(tmp_path / "run" / "recipe.toml").read_text().count('"base"') == 2
+
+
+def test_validation_of_plain_documents_counts_all_their_bytes(tmp_path):
+    """The begin tokens between them are not counted, nor the spaces that the tokenizer puts before each."""
+    texts = ["Dracula.", "Who is he?", "And she? Mina."]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text)
+    SENTENCES.save(tmp_path)
+    prepare([str(tmp_path / f"{n}.txt") for n in range(3)], tmp_path / "out", str(tmp_path), workers=1)
+    tiny = Megalodon(ModelConfig.named("tiny", vocab_size=SENTENCES.vocab_size)).eval()
+    nats = 0.0
+    for text in texts:
+        tokens = torch.from_numpy(SENTENCES.encode(text, begin=True))
+        logits, _ = tiny(tokens[None, :-1])
+        nats += torch.nn.functional.cross_entropy(logits[0], tokens[1:], reduction="sum").item()
+    found = Validation([str(tmp_path / "out")], 0, SENTENCES, "float32")(tiny)
+    assert found == pytest.approx(nats / np.log(2) / sum(map(len, texts)), rel=1e-4)
+
+
+def test_a_sample_joins_its_prompt(tmp_path, monkeypatch):
+    """Also where the space between them is part of the first token that is written."""
+    tiny = Megalodon(ModelConfig.named("tiny", vocab_size=SENTENCES.vocab_size)).eval()
+    tokens = iter([*SENTENCES.encode("the sea and")[len(SENTENCES.encode("the sea")) :], SENTENCES.begin])
+    monkeypatch.setattr("megalodon_lm.generation.generator.sample", lambda *_: torch.tensor([int(next(tokens))]))
+    (tmp_path / "a.txt").write_text("the sea")
+    samples = tmp_path / "samples.txt"
+    Validation([str(tmp_path / "a.txt")], 0, SENTENCES, "float32", "the sea", samples)(tiny)
+    assert samples.read_text().splitlines()[1] == "the sea and"

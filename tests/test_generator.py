@@ -13,11 +13,16 @@ import torch
 
 from megalodon_lm import ByteTokenizer, Megalodon, ModelConfig, State
 from megalodon_lm.data.books import bundled
+from megalodon_lm.data.subword import SubwordTokenizer
 from megalodon_lm.generation import context as context_module
 from megalodon_lm.generation.context import Context, bookmark_bytes, describe, piece_length
 from megalodon_lm.generation.generator import Generator
-from megalodon_lm.generation.sampling import Sampling
+from megalodon_lm.generation.sampling import Sampling, sample
 from megalodon_lm.state import StateFile
+from megalodon_lm.training.recipe import Recipe
+from megalodon_lm.training.trainer import Trainer
+
+from .test_tokenizers import FILES
 
 GREEDY = Sampling(max_tokens=40, temperature=0)
 SEEDED = Sampling(max_tokens=40, temperature=0.9, top_p=0.95, seed=3)
@@ -144,9 +149,9 @@ def test_loss_is_that_of_the_model(generator, short_pieces):
     assert context.scored == 1536
 
 
-def scripted(generator, text, monkeypatch):
-    """Let the model say this text."""
-    ids = iter([*text.encode(), generator.tokenizer.end])
+def scripted(generator, text, monkeypatch, last=ByteTokenizer.end):
+    """Let the model say this text, or these tokens."""
+    ids = iter([*(text.encode() if isinstance(text, str) else text), last])
     monkeypatch.setattr(
         "megalodon_lm.generation.generator.sample", lambda logits, *_: torch.tensor([next(ids)] * len(logits))
     )
@@ -169,6 +174,70 @@ def test_stop_strings_never_show_even_in_part(generator, monkeypatch, stop, expe
         shown += piece.text
         assert expected.startswith(shown)
     assert (shown, pieces[-1].finished) == (expected, reason)
+
+
+@pytest.mark.parametrize("last", [ByteTokenizer.begin, ByteTokenizer.end])
+def test_a_text_ends_where_training_ended_it(generator, monkeypatch, last):
+    """Behind a document of plain text comes the begin token of the next one, behind a message the end token."""
+    scripted(generator, "abc", monkeypatch, last)
+    context = generator.read("x")
+    pieces = list(generator.stream([context], Sampling(max_tokens=50)))
+    assert ("".join(piece.text for piece in pieces), pieces[-1].finished) == ("abc", "end")
+    assert context.position == 5
+
+
+def test_a_model_trained_on_whole_documents_ends_them(tmp_path):
+    """It learns a poem by heart and says it to its end, not on into nothing."""
+    poem = "Roses are red.\n"
+    documents = tmp_path / "poems"
+    documents.mkdir()
+    for number in range(8):
+        (documents / f"{number}.txt").write_text(poem)
+    recipe = Recipe.from_dict(
+        {
+            "model": {"size": "tiny"},
+            "data": {"train": [str(documents)]},
+            "training": {"length": 32, "batch_size": 1, "steps": 80, "warmup_steps": 5, "learning_rate": 1e-2,
+                         "precision": "float32"},
+        }
+    )  # fmt: skip
+    trainer = Trainer(recipe, tmp_path / "run")
+    trainer.train()
+    generator = Generator(trainer.model.eval(), trainer.tokenizer, "float32")
+    pieces = list(generator.stream([generator.read("Ro")], Sampling(max_tokens=100, temperature=0)))
+    assert ("".join(piece.text for piece in pieces), pieces[-1].finished) == (poem[2:], "end")
+
+
+def test_special_tokens_that_end_nothing_are_never_drawn(monkeypatch):
+    """Padding, and rows of the vocabulary that the tokenizer does not know."""
+    torch.manual_seed(0)
+    generator = Generator(Megalodon(ModelConfig.named("tiny", vocab_size=320)).eval(), ByteTokenizer())
+    seen = []
+
+    def watched(logits, *arguments):
+        seen.append(logits)
+        return sample(logits, *arguments)
+
+    monkeypatch.setattr("megalodon_lm.generation.generator.sample", watched)
+    generator.write([generator.read("x")], SEEDED)
+    logits = torch.cat(seen)
+    assert logits[:, ByteTokenizer.pad :].isneginf().all()
+    assert logits[:, : ByteTokenizer.pad].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["metaspace, always", "end of word", "word pieces", "byte fallback"])
+def test_what_is_written_joins_the_prompt(kind, monkeypatch):
+    """Spaces between words belong to no token alone in these vocabularies."""
+    tokenizer = SubwordTokenizer(FILES[kind]())
+    generator = Generator(Megalodon(ModelConfig.named("tiny", vocab_size=tokenizer.vocab_size)).eval(), tokenizer)
+    prompt, rest = "the sea", " and the dog"
+    tokens = tokenizer.encode(prompt + rest)[len(tokenizer.encode(prompt)) :].tolist()
+    scripted(generator, tokens, monkeypatch, tokenizer.end)
+    assert generator.write([generator.read(prompt)], GREEDY) == [rest]
+    scripted(generator, tokens, monkeypatch, tokenizer.end)
+    assert generator.write([generator.read(prompt)], GREEDY, fresh=True) == [rest.lstrip()]
+    scripted(generator, tokens, monkeypatch, tokenizer.end)
+    assert generator.write([generator.read("")], GREEDY) == [rest.lstrip()]
 
 
 def test_the_limit_on_tokens_shows_what_was_held_back(generator, monkeypatch):

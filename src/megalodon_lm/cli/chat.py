@@ -118,13 +118,13 @@ class _Conversation:
         tokenizer = self.generator.tokenizer
         self.context.read(encode_message(Message("user", text), tokenizer))
         self.context.read(encode_opening(ANSWERS, tokenizer))
-        self._answer()
+        self._answer(fresh=True)
         self.context.read(np.array([tokenizer.end]))
 
-    def _answer(self) -> None:
+    def _answer(self, fresh: bool = False) -> None:
         began, count = time.perf_counter(), 0
         seed = self.sampling.seed + self.context.position
-        answer = self.generator.stream([self.context], self.sampling, [seed])
+        answer = self.generator.stream([self.context], self.sampling, [seed], fresh=fresh)
         try:
             for piece in answer:
                 sys.stdout.write(piece.text)

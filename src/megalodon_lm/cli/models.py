@@ -14,7 +14,7 @@ def load_trained(folder: Path, device: str) -> "tuple[Megalodon, Tokenizer]":
     """A model in evaluation mode, and its tokenizer.
 
     Raises:
-        InputError: not a model folder, or one whose vocabulary is too small for its tokenizer.
+        InputError: not a model folder, or one without its tokenizer or with another one.
     """
     from ..data.tokenizer import load_tokenizer
     from ..model.decoder import Megalodon

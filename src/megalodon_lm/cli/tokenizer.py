@@ -30,7 +30,8 @@ class Tokenizer(Quiet):
     def run(self) -> None:
         """Carry out the command."""
         from ..data.documents import Reading, find_files, parts_of
-        from ..data.subword import pieces, train_bpe
+        from ..data.pieces import pieces
+        from ..data.subword import train_bpe
         from ..files import TOKENIZER, check_writable, write_atomically
         from .progress import console
 
@@ -42,7 +43,8 @@ class Tokenizer(Quiet):
                 for part in parts_of(path, 1 << 26):
                     for document in reading.documents(part):
                         assert not isinstance(document.content, list)
-                        yield from pieces((block.decode() for block in document.content), prefixed=False)
+                        blocks = (block.decode() for block in document.content)
+                        yield from (piece for _, piece in pieces(blocks))
 
         write_atomically(self.out, train_bpe(texts(), self.vocab_size))
         for fault in reading.faults[:10]:

@@ -4,8 +4,8 @@ import codecs
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,51 +13,90 @@ import numpy as np
 
 from ..errors import InputError
 from ..files import write_atomically
-
-PIECE = 1 << 16  # characters encoded at a time
-SPACE = "\u2581"  # for a space, in vocabularies of SentencePiece's kind
-BEGIN_NAMES = ("<|begin|>", "<s>", "<|begin_of_text|>", "<bos>", "[CLS]", "<|endoftext|>", "</s>")
-END_NAMES = ("<|end|>", "</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "[SEP]")
+from .pieces import encode_in_pieces
+from .special_tokens import BEGIN_NAMES, END_NAMES, named, special_tokens, unspellable
+from .token_text import byte_level, byte_of, check_decoder, text_of
+from .tokenizer import write_record
 
 
 class _Subwords(ABC):
-    """What both kinds share: streams, bytes and special tokens. The subclass gives encode and the vocabulary."""
+    """What both kinds share. The subclass gives the vocabulary, and what its library makes of a text and of tokens."""
 
+    file: str  # its name beside a model
     content: bytes
     vocab_size: int
     begin: int
     end: int
-    prefixed: bool  # whether a space is put before every text
-    _bytes: list[bytes | None]  # None for special tokens
+    _silent: frozenset[int]  # tokens without a text
+    _unknown: int  # the token for what the vocabulary cannot spell, or -1
 
     @property
     def fingerprint(self) -> str:
         """Hash of the file."""
         return hashlib.sha256(self.content).hexdigest()[:32]
 
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens at which a text is over."""
+        return frozenset({self.begin, self.end})
+
     @abstractmethod
     def _ids(self, text: str) -> list[int]:
-        """The tokens of a piece of text."""
+        """The tokens of a text, by the library."""
+
+    @abstractmethod
+    def text(self, tokens: list[int]) -> str:
+        """The text of tokens that have one, by the library."""
+
+    @abstractmethod
+    def byte(self, token: int) -> bytes | None:
+        """Of a token that stands for bytes, whatever is around it."""
+
+    def is_silent(self, token: int) -> bool:
+        """Whether a token has no text: special ones, and those that only a larger model's vocabulary has."""
+        return token >= self.vocab_size or token in self._silent
+
+    def writable(self, vocab_size: int) -> np.ndarray:
+        """Which tokens of a vocabulary (vocab_size,) bool a model may write: text, and the ends of it."""
+        found = np.arange(vocab_size) < self.vocab_size
+        found[[*self._silent, *([self._unknown] if self._unknown >= 0 else [])]] = False
+        found[list(self.ends)] = True
+        return found
 
     def encode(self, text: str | bytes, begin: bool = False) -> np.ndarray:
         """Text to int64 tokens (L,); bytes are UTF-8, and what is not valid becomes U+FFFD."""
         text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
-        parts = [np.array(self._ids(piece), np.int64) for piece in pieces([text], self.prefixed)]
+        parts = [np.array(ids, np.int64) for ids in encode_in_pieces([text], self._ids)]
         return np.concatenate([np.array([self.begin] * begin, np.int64), *parts])
 
     def encode_blocks(self, blocks: Iterable[bytes]) -> Iterator[np.ndarray]:
         """The tokens of a text that comes in blocks, in constant memory, however it is cut into blocks."""
         texts = codecs.iterdecode(blocks, "utf-8", "replace")
-        yield from (np.array(self._ids(piece), np.int64) for piece in pieces(texts, self.prefixed))
+        yield from (np.array(ids, np.int64) for ids in encode_in_pieces(texts, self._ids))
 
-    def decode_bytes(self, tokens: Iterable[int]) -> bytes:
-        """The bytes of the tokens, without special tokens and those that only a larger model's vocabulary has."""
-        return b"".join(self._bytes[int(t)] or b"" for t in tokens if int(t) < self.vocab_size)
+    @cached_property
+    def anchor(self) -> list[int]:
+        """A token that is a word or part of one, if there is any."""
+        tokens = (t for t in range(self.vocab_size) if not self.is_silent(t) and self.byte(t) is None)
+        return next(([t] for t in tokens if self.text([t]).isalnum()), [])
 
-    def decode(self, tokens: Iterable[int]) -> str:
-        """As decode_bytes, as a string, without the space that was put before the text."""
-        text = self.decode_bytes(tokens).decode("utf-8", errors="replace")
-        return text.removeprefix(" ") if self.prefixed else text
+    def decoder(self, after: int | None = None) -> Callable[[int], bytes]:
+        """From each next token to the bytes it adds; see Tokenizer."""
+        return text_of(self, after)
+
+    def decode_bytes(self, tokens: Iterable[int], after: int | None = None) -> bytes:
+        """The bytes of the tokens; see Tokenizer."""
+        add = self.decoder(after)
+        return b"".join(add(int(t)) for t in tokens)
+
+    def decode(self, tokens: Iterable[int], after: int | None = None) -> str:
+        """As decode_bytes, as a string; what is not valid UTF-8 becomes U+FFFD."""
+        return self.decode_bytes(tokens, after).decode("utf-8", errors="replace")
+
+    def save(self, folder: Path) -> None:
+        """Put the file beside a model, and the record that it belongs there."""
+        write_atomically(folder / self.file, self.content)
+        write_record(folder, self.file, self.fingerprint)
 
 
 class SubwordTokenizer(_Subwords):
@@ -68,8 +107,11 @@ class SubwordTokenizer(_Subwords):
         path: for messages.
 
     Raises:
-        InputError: malformed, or without a special token for the beginning of a document.
+        InputError: malformed, without a special token for the beginning of a document, or with a decoder that cannot
+            go token by token.
     """
+
+    file = "tokenizer.json"
 
     def __init__(self, content: bytes, path: str | Path = "tokenizer.json"):
         import tokenizers
@@ -80,28 +122,42 @@ class SubwordTokenizer(_Subwords):
             description = json.loads(content)
         except Exception as error:  # the library raises nothing more special
             raise InputError(f"{path} is not a tokenizer of the tokenizers library: {error}") from None
+        kinds = check_decoder(description.get("decoder"), path)
+        specials = special_tokens(description)
+        self.begin, self.end = (named(specials, names, path) for names in (BEGIN_NAMES, END_NAMES))
+        guarded = unspellable(description)
+        if guarded is not description:
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(guarded))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # "<|end|>" in a text is text
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
-        self.begin = _special(path, vocabulary, BEGIN_NAMES)
-        self.end = _special(path, vocabulary, END_NAMES)
-        added = {t["id"] for t in description.get("added_tokens", ()) if t.get("special")}
+        if getattr(self._tokenizer.model, "dropout", None):
+            self._tokenizer.model.dropout = None  # it draws tokens at random, in training alone
+        vocabulary = {token: piece for piece, token in self._tokenizer.get_vocab(with_added_tokens=True).items()}
+        self.vocab_size = max(vocabulary) + 1
+        self._unknown = specials.get(str(description["model"].get("unk_token")), -1)
+        self._silent = frozenset(specials.values()) | (frozenset(range(self.vocab_size)) - vocabulary.keys())
         before = json.dumps([description.get(part) for part in ("normalizer", "pre_tokenizer")])
-        by_bytes = '"ByteLevel"' in before + json.dumps(description.get("decoder"))
-        marks = ('"Prepend"', '"add_prefix_space": true', '"prepend_scheme": "a')
-        self.prefixed = any(mark in before for mark in marks)
-        self._bytes = [b""] * self.vocab_size
-        for piece, number in vocabulary.items():
-            self._bytes[number] = None if number in added else _byte_level(piece) if by_bytes else _spaced(piece)
+        if "ByteLevel" in kinds or (not kinds and '"ByteLevel"' in before):
+            self._bytes = {token: byte_level(piece) for token, piece in vocabulary.items()}
+            for token in description.get("added_tokens") or ():
+                text = self.text([token["id"]])  # the library may take letters of added words for bytes
+                self._bytes[token["id"]] = (token["content"] if "\ufffd" in text else text).encode()
+        elif "ByteFallback" in kinds:
+            self._bytes = {token: raw for token, piece in vocabulary.items() if (raw := byte_of(piece)) is not None}
+        else:
+            self._bytes = {}
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def save(self, folder: Path) -> None:
-        """Put tokenizer.json beside a model."""
-        write_atomically(folder / "tokenizer.json", self.content)
+    def text(self, tokens: list[int]) -> str:
+        """The text of tokens that have one, by the library."""
+        return self._tokenizer.decode(tokens, skip_special_tokens=False)
+
+    def byte(self, token: int) -> bytes | None:
+        """Of a token that stands for bytes, whatever is around it."""
+        return self._bytes.get(token)
 
 
 class SentencePieceTokenizer(_Subwords):
@@ -115,6 +171,8 @@ class SentencePieceTokenizer(_Subwords):
         InputError: malformed file, or the package is not installed.
     """
 
+    file = "tokenizer.model"
+
     def __init__(self, content: bytes, path: str | Path):
         try:
             from sentencepiece import SentencePieceProcessor
@@ -127,76 +185,23 @@ class SentencePieceTokenizer(_Subwords):
             raise InputError(f"{path} is not a SentencePiece model: {error}") from None
         model = self._model
         self.vocab_size, self.begin, self.end = model.vocab_size(), model.bos_id(), model.eos_id()
-        if self.begin < 0:
-            self.begin = self.end
+        self.begin, self.end = (first if first >= 0 else other for first, other in
+                                ((self.begin, self.end), (self.end, self.begin)))  # fmt: skip
         if self.begin < 0:
             raise InputError(f"the tokenizer {path} has neither a begin nor an end token")
-        self.prefixed = model.encode("a") != model.encode(" a") or model.id_to_piece(model.encode("a")[0])[0] == SPACE
-        self._bytes = [
-            None if model.is_control(i) or model.is_unknown(i) else _spaced(model.id_to_piece(i))
-            for i in range(self.vocab_size)
-        ]
+        self._silent = frozenset(t for t in range(self.vocab_size) if model.is_control(t))
+        self._unknown = model.unk_id()
 
     def _ids(self, text: str) -> list[int]:
         return self._model.encode(text)
 
-    def save(self, folder: Path) -> None:
-        """Put tokenizer.model beside a model."""
-        write_atomically(folder / "tokenizer.model", self.content)
+    def text(self, tokens: list[int]) -> str:
+        """The text of tokens that have one, by the library."""
+        return self._model.decode(tokens)
 
-
-def pieces(parts: Iterable[str], prefixed: bool) -> Iterator[str]:
-    """A text in pieces that give the same tokens as the whole: cut before a single space between words.
-
-    Args:
-        parts: of the text; the cuts do not depend on them.
-        prefixed: the tokenizer puts a space before each piece, so that of the cut is left out.
-    """
-    held = ""
-    for part in parts:
-        held += part
-        while len(held) > PIECE:
-            at = _cut(held)
-            yield held[:at]
-            held = held[at + (prefixed and held[at] == " ") :]
-    if held:
-        yield held
-
-
-def _cut(text: str) -> int:
-    """Place of the last single space in the first PIECE characters; where there is none, their end."""
-    at = text.rfind(" ", 1, PIECE)
-    while at > 0 and (text[at - 1].isspace() or text[at + 1].isspace()):
-        at = text.rfind(" ", 1, at)
-    return at if at > 0 else PIECE
-
-
-def _special(path: str | Path, vocabulary: dict[str, int], names: tuple[str, ...]) -> int:
-    found = next((vocabulary[name] for name in names if name in vocabulary), None)
-    if found is None:
-        raise InputError(f"the tokenizer {path} has none of the special tokens {', '.join(names)}; add one")
-    return found
-
-
-def _spaced(piece: str) -> bytes:
-    """Bytes of a piece of SentencePiece's kind."""
-    if len(piece) == 6 and piece.startswith("<0x"):
-        return bytes([int(piece[3:5], 16)])
-    return piece.replace(SPACE, " ").encode()
-
-
-def _byte_level(piece: str) -> bytes:
-    """Bytes of a piece that spells each byte as one printable character."""
-    table = _byte_alphabet()
-    return bytes(table[c] for c in piece) if all(c in table for c in piece) else piece.encode()
-
-
-@cache
-def _byte_alphabet() -> dict[str, int]:
-    """The characters of byte-level BPE: printable Latin-1 for itself, the others from U+0100 on, in order."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    def byte(self, token: int) -> bytes | None:
+        """Of a token that stands for bytes, whatever is around it."""
+        return byte_of(self._model.id_to_piece(token)) if self._model.is_byte(token) else None
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:

@@ -1,18 +1,23 @@
 """Tokenizers: what all have in common, the one of bytes, and loading."""
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from ..config import ModelConfig
 from ..errors import InputError
+from ..files import write_atomically
 
 BEGIN, END, PAD = 256, 257, 258
+RECORD = "tokenizer_record.json"
+"""Beside a model: which file is its tokenizer, none for bytes, and its fingerprint."""
 
 
 class Tokenizer(Protocol):
-    """A map between text and tokens. `begin` stands before every document; `end` ends what a model writes."""
+    """A map between text and tokens. `begin` stands before every document; `end` ends a message of a chat."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -21,20 +26,34 @@ class Tokenizer(Protocol):
     @property
     def end(self) -> int: ...
     @property
+    def ends(self) -> frozenset[int]:
+        """The tokens at which a text is over: `end`, and `begin`, since a document is followed by the next one's."""
+
+    @property
     def fingerprint(self) -> str:
         """Identifies the map."""
 
     def encode(self, text: str | bytes, begin: bool = False) -> np.ndarray:
-        """Text to int64 tokens (L,), the begin token first if asked for; bytes are UTF-8."""
+        """Text to int64 tokens (L,), none of them special, but the begin token first if asked for; bytes are UTF-8."""
 
     def encode_blocks(self, blocks: Iterable[bytes]) -> Iterator[np.ndarray]:
         """The tokens of a text that comes in blocks of bytes, in constant memory, however it is cut into blocks."""
 
-    def decode_bytes(self, tokens: Iterable[int]) -> bytes:
-        """The bytes of the tokens, special tokens left out."""
+    def decoder(self, after: int | None = None) -> Callable[[int], bytes]:
+        """From each next token to the bytes it adds; none of a special one.
 
-    def decode(self, tokens: Iterable[int]) -> str:
+        Args:
+            after: the token before the first one; None where a text begins.
+        """
+
+    def decode_bytes(self, tokens: Iterable[int], after: int | None = None) -> bytes:
+        """The bytes of the tokens, special tokens left out, behind the token `after`."""
+
+    def decode(self, tokens: Iterable[int], after: int | None = None) -> str:
         """As decode_bytes, as a string; what is not valid UTF-8 becomes U+FFFD."""
+
+    def writable(self, vocab_size: int) -> np.ndarray:
+        """Which tokens of a model's vocabulary (vocab_size,) bool it may write: text, and the ends of it."""
 
     def save(self, folder: Path) -> None:
         """Put what load_tokenizer needs beside a model."""
@@ -45,6 +64,7 @@ class ByteTokenizer:
 
     vocab_size = 259
     begin, end, pad = BEGIN, END, PAD
+    ends = frozenset({BEGIN, END})
     specials: ClassVar[dict[str, int]] = {"<|begin|>": BEGIN, "<|end|>": END, "<|pad|>": PAD}
 
     @property
@@ -67,36 +87,75 @@ class ByteTokenizer:
         """The tokens of a text that comes in blocks."""
         return map(self.encode, blocks)
 
-    def decode_bytes(self, tokens: Iterable[int]) -> bytes:
+    def decoder(self, after: int | None = None) -> Callable[[int], bytes]:
+        """From each next token to the bytes it adds."""
+        return lambda token: bytes([token]) if token < 256 else b""
+
+    def decode_bytes(self, tokens: Iterable[int], after: int | None = None) -> bytes:
         """The bytes of the tokens, special tokens left out."""
         return bytes(int(t) for t in tokens if int(t) < 256)
 
-    def decode(self, tokens: Iterable[int]) -> str:
+    def decode(self, tokens: Iterable[int], after: int | None = None) -> str:
         """As decode_bytes, as a string; what is not valid UTF-8 becomes U+FFFD."""
         return self.decode_bytes(tokens).decode("utf-8", errors="replace")
 
+    def writable(self, vocab_size: int) -> np.ndarray:
+        """Bytes, begin and end."""
+        return np.arange(vocab_size) < PAD
+
     def save(self, folder: Path) -> None:
-        """Bytes need no file."""
+        """Bytes need no file; that they are the tokens is recorded."""
+        write_record(folder, None, self.fingerprint)
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
     """A tokenizer by its name.
 
     Args:
-        name: "bytes"; a tokenizer.json of the `tokenizers` library; a SentencePiece model, *.model; or a folder that
-            holds tokenizer.json or tokenizer.model. A model folder with neither is one of bytes.
+        name: "bytes"; a tokenizer.json of the `tokenizers` library; a SentencePiece model, *.model; or a folder with a
+            tokenizer: of a model, a checkpoint of a run, or prepared text.
 
     Raises:
-        InputError: missing or unreadable file.
+        InputError: missing or unreadable file, or another one than the model in the folder was trained with.
     """
     if str(name) == "bytes":
         return ByteTokenizer()
     path = Path(name)
-    if path.is_dir():
-        found = [path / file for file in ("tokenizer.json", "tokenizer.model") if (path / file).exists()]
-        if not found:
-            return ByteTokenizer()
-        path = found[0]
+    if not path.is_dir():
+        return _from_file(path)
+    if path.parent.name == "checkpoints" and not (path / RECORD).exists():
+        path = path.parent.parent  # the run keeps it
+    record = _record(path)
+    if record is None:
+        return _unrecorded(path)
+    file = record.get("file")
+    tokenizer = ByteTokenizer() if file is None else _from_file(path / str(file))
+    if tokenizer.fingerprint != record.get("fingerprint"):
+        raise InputError(
+            f"{path / str(file or RECORD)} is not the tokenizer the model was trained with; put that one there"
+        )
+    return tokenizer
+
+
+def _unrecorded(folder: Path) -> Tokenizer:
+    """The tokenizer of a folder without a record, as older ones are."""
+    found = next((folder / file for file in ("tokenizer.json", "tokenizer.model") if (folder / file).exists()), None)
+    if found is None and not any((folder / file).exists() for file in ("config.json", "prepared.json")):
+        raise InputError(f"the folder {folder} holds no tokenizer: no tokenizer.json or tokenizer.model")
+    tokenizer = _from_file(found) if found else ByteTokenizer()
+    if (folder / "config.json").exists():
+        size = ModelConfig.load(folder / "config.json").vocab_size
+        padded = size % 64 == 0 and size < tokenizer.vocab_size + max(128, tokenizer.vocab_size // 32)
+        if size < tokenizer.vocab_size or not (size == tokenizer.vocab_size or padded):
+            raise InputError(
+                f"the model in {folder} has {size} tokens, "
+                + (f"{found.name} {tokenizer.vocab_size}" if found else f"bytes have {tokenizer.vocab_size}")
+                + "; put the tokenizer.json or tokenizer.model of the model into the folder"
+            )
+    return tokenizer
+
+
+def _from_file(path: Path) -> Tokenizer:
     from .subword import SentencePieceTokenizer, SubwordTokenizer
 
     try:
@@ -104,3 +163,17 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     except OSError as error:
         raise InputError(f"cannot read the tokenizer {path}: {error.strerror}") from None
     return SubwordTokenizer(content, path) if path.suffix == ".json" else SentencePieceTokenizer(content, path)
+
+
+def write_record(folder: Path, file: str | None, fingerprint: str) -> None:
+    """Note which tokenizer belongs to a folder."""
+    write_atomically(folder / RECORD, json.dumps({"file": file, "fingerprint": fingerprint}) + "\n")
+
+
+def _record(folder: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads((folder / RECORD).read_text()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError):
+        raise InputError(f"{folder / RECORD} cannot be read; it was truncated or altered") from None

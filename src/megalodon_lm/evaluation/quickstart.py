@@ -3,11 +3,10 @@
 from collections.abc import Callable
 
 import numpy as np
-import torch
 
-from ..generation.stream import generate
+from ..generation.generator import Generator
+from ..generation.sampling import Sampling
 from ..ops import backend
-from ..training.precision import autocast
 from ..training.trainer import Trainer
 from .by_position import rise_by_position, window_starts
 from .compressors import compressors
@@ -57,12 +56,11 @@ def measure(
     mean = float(whole.mean())
     by_position = {position: (mean + rise.mean, rise.error) for position, rise in rise_by_position(rises).items()}
     by_position[len(tokens)] = (mean, 0.0)
-    sample_tokens = torch.from_numpy(tokenizer.encode(prompt, begin=True))[None].to(trainer.device)
-    with autocast(trainer.precision, trainer.device):
-        written = [int(t) for t in generate(model, sample_tokens, 600, temperature=0.8, top_p=0.95)]
+    generator = Generator(model, tokenizer, trainer.precision)
+    written = generator.write([generator.read(prompt)], Sampling(600, temperature=0.8, top_p=0.95))[0]
     return Report(
         parameters=trainer.recipe.model.num_parameters,
-        train_bytes=trainer.tokens,
+        train_bytes=round(trainer.tokens / scale),  # as many a token as in this text
         train_seconds=trainer.seconds,
         total_seconds=0.0,
         bits_per_byte=scale * mean,
@@ -72,5 +70,5 @@ def measure(
         training_length=length,
         precision=trainer.precision,
         implementation=backend.describe(trainer.device),
-        sample=prompt + tokenizer.decode(written),
+        sample=prompt + written,
     )

@@ -1,17 +1,16 @@
 """Measuring a model while it trains."""
 
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 import torch
 
-from ..data.batches import Stream
 from ..data.corpus import blocks, find_documents, size
 from ..data.mixture import load_mixture
 from ..data.shards import is_prepared
 from ..data.tokenizer import Tokenizer
-from ..generation.stream import generate
+from ..generation.generator import Generator
+from ..generation.sampling import Sampling
 from ..model.decoder import Megalodon
 from ..training.loss import token_losses
 from ..training.precision import Precision, autocast, choose_precision
@@ -68,32 +67,29 @@ class Validation:
     @torch.inference_mode()
     def _of_prepared(self, model: Megalodon) -> float:
         assert self.prepared is not None
-        length = min(LENGTH, len(self.prepared.sequences[0]) - 1)
-        stream = Stream(self.prepared, 1, length)
+        sequence = self.prepared.sequences[0]
         device = next(model.parameters()).device
-        place, state, nats, seen, read = stream.begin(), None, 0.0, 0, 0
-        while read < len(self.prepared.sequences[0]) and not (self.num_bytes and seen >= self.num_bytes):
-            batch = stream.read(place)
-            place, targets = batch.place, batch.targets.to(device)
+        decode = self.tokenizer.decoder()
+        state, nats, seen = None, 0.0, 0
+        for at in range(0, len(sequence) - 1, LENGTH):
+            tokens, starts, learnt = sequence.read(at, min(LENGTH, len(sequence) - 1 - at) + 1)
+            inputs, targets = (torch.from_numpy(part)[None].to(device) for part in (tokens[:-1], tokens[1:]))
             with autocast(choose_precision(self.precision, device), device):
-                hidden, state = model.features(batch.inputs.to(device), state, document_starts=batch.starts)
-                losses = token_losses(hidden, model.output.output.weight, targets)
-            counts = torch.ones_like(targets, dtype=torch.bool) if batch.learnt is None else batch.learnt.to(device)
-            counts &= torch.arange(read + 1, read + 1 + length, device=device) < len(self.prepared.sequences[0])
-            counts &= targets != self.tokenizer.begin
-            nats += losses[counts].double().sum().item()
-            seen += len(self.tokenizer.decode_bytes(targets[counts].tolist()))
-            read += length
+                documents = torch.from_numpy(starts[:-1])[None]
+                hidden, state = model.features(inputs, state, document_starts=documents if documents.any() else None)
+                losses = token_losses(hidden, model.output.output.weight, targets)[0]
+            counts = learnt[1:] & ~starts[1:]
+            nats += losses[torch.from_numpy(counts).to(device)].double().sum().item()
+            for token in tokens[1:][counts | starts[1:]].tolist():  # at a start, a text begins anew
+                seen += len(decode(token))
+            if self.num_bytes and seen >= self.num_bytes:
+                break
         return nats / LOG2 / max(1, seen)
 
     def _sample(self, model: Megalodon) -> str:
-        device = next(model.parameters()).device
-        tokens = torch.from_numpy(self.tokenizer.encode(self.prompt, begin=True))[None].to(device)
-        random = torch.get_rng_state()
-        written = generate(model, tokens, SAMPLE_TOKENS, temperature=0.8, top_p=0.95, precision=self.precision)
-        text = self.prompt + self.tokenizer.decode([int(t) for t in islice(written, SAMPLE_TOKENS)])
-        torch.set_rng_state(random)  # what is trained does not depend on whether samples are drawn
-        return text
+        generator = Generator(model, self.tokenizer, self.precision)
+        sampling = Sampling(SAMPLE_TOKENS, temperature=0.8, top_p=0.95)
+        return self.prompt + generator.write([generator.read(self.prompt)], sampling)[0]
 
 
 def _first(documents: list[Path | bytes], num_bytes: int) -> Iterator[bytes]:

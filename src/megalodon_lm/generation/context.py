@@ -52,6 +52,11 @@ class Context:
         """Tokens read."""
         return int(self._state.position) + len(self._waiting)
 
+    @property
+    def last(self) -> int:
+        """The token read last; there must be one."""
+        return int(self._waiting[-1])
+
     def loss(self, complete: bool = True) -> float:
         """Mean loss of a token in nats; NaN before the second token.
 

@@ -1,6 +1,7 @@
 """Generator: read text of any length from any source, then write on from it, for many texts at once."""
 
 import codecs
+import math
 from collections.abc import Callable, Sequence
 from collections.abc import Generator as PythonGenerator
 from pathlib import Path
@@ -27,7 +28,7 @@ class Piece(NamedTuple):
     text: str
     """What can be shown now: whole characters, and nothing that may yet turn out to be a stop string."""
     finished: Literal["", "length", "stop", "end"]
-    """Why the row ends here: max_tokens, a stop string, the end token; or empty."""
+    """Why the row ends here: max_tokens, a stop string, an end as the model was trained with; or empty."""
     logprob: float | None = None
     """Where asked for: log-probability of the token by the model, in nats, before temperature and limits."""
 
@@ -47,6 +48,7 @@ class Generator:
 
     def __init__(self, model: Megalodon, tokenizer: Tokenizer, precision: Precision = "auto"):
         self.model, self.tokenizer, self.precision = model, tokenizer, precision
+        self._barred = torch.from_numpy(~tokenizer.writable(model.config.vocab_size))
 
     def context(self, bookmark: Path | None = None) -> Context:
         """What to read into: empty but for the begin token, or as a bookmark keeps it.
@@ -86,6 +88,7 @@ class Generator:
         sampling: Sampling,
         seeds: Sequence[int] | None = None,
         watch: Callable[[Piece], None] = lambda piece: None,
+        fresh: bool = False,
     ) -> list[str]:
         """Continue texts to their ends; arguments as in `stream`.
 
@@ -93,7 +96,7 @@ class Generator:
             What was written to each.
         """
         texts = [""] * len(contexts)
-        for piece in self.stream(contexts, sampling, seeds):
+        for piece in self.stream(contexts, sampling, seeds, fresh=fresh):
             texts[piece.row] += piece.text
             watch(piece)
         return texts
@@ -104,17 +107,20 @@ class Generator:
         sampling: Sampling,
         seeds: Sequence[int] | None = None,
         logprobs: bool = False,
+        fresh: bool = False,
     ) -> PythonGenerator[Piece]:
         """Continue several texts side by side, token by token.
 
         What a row says depends on its own context and seed alone, not on its neighbours nor on how its text was cut.
-        The contexts grow by what is written; fork them to keep what was.
+        The contexts grow by what is written; fork them to keep what was. A row ends where a text ended in training: at
+        the end token, and at the begin token, since the next document followed. Other special tokens are never drawn.
 
         Args:
             contexts: at least one, each with something read; they may differ in length.
             sampling: one for all rows.
             seeds: one a row; by default sampling.seed for each.
             logprobs: whether the pieces tell them.
+            fresh: what is written is a text of its own, such as an answer, and not the rest of the one that was read.
 
         Yields:
             A Piece for each row in turn, until all rows are finished.
@@ -124,12 +130,13 @@ class Generator:
         read = [context.finish() for context in contexts]
         logits = torch.cat([logits for logits, _ in read])
         decoder = Decoder(self.model, State.cat([state for _, state in read]), self.precision)
-        rows = [_Row(self.tokenizer, sampling) for _ in contexts]
+        rows = [_Row(self.tokenizer, sampling, None if fresh else context.last) for context in contexts]
         draws = Draws(list(seeds) if seeds is not None else [sampling.seed] * len(rows))
         written = torch.zeros(logits.shape, dtype=torch.bool)
         try:
             while True:
-                tokens = sample(logits, sampling, draws.next(), written)
+                allowed = logits.masked_fill(self._barred.to(logits.device), -math.inf)
+                tokens = sample(allowed, sampling, draws.next(), written)
                 written[torch.arange(len(rows)), tokens] = True
                 scores = _logprobs(logits, tokens) if logprobs else [None] * len(rows)
                 for number, (row, token, score) in enumerate(zip(rows, tokens.tolist(), scores, strict=True)):
@@ -152,21 +159,22 @@ def _logprobs(logits: Tensor, tokens: Tensor) -> list[float]:
 class _Row:
     """What was written to one row, and whether it goes on."""
 
-    def __init__(self, tokenizer: Tokenizer, sampling: Sampling):
-        self.tokenizer, self.sampling = tokenizer, sampling
+    def __init__(self, tokenizer: Tokenizer, sampling: Sampling, after: int | None):
+        self.ends, self.sampling = tokenizer.ends, sampling
         self.tokens: list[int] = []
         self.finished: Literal["", "length", "stop", "end"] = ""
+        self._bytes = tokenizer.decoder(after)
         self._decode = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
 
     def add(self, token: int) -> str:
         """Take a token; the text that can be shown now."""
-        if token == self.tokenizer.end:
+        if token in self.ends:
             self.finished = "end"
             return self._held + self._decode.decode(b"", True)
         self.tokens.append(token)
         last = len(self.tokens) == self.sampling.max_tokens
-        text = self._held + self._decode.decode(self.tokenizer.decode_bytes([token]), last)
+        text = self._held + self._decode.decode(self._bytes(token), last)
         found = [at for at in (text.find(stop) for stop in self.sampling.stop) if at >= 0]
         if found:
             self.finished = "stop"
