@@ -50,11 +50,11 @@ def test_quickstart_end_to_end(tmp_path):
     assert report["train_bytes"] > 0
     assert set(report["baselines"]) == {"gzip", "xz", "bzip2"}
     assert 0 < report["bits_per_byte"] < 12
-    assert report["bits_per_byte_by_context"].keys() >= {"32", "128", "512"}
+    assert report["bits_per_byte_by_context"].keys() >= {"8", "128", "512"}
     assert report["total_seconds"] > report["train_seconds"] > 0
     assert {p.name for p in folder.iterdir()} == {
-        "checkpoints", "config.json", "metrics.jsonl", "model.safetensors", "recipe.toml", "report.json", "report.md",
-        "report.png", "run.json",
+        ".lock", "checkpoints", "config.json", "metrics.jsonl", "model.safetensors", "recipe.toml", "report.json",
+        "report.md", "report.png", "run.json",
     }  # fmt: skip
     refused("quickstart", "--out", "run", cwd=tmp_path, says="not empty")
     written = megalodon("generate", folder, "--prompt", "Once", "--max-tokens", 5)

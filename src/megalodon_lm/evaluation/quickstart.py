@@ -13,7 +13,7 @@ from .compressors import compressors
 from .perplexity import LOG2, Losses, score
 from .report import Report
 
-WINDOWS = (1 / 16, 1, 8, 64)  # lengths, of the training length
+WINDOWS = (64, 1024, 8192, 65_536)  # lengths in tokens
 WINDOW_TOKENS = 1 << 14  # scored for each of them, or one window
 
 
@@ -28,9 +28,9 @@ def measure(
         prompt: the beginning of the sample.
         watch: called with the fraction done and a note.
     """
-    model, tokenizer, length = trainer.model.eval(), trainer.tokenizer, trainer.recipe.training.length
+    model, tokenizer = trainer.model.eval(), trainer.tokenizer
     tokens = tokenizer.encode(text)
-    windows = [w for w in (int(length * part) for part in WINDOWS) if 1 <= w < len(tokens)]
+    windows = [w for w in WINDOWS if w < len(tokens)]
     starts = {w: window_starts(len(tokens), w, WINDOW_TOKENS) for w in windows}
     work = len(tokens) + sum(w * len(starts[w]) for w in windows)
     done = 0
@@ -67,7 +67,7 @@ def measure(
         bits_per_byte_by_position={position: scale * bits for position, (bits, _) in by_position.items()},
         error_by_position={position: scale * error for position, (_, error) in by_position.items()},
         baselines=compressors([text]),
-        training_length=length,
+        training_length=trainer.recipe.training.length,
         precision=trainer.precision,
         implementation=backend.describe(trainer.device),
         sample=prompt + written,
