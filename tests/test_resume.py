@@ -1,6 +1,9 @@
 """Runs that are killed, damaged or short of disk, and go on."""
 
+import contextlib
+import dataclasses
 import json
+import math
 import random
 import resource
 import shutil
@@ -14,8 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 from megalodon_lm import Megalodon
+from megalodon_lm.cli.training import RunningMean, train_with_progress
 from megalodon_lm.training import trainer as trainer_module
 from megalodon_lm.training.checkpoint import CONTENTS, MANIFEST_FILE, checkpoints
+from megalodon_lm.training.compiling import compile_kernels
 from megalodon_lm.training.loss import linear_cross_entropy
 from megalodon_lm.training.recipe import Recipe
 from megalodon_lm.training.trainer import Trainer, accumulated
@@ -97,17 +102,71 @@ def test_only_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
     assert trainer.best == (1.0, 4)
 
 
-def test_average_of_weights_is_what_is_exported(tmp_path):
-    trainer = Trainer(recipe(tmp_path, average=0.5, steps=5), tmp_path / "run")
+@pytest.mark.parametrize("decay", [0.5, 0.999])
+def test_average_of_weights_is_what_is_exported(decay, tmp_path):
+    """The initial weights have no part in it, however short the run and slow the decay."""
+    trainer = Trainer(recipe(tmp_path, average=decay, steps=5), tmp_path / "run")
     seen = []
     trainer.train(lambda m: seen.append({n: p.detach().double().clone() for n, p in trainer.model.named_parameters()}))
-    torch.manual_seed(0)
-    expected = {n: p.detach().double() for n, p in Megalodon(trainer.recipe.model).named_parameters()}
-    for weights in seen:
-        expected = {n: 0.5 * e + 0.5 * weights[n] for n, e in expected.items()}
+    shares = [decay ** (4 - i) for i in range(5)]
     exported = dict(Megalodon.load(tmp_path / "run").named_parameters())
-    for name, e in expected.items():
-        torch.testing.assert_close(exported[name].double(), e, rtol=1e-5, atol=1e-6)
+    for name, weight in exported.items():
+        expected = sum(s * weights[name] for s, weights in zip(shares, seen, strict=True)) / sum(shares)
+        torch.testing.assert_close(weight.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_checkpoints_hold_of_the_state_only_what_goes_on(tmp_path):
+    """Computed: of each row the statistics, CEMA's states, and the 32 tokens (of two steps of 48) in a chunk of 64."""
+    trainer = Trainer(recipe(tmp_path, steps=2), tmp_path / "carried")
+    trainer.train()
+    stored = load_file(checkpoints(tmp_path / "carried")[0] / "training.safetensors")
+    layers, d, n, z, v, groups = 2, 64, 8, 32, 128, 4
+    norm = 8 + 2 * groups * 8
+    expected = 2 * (layers * (norm + d * n * 2 * 4 + 32 * (z + v) * 4 + 8) + norm + 8)
+    assert sum(t.nbytes for name, t in stored.items() if name.startswith("state.")) == expected
+
+    free = Trainer(recipe(tmp_path, steps=2, carry_state=False), tmp_path / "free")
+    free.train()
+    stored = load_file(checkpoints(tmp_path / "free")[0] / "training.safetensors")
+    assert stored
+    assert not [name for name in stored if name.startswith("state.")]
+
+
+def test_checkpoints_of_an_older_version_are_gone_on_with(tmp_path):
+    """They held the whole cache of the State, and neither count averaged steps nor know when the warm-up ended."""
+    given = recipe(tmp_path, average=0.9, steps=4)
+    trainer = Trainer(given, tmp_path / "run")
+    trainer.train()
+    now = trainer.checkpoint()
+    training = {name: t for name, t in now.training.items() if not name.startswith("state.")}
+    training |= {f"state.{name}": t for name, t in trainer.state.tensors().items()}
+    progress = {k: v for k, v in now.progress.items() if k not in ("averaged_steps", "warmup_seconds")}
+    dataclasses.replace(now, training=training, progress=progress).write(tmp_path / "run", trainer.run.id)
+    resumed = Trainer(given, tmp_path / "run", resume="last")
+    assert resumed.averaged_steps == 4
+    for name, t in trainer.state.tensors().items():
+        assert torch.equal(resumed.state.tensors()[name], t)
+
+
+def test_compiling_kernels_changes_nothing_and_is_not_on_the_clock(tmp_path, monkeypatch):
+    given = recipe(tmp_path, steps=2)
+    trainer = Trainer(given, tmp_path / "run")
+    trainer.model.train()
+    before = torch.get_rng_state(), trainer.model.fingerprint()
+    compile_kernels(trainer.model, trainer.precision, trainer.device, given.training)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert trainer.model.fingerprint() == before[1]
+    assert all(p.grad is None for p in trainer.model.parameters())
+    hours, plain = [0.0], time.perf_counter
+    monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: plain() + hours[0])
+
+    def slow(*arguments):
+        hours[0] += 3600.0
+
+    monkeypatch.setattr(trainer_module, "compile_kernels", slow)
+    trainer.train()
+    assert hours == [3600.0]
+    assert trainer.seconds < 3600
 
 
 def test_batches_of_a_step_grow():
@@ -279,9 +338,47 @@ def test_a_loss_that_stays_bad_ends_the_run(tmp_path, monkeypatch):
     for policy in ("skip", "rewind"):
         trainer = Trainer(recipe(tmp_path, bad_step=policy, steps=40), tmp_path / policy)
         monkeypatch.setattr(trainer_module, "linear_cross_entropy", poisoned(trainer, *range(6, 99)))
-        with pytest.raises(ValueError, match="the 10th time in a row"):
+        with pytest.raises(ValueError, match="the 10th time"):
             trainer.train()
         monkeypatch.undo()
+
+
+def test_going_back_ends_although_good_steps_lie_between(tmp_path, monkeypatch):
+    """Every third batch is bad and four good ones make a checkpoint."""
+    trainer = Trainer(recipe(tmp_path, bad_step="rewind", steps=40), tmp_path / "run")
+    monkeypatch.setattr(trainer_module, "linear_cross_entropy", poisoned(trainer, *range(7, 999, 3)))
+    with pytest.raises(ValueError, match=r"at step 7, the 10th time since step 4; lower"):
+        trainer.train()
+
+
+def test_first_step_may_be_skipped(tmp_path, monkeypatch):
+    trainer = Trainer(recipe(tmp_path, bad_step="skip", steps=2), tmp_path / "run")
+    monkeypatch.setattr(trainer_module, "linear_cross_entropy", poisoned(trainer, 1))
+    assert trainer.train()
+    assert [record["bits_per_token"] is None for record in metrics(tmp_path / "run")] == [True, False]
+
+
+def test_loss_and_speed_shown_after_a_resume_are_those_of_its_steps(tmp_path, monkeypatch):
+    shown = []
+
+    @contextlib.contextmanager
+    def bar(title, total):
+        yield lambda done, note="": shown.append(note)
+
+    monkeypatch.setattr("megalodon_lm.cli.training.progress_bar", bar)
+    train_with_progress(Trainer(recipe(tmp_path, steps=4), tmp_path / "run"))
+    shown.clear()
+    train_with_progress(Trainer(recipe(tmp_path, steps=6), tmp_path / "run", resume="last"))
+    assert shown[0] == "compiling kernels"
+    fifth, sixth = metrics(tmp_path / "run")[4:]
+    assert shown[1].startswith(f"step 5  {fifth['bits_per_token']:.3f} bits/token  {fifth['tokens_per_second']:,.0f} t")
+    assert f" {(fifth['bits_per_token'] + sixth['bits_per_token']) / 2:.3f} bits/token" in shown[2]
+
+
+def test_running_mean_leaves_out_what_is_not_finite():
+    mean = RunningMean()
+    assert math.isnan(mean.add(math.nan))
+    assert [mean.add(x) for x in (4.0, math.inf, 2.0, math.nan, 0.0)] == [4, 4, 3, 3, 2]
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,11 @@ class State:
         """Every tensor under its name."""
         return dict(_named(self))
 
+    def used(self) -> dict[str, Tensor]:
+        """As tensors, but of the unfinished chunk only the slots that some row uses."""
+        longest = int(self.layers[0].attention.fill.max()) if self.batch_size else 0
+        return {name: t[:, :longest] if is_cache(name) else t for name, t in _named(self)}
+
     def map(self, change: Callable[[Tensor], Tensor]) -> "State":
         """The state with `change` applied to every tensor; rows are the first dimension of each."""
         layers, norm, position = (_rebuild(part, change) for part in (self.layers, self.norm, self.position))
@@ -232,8 +237,7 @@ class StateFile:
     def write(self, path: str | Path) -> None:
         """Write atomically."""
         state = self.state
-        longest = int(state.layers[0].attention.fill.max()) if state.batch_size else 0
-        stored = {n: _trim(n, t, longest).detach().cpu().contiguous() for n, t in state.tensors().items()}
+        stored = {n: t.detach().cpu().contiguous() for n, t in state.used().items()}
         stored = {n: t.clone() for n, t in stored.items()} | {TOKENS: self.tokens}
         metadata = {
             **self.notes,
@@ -274,13 +278,7 @@ class StateFile:
         """
         if self.fingerprint != model.fingerprint():
             raise InputError(f"{path} is a state of another model or of other weights; read the text again")
-        template = iter(State.empty(model.config, self.state.batch_size, "meta").tensors().items())
-
-        def untrim(stored: Tensor) -> Tensor:
-            name, full = next(template)
-            return _untrim(name, stored, full)
-
-        state = dataclasses.replace(self.state.map(untrim), model=weakref.ref(model))
+        state = dataclasses.replace(filled_up(self.state, model.config), model=weakref.ref(model))
         return state.to(next(model.parameters()).device)
 
 
@@ -325,16 +323,19 @@ def is_cache(name: str) -> bool:
     return name.endswith(("attention.keys", "attention.values"))
 
 
-def _trim(name: str, t: Tensor, longest: int) -> Tensor:
-    return t[:, :longest] if is_cache(name) else t
+def filled_up(state: State, config: "ModelConfig") -> State:
+    """A state of a model of this configuration, made of tensors from State.used, with all slots of the chunk again."""
+    template = iter(State.empty(config, state.batch_size, "meta").tensors().items())
 
+    def fill_up(stored: Tensor) -> Tensor:
+        name, whole = next(template)
+        if not is_cache(name):
+            return stored
+        full = stored.new_zeros(whole.shape)
+        full[:, : stored.shape[1]] = stored
+        return full
 
-def _untrim(name: str, stored: Tensor, template: Tensor) -> Tensor:
-    if not is_cache(name):
-        return stored
-    full = stored.new_zeros(template.shape)
-    full[:, : stored.shape[1]] = stored
-    return full
+    return state.map(fill_up)
 
 
 def _checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:

@@ -1,5 +1,7 @@
 """Showing a training run, for the commands that train."""
 
+import math
+
 from ..evaluation.validation import Validation
 from ..training.memory import keep_freed_memory
 from ..training.tensorboard import TensorBoard
@@ -7,6 +9,20 @@ from ..training.trainer import StepMetrics, Trainer
 from .progress import console, progress_bar
 
 SAMPLES_FILE = "samples.txt"
+
+
+class RunningMean:
+    """A mean of what was added so far, later of about the last fifty; values that are not finite are left out."""
+
+    def __init__(self) -> None:
+        self.value, self._count = math.nan, 0
+
+    def add(self, value: float) -> float:
+        """Take one value in; returns the mean, NaN before the first."""
+        if math.isfinite(value):
+            self._count += 1
+            self.value = value if self._count == 1 else self.value + max(0.02, 1 / self._count) * (value - self.value)
+        return self.value
 
 
 def train_with_progress(trainer: Trainer, tensorboard: bool = False) -> tuple[bool, list[tuple[int, float]]]:
@@ -32,24 +48,26 @@ def train_with_progress(trainer: Trainer, tensorboard: bool = False) -> tuple[bo
         )  # fmt: skip
     board = TensorBoard(trainer.folder, trainer.step) if tensorboard else None
     curve: list[tuple[int, float]] = []
-    loss = speed = 0.0
+    loss, speed = RunningMean(), RunningMean()
 
     with progress_bar("train", 1.0) as move:
 
         def watch(m: StepMetrics) -> None:
-            nonlocal loss, speed
-            fresh = max(0.02, 1 / m.step)
-            loss += fresh * (m.bits_per_token - loss)
-            speed += fresh * (m.tokens_per_second - speed)
-            curve.append((m.tokens, loss))
+            speed.add(m.tokens_per_second)
+            if math.isfinite(loss.add(m.bits_per_token)):
+                curve.append((m.tokens, loss.value))
             if board:
                 board.write(m)
             if m.validation is not None:
                 console.print(f"step {m.step}: {m.validation:.4f} bits per byte on the validation text")
             if m.event:
                 console.print(f"step {m.step}: {m.event}")
-            move(m.progress, f"step {m.step}  {loss:.3f} bits/token  {speed:,.0f} tokens/s  {m.utilisation:.0%}")
+            move(
+                m.progress,
+                f"step {m.step}  {loss.value:.3f} bits/token  {speed.value:,.0f} tokens/s  {m.utilisation:.0%}",
+            )
 
+        move(trainer.progress, "compiling kernels")
         finished = trainer.train(watch, validation)
     if board:
         board.close()

@@ -1,9 +1,14 @@
 """Compiling what a training step runs."""
 
+from typing import Literal
+
 import torch
 
 from ..errors import InputError
 from ..model.decoder import Megalodon
+from .loss import linear_cross_entropy
+from .precision import autocast
+from .recipe import TrainingRecipe
 
 
 def compile_blocks(model: Megalodon, device: torch.device) -> None:
@@ -22,3 +27,24 @@ def compile_blocks(model: Megalodon, device: torch.device) -> None:
             raise InputError("training.compile = true needs a C++ compiler; install g++ or set it to false") from None
     for block in model.layers:
         block.compile()
+
+
+def compile_kernels(
+    model: Megalodon, precision: Literal["bf16", "float32"], device: torch.device, recipe: TrainingRecipe
+) -> None:
+    """Run the two kinds of batches once, with and without a document's start, so that a run's clock finds all compiled.
+
+    Neither weights nor random numbers change, and no gradient is left.
+    """
+    tokens = torch.zeros(recipe.batch_size, recipe.length, dtype=torch.int64, device=device)
+    first = torch.zeros(tokens.shape, dtype=torch.bool)
+    first[:, 0] = True
+    state = None
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for starts in (first, None):
+            with autocast(precision, device):
+                hidden, state = model.features(tokens, state, document_starts=starts)
+                loss = linear_cross_entropy(hidden, model.output.output.weight, tokens)
+            loss.backward()
+            state = state.detach() if recipe.carry_state else None
+    model.zero_grad(set_to_none=True)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +16,10 @@ from ..errors import InputError
 from ..files import write_atomically
 from ..model.decoder import Megalodon
 from ..ops.device import check_memory, choose_device
-from ..state import State, from_tensors
+from ..state import State, filled_up, from_tensors
 from .checkpoint import Checkpoint, newest, prefixed, under
 from .checkpoint_writer import CheckpointWriter
-from .compiling import compile_blocks
+from .compiling import compile_blocks, compile_kernels
 from .inputs import find_tokenizer, load_base, open_text
 from .loss import linear_cross_entropy
 from .machine import product_rate
@@ -32,7 +31,7 @@ from .recipe import Recipe, TrainingRecipe
 from .run_folder import RECIPE_FILE, Resume, begin_run, find_run, recorded_recipe
 from .schedule import learning_rate
 
-BAD_IN_A_ROW = 10  # batches skipped, or times gone back without a new checkpoint, before the run gives up
+MOST_BAD_STEPS = 10  # skipped in a row, or gone back from to the same checkpoint, at which the run gives up
 USUAL_LOSS_STEPS = 50  # of the running mean that spikes are measured from
 
 
@@ -107,11 +106,12 @@ class Trainer:
             self.optimizer = build_optimizer(self.model, t, self.precision)
             self.average = {n: p.detach().clone() for n, p in self.model.named_parameters()} if t.average else None
             self.state: State | None = None
-            self.step = self.tokens = 0
+            self.step = self.tokens = self.averaged_steps = 0
             self.saved_step: int | None = None
             self.seconds = self.warmup_seconds = 0.0
             self.usual_loss = math.nan
             self.best: tuple[float, int] | None = None
+            self.went_back = (-1, 0)  # to which step, and how many times
             if checkpoint is not None:
                 self.restore(checkpoint)
             if run is None:  # nothing can go wrong any more but the folder itself
@@ -163,6 +163,7 @@ class Trainer:
         self.model.train()
         try:
             with _interruptible() as interrupted, closing(prefetched(self.batches, self.place)) as batches:
+                compile_kernels(self.model, self.precision, self.device, t)
                 while self.progress < 1 and not interrupted():
                     writer.check()
                     began = time.perf_counter()
@@ -213,13 +214,12 @@ class Trainer:
         for batch in parts:
             self.place = batch.place
             inputs, targets = batch.inputs.to(self.device), batch.targets.to(self.device)
-            state = self.state if t.carry_state else None
             share = batch.num_learnt / learnt
             with autocast(self.precision, self.device), torch.set_grad_enabled(share > 0):
-                hidden, state = self.model.features(inputs, state, document_starts=batch.starts)
+                hidden, state = self.model.features(inputs, self.state, document_starts=batch.starts)
                 if share:
                     loss = linear_cross_entropy(hidden, self.model.output.output.weight, targets, batch.learnt)
-            self.state = state.detach()
+            self.state = state.detach() if t.carry_state else None
             if share:
                 (loss * share).backward()
                 total += loss.item() * share
@@ -236,7 +236,10 @@ class Trainer:
         self.optimizer.step()
         if self.average is not None:
             names, weights = zip(*self.model.named_parameters(), strict=True)
-            torch._foreach_lerp_([self.average[n] for n in names], [w.detach() for w in weights], 1 - t.average)
+            self.averaged_steps += 1
+            # The share that leaves no trace of the initial weights: decay d sums 1 + d + ... + d^(n - 1) over n steps.
+            newest_share = (1 - t.average) / -math.expm1(self.averaged_steps * math.log(t.average))
+            torch._foreach_lerp_([self.average[n] for n in names], [w.detach() for w in weights], newest_share)
         return "", total, norm
 
     def _save(self, writer: CheckpointWriter, metrics: MetricsFile) -> None:
@@ -255,15 +258,19 @@ class Trainer:
         advice = f"lower training.learning_rate = {t.learning_rate}, or raise training.warmup_steps"
         if t.bad_step == "stop":
             raise InputError(f"{trouble} at step {step}; {advice}, or set training.bad_step to skip or rewind")
-        if bad >= BAD_IN_A_ROW:
-            raise InputError(f"{trouble} at step {step}, the {bad}th time in a row; {advice}")
         self.state = None  # what it carries may be spoilt
         if t.bad_step == "skip":
+            if bad >= MOST_BAD_STEPS:
+                raise InputError(f"{trouble} at step {step}, the {bad}th time in a row; {advice}")
             return f"skipped: {trouble}"
         writer.wait()
         checkpoint, _ = newest(self.folder, self.run.id, accept_older=True)
         if checkpoint is None:
             raise InputError(f"{trouble} at step {step}, and there is no checkpoint yet to go back to; {advice}")
+        times = self.went_back[1] + 1 if self.went_back[0] == checkpoint.step else 1
+        if times >= MOST_BAD_STEPS:
+            raise InputError(f"{trouble} at step {step}, the {times}th time since step {checkpoint.step}; {advice}")
+        self.went_back = (checkpoint.step, times)
         place, tokens, seconds = self.place, self.tokens, self.seconds
         self.restore(checkpoint)
         self.place, self.tokens, self.seconds = place, tokens, seconds  # past the batches that led here
@@ -311,11 +318,12 @@ class Trainer:
         if self.average is not None:
             training |= prefixed("weights", weights)
         if self.state is not None:
-            training |= prefixed("state", self.state.tensors())
+            training |= prefixed("state", self.state.used())
         progress = {
             "tokens": self.tokens,
             "seconds": self.seconds,
             "warmup_seconds": self.warmup_seconds,
+            "averaged_steps": self.averaged_steps,
             "usual_loss": None if math.isnan(self.usual_loss) else self.usual_loss,
             "best": self.best,
             "place": self.place,
@@ -329,9 +337,12 @@ class Trainer:
         Raises:
             InputError: the text is not the same.
         """
-        progress: dict[str, Any] = dict(checkpoint.progress)
+        progress, t = checkpoint.progress, self.recipe.training
         if progress["data"] != self.batches.fingerprint:
             raise InputError("the training text is not the one the run was begun with; restore it, or begin a new run")
+        shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
+        if shapes != {name: weight.shape for name, weight in checkpoint.weights.items()}:
+            raise InputError(f"the checkpoint of step {checkpoint.step} has other weights than the model of the recipe")
         raw = under("weights", checkpoint.training)
         self._put(raw or dict(checkpoint.weights))
         if self.average is not None:
@@ -344,13 +355,16 @@ class Trainer:
                     for key, value in moments.items()
                 }
         carried = under("state", checkpoint.training)
-        self.state = from_tensors(carried).to(self.device) if carried else None
+        self.state = (
+            filled_up(from_tensors(carried), self.recipe.model).to(self.device) if carried and t.carry_state else None
+        )
         torch.set_rng_state(checkpoint.training["random"])
         if self.device.type == "cuda" and "random_cuda" in checkpoint.training:
             torch.cuda.set_rng_state(checkpoint.training["random_cuda"], self.device)
         self.step = self.saved_step = checkpoint.step
         self.tokens, self.seconds = progress["tokens"], progress["seconds"]
-        self.warmup_seconds = progress.get("warmup_seconds", 0.0)  # not yet known to the first checkpoints
+        self.warmup_seconds = progress.get("warmup_seconds", 0.0)  # these two: not yet known to the first checkpoints
+        self.averaged_steps = progress.get("averaged_steps", self.step)
         self.usual_loss = math.nan if progress["usual_loss"] is None else progress["usual_loss"]
         self.best = progress["best"] and tuple(progress["best"])
         self.place = progress["place"]
