@@ -55,7 +55,7 @@ def run(precisions: list[str]) -> None:
 
     for module in pkgutil.iter_modules(cpu.__path__, f"{cpu.__name__}."):
         importlib.import_module(module.name)
-    importlib.import_module("torch._dynamo")  # PyTorch imports it when the first model is made
+    importlib.import_module("torch._dynamo")  # PyTorch imports it at the first operator with a gradient
     with event.install_timer("numba:compile", lambda seconds: None) as timer:
         began = time.perf_counter()
         work(precisions)
