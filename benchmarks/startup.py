@@ -64,15 +64,18 @@ def main(choices: Startup) -> None:
             "megalodon generate, one token": [*megalodon, "generate", model, "--prompt", "Hello", "--max-tokens", "1"],
         }
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
-        for number in range(choices.rounds + 1):
+        for turn in range(choices.rounds + 1):
             for name, command in commands.items():
                 spent = timed(command)
-                if number:
+                if turn:
                     seconds[name].append(spent)
-    medians = {name: dict(zip(("wall", "processor"), map(median, zip(*s, strict=True)))) for name, s in seconds.items()}
+    medians = {}
+    for name, spent in seconds.items():
+        walls, processor = zip(*spent, strict=True)
+        medians[name] = {"wall": median(walls), "processor": median(processor)}
     table = Table("seconds", "wall", "processor", title=f"from the start, {torch.get_num_threads()} threads")
-    for name, spent in medians.items():
-        table.add_row(name, *(f"{value:.2f}" for value in spent.values()))
+    for name, value in medians.items():
+        table.add_row(name, *(f"{number:.2f}" for number in value.values()))
     Console().print(table)
     if choices.json is not None:
         write_atomically(choices.json, json.dumps(medians, indent=2) + "\n")
