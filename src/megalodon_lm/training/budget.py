@@ -12,10 +12,12 @@ BYTE_MODELS = (
 def byte_model(operations: float) -> str:
     """The name of the size that ends with the lowest loss on text.
 
-    Small models learn more from few operations: they read more text with them, in more steps. The first limit lies above
-    a trial in which nano won against micro (docs/log.md); the others keep its ratio of bytes read to parameters, about 3.
+    Small models learn more from few operations: they read more text with them, in more steps. The first limit lies
+    above a trial in which nano won against micro (docs/log.md); the others keep its ratio of bytes read to parameters,
+    about 3.
 
     Args:
-        operations: of the whole training, at the rate of large matrix products; small models reach a quarter to a half of it.
+        operations: of the whole training, at the rate of large matrix products; of that, models so small reach a
+            quarter to a half.
     """
     return next(name for least, name in reversed(BYTE_MODELS) if operations >= least)
