@@ -50,6 +50,8 @@ class Boundaries:
 
     def exit_position(self, entry: Tensor, length: int) -> Tensor:
         """(B,) int64: tokens of the last document of each row up to the end of the piece."""
+        if self.starts is None:
+            return entry + (length if self.lengths is None else self.lengths)
         lengths = torch.full_like(entry, length) if self.lengths is None else self.lengths
         if length == 0:
             return entry

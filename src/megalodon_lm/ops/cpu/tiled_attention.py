@@ -13,9 +13,13 @@ from . import attention_kernels as kernels
 from .scalars import array_of
 from .team import num_threads
 
-TILE_SIZE = 256
+TILE_SIZE = 256  # of bf16; half as many of float32, whose scores would not fit into the second cache
 
 Group = tuple[int, int, int, int]  # row, first and last token, cached keys before them
+
+
+def _tile_size(t: Tensor) -> int:
+    return max(1, TILE_SIZE * torch.bfloat16.itemsize // t.itemsize)
 
 
 def _by_heads(piece: Tensor, cached: Tensor | None, group: Group) -> Tensor:
@@ -51,13 +55,14 @@ def forward(
     """
     heads = q.shape[2]
     threads, slots_of, sums_of = num_threads(), array_of(slots), array_of(sums)
-    scratch = q.new_empty(int((groups[:, 2] - groups[:, 1] + groups[:, 3]).max()) * heads * TILE_SIZE)
+    size = _tile_size(q)
+    scratch = q.new_empty(int((groups[:, 2] - groups[:, 1] + groups[:, 3]).max()) * heads * size)
     for group in map(tuple, groups.tolist()):
         row, begin, end, before = group
         qs, ks, vs = _by_heads(q, None, (row, begin, end, 0)), _by_heads(k, keys, group), _by_heads(v, values, group)
         logs = sums_of[heads * (row * q.shape[1] + begin) :][: heads * (end - begin)].reshape(heads, end - begin)
-        for start in range(0, end - begin, TILE_SIZE):
-            stop = min(start + TILE_SIZE, end - begin)
+        for start in range(0, end - begin, size):
+            stop = min(start + size, end - begin)
             high = before + stop
             scores = scratch[: heads * (stop - start) * high].view(heads, stop - start, high)
             for h in range(heads):
@@ -94,7 +99,8 @@ def backward(
     """
     heads, threads = q.shape[2], num_threads()
     longest = int((groups[:, 2] - groups[:, 1]).max(initial=0))
-    scratch = q.new_empty(2, longest * heads * TILE_SIZE)
+    size = _tile_size(q)
+    scratch = q.new_empty(2, longest * heads * size)
     output, incoming, sums_of = array_of(out), array_of(grad), array_of(sums)
     for group in map(tuple, groups.tolist()):
         row, begin, end, before = group
@@ -109,8 +115,8 @@ def backward(
             dk, dv = torch.empty_like(ks), torch.empty_like(vs)
         else:
             dk, dv = (t[row, begin:end].transpose(0, 1) for t in (grad_k, grad_v))
-        for start in range(0, before + n, TILE_SIZE):
-            stop = min(start + TILE_SIZE, before + n)
+        for start in range(0, before + n, size):
+            stop = min(start + size, before + n)
             query = max(start - before, 0)
             shape = (heads, stop - start, n - query)
             weights, scores = (t[: shape[0] * shape[1] * shape[2]].view(shape) for t in scratch)
