@@ -68,6 +68,7 @@ class Raising:
         (MemoryError(), 2, "megalodon: error: not enough memory; lower training.batch_size"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, "not enough memory; lower"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, "not enough memory; lower"),
+        (RuntimeError("could not create a primitive"), 2, "not enough memory; lower"),
         (RuntimeError("sizes differ"), 1, "this is a fault of megalodon"),
         (OSError(errno.ENOSPC, "No space left on device", "x.state"), 2, "error: x.state: No space left on device\n"),
         (FileNotFoundError(errno.ENOENT, "No such file", "own.bin"), 1, "this is a fault of megalodon"),

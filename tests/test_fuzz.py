@@ -230,7 +230,8 @@ def world(tmp_path_factory):
 def damage(path, rng):
     """Harm a file in one of many ways; what was done."""
     raw = path.read_bytes()
-    ways = ["truncate", "empty", "flip", "append", "insert", "noise", "other", "folder", "gone", "broken link", "loop"]
+    ways = ["truncate", "empty", "flip", "append", "insert", "noise", "other", "unreadable"]
+    ways += ["folder", "gone", "broken link", "loop"]
     if path.suffix in (".json", ".jsonl", ".state", ".safetensors"):
         ways += ["value"] * 6
     way = rng.choice(ways)
@@ -240,6 +241,9 @@ def damage(path, rng):
             path.mkdir()
         elif way != "gone":
             path.symlink_to(path.name if way == "loop" else "nowhere")
+        return way
+    if way == "unreadable":  # but to the superuser
+        path.chmod(0)
         return way
     at = rng.randrange(len(raw) + 1)
     if way == "truncate":

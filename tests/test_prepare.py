@@ -24,6 +24,7 @@ from megalodon_lm.data.prepare import FAULTS, prepare
 from megalodon_lm.data.shards import Prepared
 from megalodon_lm.data.subword import train_bpe
 from megalodon_lm.data.tokenizer import load_tokenizer
+from megalodon_lm.errors import InputError
 
 NOVELS = {name: text[:400_000] for name, text in bundled("train").items()}
 
@@ -309,3 +310,23 @@ def test_a_shard_replaced_while_it_is_in_use_is_refused(tmp_path):
     (tmp_path / "new").replace(tmp_path / "out" / "00000.tokens")
     with pytest.raises(ValueError, match="replaced while it was in use"):
         prepared.tokens[0]
+
+
+def test_an_altered_manifest_or_record_is_not_believed(tmp_path):
+    """Whatever value is changed: the manifest is refused, and a shard with such a record is made again."""
+    (tmp_path / "a.txt").write_text("some words")
+    out = tmp_path / "out"
+    made = prepare([str(tmp_path / "a.txt")], out, workers=1)
+    for name in ("prepared.json", "00000.json"):
+        path = out / name
+        before = path.read_bytes()
+        for key in json.loads(before):
+            for value in (None, -1, [], "x"):
+                path.write_text(json.dumps({**json.loads(before), key: value}))
+                if name == "prepared.json":
+                    with pytest.raises(InputError, match=r"truncated or altered.*prepare the text again"):
+                        Prepared.open(out)
+                else:
+                    assert prepare([str(tmp_path / "a.txt")], out, workers=1) == made
+        path.write_bytes(before)
+    assert len(Prepared.open(out).tokens[0]) == 11

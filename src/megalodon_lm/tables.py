@@ -1,11 +1,13 @@
-"""Reading TOML and JSON: whatever is wrong with a file is one line that names it."""
+"""Tables as TOML and JSON. A user's is read with one line for whatever is wrong; the package's own carry a checksum."""
 
+import hashlib
 import json
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
 from .errors import InputError
+from .files import write_atomically
 
 _LARGEST = 1 << 20  # bytes; a file of settings has a few thousand
 _BITS = 64  # of integers, as TOML has them
@@ -67,3 +69,34 @@ def _integers_fit(value: Any) -> bool:
     if isinstance(value, dict | list):
         return all(map(_integers_fit, value.values() if isinstance(value, dict) else value))
     return not isinstance(value, int) or value.bit_length() < _BITS
+
+
+def write_sealed(path: Path, table: dict[str, Any]) -> None:
+    """Write JSON with a checksum, atomically.
+
+    Raises:
+        InputError: the place cannot be written.
+    """
+    write_atomically(path, json.dumps({**table, "checksum": _checksum(table)}) + "\n")
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The table that write_sealed wrote.
+
+    Raises:
+        InputError: missing, unreadable, truncated or altered.
+    """
+    try:
+        table = json.loads(path.read_bytes())
+        if table.pop("checksum") == _checksum(table):
+            return dict(table)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise InputError(f"{path} was truncated or altered: it is not what was written")
+
+
+def _checksum(table: dict[str, Any]) -> str:
+    written = json.loads(json.dumps(table))  # tuples are lists there, and all keys strings
+    return hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()

@@ -19,6 +19,12 @@ OF_THE_MACHINE = {
 }  # fmt: skip
 """Errors of the operating system that no program can rule out before it meets them."""
 
+NO_MEMORY = (
+    "out of memory", "can't allocate memory", "not enough memory", "bad_alloc",
+    "could not create a primitive", "can't start new thread",
+)  # fmt: skip
+"""What PyTorch's allocators, oneDNN and Python say then."""
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse and run.
@@ -101,8 +107,8 @@ def _verdict(error: BaseException) -> tuple[int, str]:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    said = ("out of memory", "can't allocate memory", "not enough memory")  # PyTorch's allocators
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(s in str(error) for s in said))
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+    return said or isinstance(error, MemoryError)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..files import check, digest, is_unfinished, write_atomically
+from ..tables import read_sealed, write_sealed
 from .chat import ANSWERS, encode_chat
 from .documents import Document, Part, Reading, find_files, parts_of
 from .shards import DOCUMENT, MANIFEST, read_manifest, token_dtype
@@ -146,7 +147,7 @@ def _begin(out: Path, plan: Plan) -> None:
     except OSError as error:
         raise InputError(f"cannot create the folder {out}: {error.strerror}") from None
     if not used:
-        write_atomically(out / MANIFEST, json.dumps({**asdict(plan), "complete": False}) + "\n")
+        write_sealed(out / MANIFEST, {**asdict(plan), "complete": False})
         return
     if not (out / MANIFEST).exists():
         raise InputError(f"the folder {out} is not empty; choose another one, nothing was overwritten")
@@ -216,7 +217,7 @@ def make_shard(plan: Plan, out: Path, number: int) -> dict[str, Any]:
             os.replace(unfinished[n], out / n)
     except OSError as error:
         raise InputError(f"cannot write the shard {out / name}: {error.strerror}") from None
-    write_atomically(out / f"{name}.json", json.dumps(record) + "\n")
+    write_sealed(out / f"{name}.json", record)
     return record
 
 
@@ -232,10 +233,10 @@ def _encoded(tokenizer: Tokenizer, document: Document) -> Iterator[tuple[np.ndar
 def _done(out: Path, number: int) -> dict[str, Any] | None:
     """The record of a finished shard whose files are there."""
     try:
-        record = dict(json.loads((out / f"{number:05d}.json").read_text()))
+        record = read_sealed(out / f"{number:05d}.json")
         for name, expected in record["files"].items():
             check(out / name, expected, verify=False)
-    except (OSError, ValueError, TypeError, KeyError):
+    except InputError:
         return None
     return record
 
@@ -255,7 +256,7 @@ def _finish(out: Path, plan: Plan, records: list[dict[str, Any]]) -> dict[str, A
     load_tokenizer(plan.tokenizer).save(out)
     for path in out.glob(".*"):  # of processes that were killed
         path.unlink(missing_ok=True)
-    write_atomically(out / MANIFEST, json.dumps(manifest) + "\n")
+    write_sealed(out / MANIFEST, manifest)
     return manifest
 
 

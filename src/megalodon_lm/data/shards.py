@@ -21,6 +21,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..files import check
+from ..tables import read_sealed
 
 MANIFEST = "prepared.json"
 DOCUMENT = np.dtype([("end", "<i8"), ("file", "<i4"), ("place", "<i8")])
@@ -91,13 +92,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: missing or broken.
     """
-    path = folder / MANIFEST
+    if not (folder / MANIFEST).exists():
+        raise InputError(f"{folder} is no prepared folder: it has no {MANIFEST}")
     try:
-        return dict(json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise InputError(f"{folder} is no prepared folder: it has no {MANIFEST}") from None
-    except (OSError, ValueError, TypeError):
-        raise InputError(f"{path} cannot be read; it was truncated or altered; prepare the text again") from None
+        return read_sealed(folder / MANIFEST)
+    except InputError as error:
+        raise InputError(f"{error}; prepare the text again") from None
 
 
 class _File(NamedTuple):
