@@ -22,6 +22,7 @@ from megalodon_lm.data.subword import SentencePieceTokenizer, SubwordTokenizer, 
 from megalodon_lm.evaluation.validation import Validation
 from megalodon_lm.training.loss import linear_cross_entropy
 from megalodon_lm.training.recipe import Recipe
+from megalodon_lm.training.run_folder import learnt_chats
 from megalodon_lm.training.trainer import Trainer
 
 from .test_tokenizers import learnt_from_html, sentence_piece
@@ -209,8 +210,9 @@ def test_a_model_learns_to_answer_and_is_asked_as_it_was_taught(tmp_path):
         assert result.returncode == 0, result.stderr
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert records[-1]["validation"] < 0.1
-    asked = megalodon("chat", "run", "--roles", "--temperature", 0, input="sun\nsea\nsky\n")
+    asked = megalodon("chat", "run", "--temperature", 0, input="sun\nsea\nsky\n")
     assert asked.stdout.split() == ["gold", "grey", "blue"], asked.stderr
+    assert learnt_chats(tmp_path / "run") is True
     assert Path(tmp_path / "run" / "recipe.toml").read_text().count('"base"') == 2
 
 

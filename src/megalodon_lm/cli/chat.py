@@ -1,43 +1,37 @@
 """megalodon chat"""
 
 import sys
-import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from tyro.conf import Positional
 
 from ..errors import InputError
+from .conversation import Conversation, read_line
 
-if TYPE_CHECKING:
-    from ..generation.generator import Generator
-    from ..generation.sampling import Sampling
-
-COMMANDS = """/save FILE   keep the conversation as a bookmark
-/load NAME   go on from a fork, or from a bookmark file
-/fork NAME   remember this point of the conversation under a name
-/stats       tokens read, speed, size
-/help        these lines
-/quit        leave; so does the end of input"""
+PLAIN = "was trained on plain text, not on chats: it writes on from what you type, and answers only as such text would"
+UNKNOWN = "does not tell whether it was trained on chats; if it was, --roles yes talks with it as it was taught"
 
 
 @dataclass
 class Chat:
     """Talk with a model in the terminal; its context is never cut.
 
-    What you type is read by the model as it stands, and the model writes on until it writes a stop string. A model that
-    was trained on chats wants --roles. Lines that begin with / are commands; /help lists them.
+    A model that was trained on chats is talked with in messages; of any other one, what you type is read as it stands,
+    and the model writes on until it writes a stop string. Lines that begin with / are commands; /help lists them.
+    Ctrl-C ends an answer, or clears the line.
     """
 
     model: Positional[Path]
     """A run folder or a saved model."""
     state: Path | None = None
     """A bookmark to talk about."""
-    roles: bool = False
-    """Talk in messages of a user and an assistant, as in chats that megalodon prepare --chats made; what you type is a
-    whole message, and --before, --after and --stop are not used."""
+    system: str = ""
+    """Read before everything else: a message of the role system, or text with an empty line behind it."""
+    roles: Literal["auto", "yes", "no"] = "auto"
+    """Talk in messages of a user and an assistant, as in chats that megalodon prepare --chats made: what you type is a
+    whole message, and --before, --after and --stop are not used; auto does so where a model was trained on chats."""
     before: str = ""
     """Put before what you type, such as "User: "."""
     after: str = "\n"
@@ -48,8 +42,12 @@ class Chat:
     """Longest answer."""
     temperature: float = 0.8
     """0 takes the most likely token each time; higher is wilder."""
+    top_k: int = 0
+    """Draw from the k most likely tokens; 0 for all."""
     top_p: float = 0.95
     """Draw from the most likely tokens that together hold this probability."""
+    min_p: float = 0.0
+    """Leave out tokens less likely than this fraction of the most likely one."""
     repetition_penalty: float = 1.0
     """Above 1, tokens already written become less likely."""
     seed: int = 0
@@ -61,104 +59,56 @@ class Chat:
 
     def run(self) -> None:
         """Carry out the command."""
+        from .progress import console
+
+        with console.status(f"loading {self.model} ..."):
+            conversation = self._begin()
+        console.print("/help lists the commands; /save FILE keeps the conversation")
+        self._talk(conversation)
+
+    def _begin(self) -> Conversation:
         from ..generation.generator import Generator
         from ..generation.sampling import Sampling
+        from ..training.run_folder import learnt_chats
         from .models import load_trained
+        from .progress import console
 
+        learnt = learnt_chats(self.model)
+        roles = bool(learnt) if self.roles == "auto" else self.roles == "yes"
         sampling = Sampling(
-            self.max_tokens, self.temperature, top_p=self.top_p, repetition_penalty=self.repetition_penalty,
-            stop=() if self.roles else self.stop, seed=self.seed,
+            self.max_tokens, self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty,
+            () if roles else self.stop, self.seed,
         )  # fmt: skip
         model, tokenizer = load_trained(self.model, self.device)
-        conversation = _Conversation(Generator(model, tokenizer, self.precision), sampling, self.state)
-        print("/help lists the commands", file=sys.stderr)
-        while (line := _ask()) is not None:
-            if line.startswith("/"):
-                if line.split()[0] == "/quit":
-                    return
-                try:
-                    print(conversation.command(line))
-                except ValueError as error:
-                    print(error, file=sys.stderr)
-            elif line and self.roles:
-                conversation.ask(line)
-            elif line:
-                conversation.say(self.before + line + self.after)
+        if not learnt and self.roles != "no":
+            console.print(f"{self.model} {PLAIN if learnt is False else UNKNOWN}")
+        return Conversation(Generator(model, tokenizer, self.precision), sampling, self.state, roles, self.system)
 
-
-def _ask() -> str | None:
-    """A line of input; None at its end."""
-    if sys.stdin.isatty():
-        with suppress(ImportError):
-            import readline  # noqa: F401  so that lines can be edited
-    try:
-        return input("> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
-        return None
-
-
-class _Conversation:
-    def __init__(self, generator: "Generator", sampling: "Sampling", state: Path | None):
-        self.generator, self.sampling = generator, sampling
-        self.context = generator.context(state)
-        self.forks = {"start": self.context.fork()}
-        self.speed = 0.0
-
-    def say(self, text: str) -> None:
-        """Read what the user said and answer. Ctrl-C ends the answer, not the conversation."""
-        self.generator.read(text, self.context)
-        self._answer()
-
-    def ask(self, text: str) -> None:
-        """The same in messages of roles."""
-        import numpy as np
-
-        from ..data.chat import ANSWERS, Message, encode_message, encode_opening
-
-        tokenizer = self.generator.tokenizer
-        self.context.read(encode_message(Message("user", text), tokenizer))
-        self.context.read(encode_opening(ANSWERS, tokenizer))
-        self._answer(fresh=True)
-        self.context.read(np.array([tokenizer.end]))
-
-    def _answer(self, fresh: bool = False) -> None:
-        began, count = time.perf_counter(), 0
-        seed = self.sampling.seed + self.context.position
-        answer = self.generator.stream([self.context], self.sampling, [seed], fresh=fresh)
-        try:
-            for piece in answer:
-                sys.stdout.write(piece.text)
-                sys.stdout.flush()
-                count += 1
-        except KeyboardInterrupt:
-            answer.close()
-        self.speed = count / (time.perf_counter() - began)
-        print()
-
-    def command(self, line: str) -> str:
-        """Carry out a line that begins with / and tell what was done.
-
-        Raises:
-            InputError: it cannot be done.
-        """
-        name, _, rest = line.partition(" ")
-        rest = rest.strip()
-        if name in ("/save", "/load", "/fork") and not rest:
-            raise InputError(f"{name} needs a name; /help lists the commands")
-        if name == "/save":
-            self.context.save(rest, self.generator.tokenizer)
-            return f"saved {self.context.position:,} tokens in {rest}"
-        if name == "/fork":
-            self.forks[rest] = self.context.fork()
-            return f"/load {rest} comes back here; forks: {', '.join(self.forks)}"
-        if name == "/load":
-            self.context = self.forks[rest].fork() if rest in self.forks else self.generator.context(Path(rest))
-            return f"at {self.context.position:,} tokens"
-        if name == "/stats":
-            return (
-                f"{self.context.position:,} tokens read, {self.context.loss():.3f} nats a token; state of "
-                f"{self.context.nbytes / 1e6:.1f} MB; the last answer came at {self.speed:,.0f} tokens a second"
-            )
-        if name == "/help":
-            return COMMANDS
-        raise InputError(f"no command {name}; /help lists the commands")
+    def _talk(self, conversation: Conversation) -> None:
+        """Take lines until the input ends; nothing that a line brings about loses the conversation."""
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="replace")  # a byte that is no text shall not end it
+        cleared = False
+        while True:
+            try:
+                line = read_line()
+            except KeyboardInterrupt:
+                if cleared or not sys.stdin.isatty():
+                    raise
+                cleared = True
+                print("\nCtrl-C again leaves, without keeping the conversation; /save FILE keeps it", file=sys.stderr)
+                continue
+            cleared = False
+            if line is None or line.strip() == "/quit":
+                return
+            try:
+                if line.startswith("/"):
+                    print(conversation.command(line), flush=True)
+                elif text := line.strip():
+                    conversation.turn(text if conversation.roles else self.before + text + self.after)
+            except BrokenPipeError:
+                raise
+            except (InputError, OSError, MemoryError) as error:
+                print(" ".join(str(error).split()) or "not enough memory", file=sys.stderr)
+            except KeyboardInterrupt:
+                print("interrupted; the conversation is as it was before this line", file=sys.stderr)

@@ -41,6 +41,8 @@ class Batch(NamedTuple):
 class Batches(Protocol):
     """An endless source of batches. A place is a value for JSON from which it goes on."""
 
+    mixture: Mixture
+
     def begin(self) -> Any:
         """The place of the first batch."""
 

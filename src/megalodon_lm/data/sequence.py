@@ -71,6 +71,11 @@ class Sequence:
                 whole.update(tokens.tobytes())
         return whole.hexdigest()
 
+    @property
+    def of_chats(self) -> bool:
+        """Whether some tokens alone are to be learnt, as the answers of chats are."""
+        return self._learnt is not None
+
     def rest_of_document(self, at: int) -> int:
         """Tokens from a place to the end of its document."""
         at %= len(self)

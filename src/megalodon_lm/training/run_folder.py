@@ -63,8 +63,12 @@ def find_run(path: Path, recipe: Recipe, resume: Resume) -> Run | None:
     return run
 
 
-def begin_run(path: Path) -> Run:
+def begin_run(path: Path, of_chats: bool) -> Run:
     """Make the folder of a new run, or take an empty one.
+
+    Args:
+        path: folder.
+        of_chats: whether it learns the answers of chats; kept in the record for who talks with the model.
 
     Raises:
         InputError: the folder holds files already, cannot be made, or another process is at work in it.
@@ -79,11 +83,21 @@ def begin_run(path: Path) -> Run:
         _check_free(path)  # now that nobody else can begin in it
         run_id = uuid.uuid4().hex
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        write_atomically(path / RUN_FILE, json.dumps({"id": run_id, "created": created, "version": __version__}) + "\n")
+        record = {"id": run_id, "created": created, "version": __version__, "chats": of_chats}
+        write_atomically(path / RUN_FILE, json.dumps(record) + "\n")
     except BaseException:
         lock.release()
         raise
     return Run(path, run_id, lock)
+
+
+def learnt_chats(path: Path) -> bool | None:
+    """Whether the model in a folder was trained on chats, by the record of its run; None where nothing tells."""
+    try:
+        told = json.loads((path / RUN_FILE).read_bytes())["chats"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return told if isinstance(told, bool) else None
 
 
 def recorded_recipe(path: Path) -> Recipe | None:

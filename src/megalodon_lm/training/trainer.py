@@ -115,7 +115,7 @@ class Trainer:
             if checkpoint is not None:
                 self.restore(checkpoint)
             if run is None:  # nothing can go wrong any more but the folder itself
-                run = begin_run(Path(folder))
+                run = begin_run(Path(folder), any(s.of_chats for s in self.batches.mixture.sequences))
                 undo.callback(run.lock.release)
             self.tokenizer.save(run.folder)
             write_atomically(run.folder / RECIPE_FILE, recipe.to_toml())
