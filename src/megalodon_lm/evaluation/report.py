@@ -13,6 +13,7 @@ from ..files import write_atomically
 from ..plots import finite, length_axis, log_axis, picture
 
 REPORT_JSON, REPORT_MARKDOWN, PICTURE = "report.json", "report.md", "report.png"
+FIRST_DRAWN = 8  # position in the picture of context, in bytes
 HIGHEST = 5.0  # bits per byte in the picture of training
 NOTABLE = 0.002  # bits per byte; what a context changes less is called no change
 
@@ -114,7 +115,7 @@ With the state emptied every so many bytes; the last row is the whole text.
 
     def _draw_context(self, axis: Any) -> None:
         """From a few bytes of context on, so that what the long ones give can be seen."""
-        shown = {p: v for p, v in self.bits_per_byte_by_position.items() if 128 * p >= self.training_length}
+        shown = {p: v for p, v in self.bits_per_byte_by_position.items() if p >= FIRST_DRAWN}
         x, y = finite((shown or self.bits_per_byte_by_position).items())
         errors = [2 * self.error_by_position[int(p)] for p in x]
         low, high = ([v + sign * e for v, e in zip(y, errors, strict=True)] for sign in (-1, 1))
