@@ -56,7 +56,7 @@ def with_one_end():
     return SubwordTokenizer(json.dumps(content).encode())
 
 
-HTML = [learnt_from_html(["<|begin|>", "<|end|>"]), learnt_from_html(["<s>", "</s>"])]
+HTML = [learnt_from_html(["<bos>", "<eos>"]), learnt_from_html(["<s>", "</s>"])]
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), SUBWORDS, *HTML])

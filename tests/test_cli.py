@@ -54,7 +54,7 @@ def test_quickstart_end_to_end(tmp_path):
     assert report["total_seconds"] > report["train_seconds"] > 0
     assert {p.name for p in folder.iterdir()} == {
         ".lock", "checkpoints", "config.json", "metrics.jsonl", "model.safetensors", "recipe.toml", "report.json",
-        "report.md", "report.png", "run.json",
+        "report.md", "report.png", "run.json", "tokenizer_record.json",
     }  # fmt: skip
     refused("quickstart", "--out", "run", cwd=tmp_path, says="not empty")
     written = megalodon("generate", folder, "--prompt", "Once", "--max-tokens", 5)

@@ -302,7 +302,7 @@ HTML = "<s>old</s> <s>new</s> <b>bold</b>\n" * 50
 
 def learnt_from_html(special):
     """Byte-level BPE with the pieces <s> and </s>, which are special by name at most."""
-    content = json.loads(train_bpe([HTML], 300))
+    content = json.loads(train_bpe([HTML], 300).replace(b"<|begin|>", b"<bos>").replace(b"<|end|>", b"<eos>"))
     model = content["model"]
     for left, right in (("<", "s"), ("<s", ">"), ("<", "/"), ("</", "s"), ("</s", ">")):
         if left + right not in model["vocab"]:
@@ -321,7 +321,7 @@ def learnt_from_html(special):
 
 def test_only_marked_tokens_are_special():
     """The vocabulary has learnt <s> and </s> as words; its special tokens have other names."""
-    tokenizer = learnt_from_html(["<|begin|>", "<|end|>"])
+    tokenizer = learnt_from_html(["<bos>", "<eos>"])
     assert len(tokenizer.encode("</s>")) == 1
     assert tokenizer.decode(tokenizer.encode("a<s></s>")) == "a<s></s>"
     assert {tokenizer.begin, tokenizer.end} == {0, 1}
@@ -410,6 +410,20 @@ def test_without_a_record_the_sizes_decide(size, tokenizer, fits, tmp_path):
         with pytest.raises(
             ValueError, match=r"put the tokenizer\.json or tokenizer\.model of the model into the folder"
         ):
+            load_tokenizer(tmp_path)
+
+
+def test_prepared_folders_of_older_versions_keep_their_tokenizer(tmp_path):
+    (tmp_path / "prepared.json").write_text("{}")
+    assert load_tokenizer(tmp_path).fingerprint == ByteTokenizer().fingerprint
+    (tmp_path / "tokenizer.json").write_bytes(train_bpe([LEARNT], 400))
+    assert load_tokenizer(tmp_path).vocab_size == 400
+
+
+def test_a_broken_record_is_refused(tmp_path):
+    for content in ("{", "[1]", "7", b"\xff"):
+        (tmp_path / RECORD).write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(ValueError, match=r"tokenizer_record\.json cannot be read"):
             load_tokenizer(tmp_path)
 
 

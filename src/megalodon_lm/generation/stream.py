@@ -46,7 +46,7 @@ def generate(
     seed: int = 0,
     precision: Precision = "auto",
 ) -> Iterator[Tensor]:
-    """Continue a prompt.
+    """Continue a prompt, to the last token asked for: it knows no tokenizer. Generator ends where a text ends.
 
     Args:
         model: the model; its dropout is left as it is, call model.eval() first.
