@@ -247,6 +247,13 @@ def test_a_device_is_written_to_and_not_replaced(saved, tmp_path, run):
     assert pipe.is_fifo()
 
 
+def test_no_loss_is_shown_before_there_is_one(saved, tmp_path, run):
+    (tmp_path / "a.txt").write_text("some words")
+    _, out, said = run("read", saved, tmp_path / "a.txt", "--save", tmp_path / "a.state")
+    assert "nats a token" in out
+    assert "nan" not in out + said
+
+
 def test_reading_needs_a_text(saved, tmp_path, refused):
     assert "no text given" in refused("read", saved, "--save", tmp_path / "a.state")
 

@@ -33,7 +33,7 @@ from megalodon_lm.training.recipe import DataRecipe, TrainingRecipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")]
 SECONDS = 20  # until a case is interrupted; it must end then
-GRACE = 20
+GRACE = 40
 FINE = (0, 2, 130, 141)
 
 RECIPE = """
@@ -157,7 +157,7 @@ def call(arguments, seconds=SECONDS, largest_file=None):
             os.dup2(writer, 1)
             os.dup2(writer, 2)
             os.close(reader)
-            sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
+            sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", 1)  # noqa: SIM115
             if largest_file is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
             main(arguments)

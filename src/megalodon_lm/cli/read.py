@@ -1,5 +1,6 @@
 """megalodon read"""
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,10 @@ class Read(Quiet):
 
         def progress(complete: bool = False) -> str:
             rate = (context.position - start) / (time.perf_counter() - began)
-            return f"{context.position:,} tokens, {rate:,.0f} a second, {context.loss(complete):.3f} nats a token"
+            loss = context.loss(complete)  # of nothing, while the first piece is unfinished
+            return f"{context.position:,} tokens, {rate:,.0f} a second" + (
+                "" if math.isnan(loss) and not context.scored else f", {loss:.3f} nats a token"
+            )
 
         name, at = "", start
         try:
