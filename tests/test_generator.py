@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -339,3 +340,13 @@ def test_kill_during_save_leaves_the_old_or_the_new_bookmark(generator, tmp_path
         process.stdout.close()
         context = Context.load(tmp_path / "book.state", generator.model, generator.tokenizer)
         assert context.position in (401, 801)
+
+
+def test_warming_up_changes_nothing(tiny):
+    generator = Generator(tiny, ByteTokenizer(), "float32")
+    alone = generator.write([generator.read("a prompt")], Sampling(max_tokens=5))
+    with ThreadPoolExecutor(1) as thread:
+        warm = thread.submit(generator.warm_up)
+        assert generator.write([generator.read("a prompt")], Sampling(max_tokens=5)) == alone
+    warm.result()
+    assert generator.write([generator.read("a prompt")], Sampling(max_tokens=5)) == alone

@@ -3,12 +3,15 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
 from ..errors import InputError
 from .conversation import Conversation, read_line
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 PLAIN = "was trained on plain text, not on chats: it writes on from what you type, and answers only as such text would"
 UNKNOWN = "does not tell whether it was trained on chats; if it was, --roles yes talks with it as it was taught"
@@ -59,12 +62,16 @@ class Chat:
 
     def run(self) -> None:
         """Carry out the command."""
+        from concurrent.futures import ThreadPoolExecutor
+
         from .progress import console
 
         with console.status(f"loading {self.model} ..."):
             conversation = self._begin()
         console.print("/help lists the commands; /save FILE keeps the conversation")
-        self._talk(conversation)
+        with ThreadPoolExecutor(1) as thread:  # so that the first answer does not wait for what typing leaves time for
+            warm = thread.submit(conversation.generator.warm_up) if sys.stdin.isatty() else None
+            self._talk(conversation, warm)
 
     def _begin(self) -> Conversation:
         from ..generation.generator import Generator
@@ -84,8 +91,13 @@ class Chat:
             console.print(f"{self.model} {PLAIN if learnt is False else UNKNOWN}")
         return Conversation(Generator(model, tokenizer, self.precision), sampling, self.state, roles, self.system)
 
-    def _talk(self, conversation: Conversation) -> None:
-        """Take lines until the input ends; nothing that a line brings about loses the conversation."""
+    def _talk(self, conversation: Conversation, warm: "Future[None] | None") -> None:
+        """Take lines until the input ends; nothing that a line brings about loses the conversation.
+
+        Args:
+            conversation: to go on with.
+            warm: waited for before the first answer.
+        """
         if hasattr(sys.stdin, "reconfigure"):
             sys.stdin.reconfigure(errors="replace")  # a byte that is no text shall not end it
         cleared = False
@@ -105,6 +117,9 @@ class Chat:
                 if line.startswith("/"):
                     print(conversation.command(line), flush=True)
                 elif text := line.strip():
+                    if warm is not None:
+                        first, warm = warm, None
+                        first.result()
                     conversation.turn(text if conversation.roles else self.before + text + self.after)
             except BrokenPipeError:
                 raise

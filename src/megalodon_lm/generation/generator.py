@@ -7,6 +7,7 @@ from collections.abc import Generator as PythonGenerator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,6 +50,13 @@ class Generator:
     def __init__(self, model: Megalodon, tokenizer: Tokenizer, precision: Precision = "auto"):
         self.model, self.tokenizer, self.precision = model, tokenizer, precision
         self._barred = torch.from_numpy(~tokenizer.writable(model.config.vocab_size))
+
+    def warm_up(self) -> None:
+        """Do now what the first text would wait for: load the compiled kernels, round the weights; in any thread."""
+        context = Context(self.model, self.precision)
+        context.read(np.zeros(32, np.int64))
+        logits, state = context.finish()
+        Decoder(self.model, state, self.precision).step(logits.argmax(-1))
 
     def context(self, bookmark: Path | None = None) -> Context:
         """What to read into: empty but for the begin token, or as a bookmark keeps it.
