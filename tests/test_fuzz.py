@@ -275,8 +275,8 @@ def with_another_value(raw, suffix, rng):
         size = int.from_bytes(raw[:8], "little")
         body, end = raw[8 : 8 + size], raw[8 + size :]
     elif suffix == ".jsonl":
-        first, end = raw.split(b"\n", 1)
-        body, end = first, b"\n" + end
+        body, newline, end = raw.partition(b"\n")
+        end = newline + end
     try:
         tree = json.loads(body)
     except ValueError:

@@ -94,7 +94,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
-    raise InputError(f"{path} was truncated or altered: it is not what was written")
+    raise InputError(f"{path} was truncated or altered, or is of an older version")
 
 
 def _checksum(table: dict[str, Any]) -> str:
