@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import random
 import resource
 import shutil
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from safetensors.torch import load_file
 
 from megalodon_lm import Megalodon
 from megalodon_lm.cli.training import RunningMean, train_with_progress
+from megalodon_lm.data.prepare import prepare
 from megalodon_lm.training import trainer as trainer_module
 from megalodon_lm.training.checkpoint import CONTENTS, MANIFEST_FILE, checkpoints
 from megalodon_lm.training.compiling import compile_kernels
@@ -244,27 +247,135 @@ def lines(run):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_the_run_ends_the_same(kills, tmp_path):
-    """Real processes. Steps, checkpoints every other step, and the loader's thread are hit as they come."""
-    given = recipe(tmp_path, steps=200, checkpoint_steps=2)
+NURSERY = """
+import json, os, sys, traceback
+import megalodon_lm.cli.main, megalodon_lm.cli.training, megalodon_lm.training.report
+megalodon_lm.training.report.write_report = lambda *arguments: None
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        os.dup2(2, 1)
+        code = 1
+        try:
+            megalodon_lm.cli.main.main(json.loads(line))
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        os._exit(code)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Nursery:
+    """A process that has imported everything and computed nothing, and whose forks are new commands."""
+
+    def __init__(self, log):
+        with log.open("wb") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
+            )
+
+    def start(self, *arguments):
+        """Begin a command; gives its process number."""
+        self.process.stdin.write(json.dumps(arguments).encode() + b"\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def ended(self):
+        """Wait for its end; gives its exit code."""
+        return int(self.process.stdout.readline())
+
+
+@pytest.fixture
+def nursery(tmp_path):
+    nursery = Nursery(tmp_path / "errors.txt")
+    yield nursery
+    nursery.process.communicate()
+
+
+def chats(folder):
+    rng = random.Random(2)
+    turns = [[{"role": role, "content": "".join(rng.choices("abc ", k=rng.randrange(1, 60)))}
+              for role in ("user", "assistant")] for _ in range(300)]  # fmt: skip
+    (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": t}) + "\n" for t in turns))
+    prepare([str(folder / "chats.jsonl")], folder / "chats", chats=True, workers=1)
+    return [str(folder / "chats")]
+
+
+def two_sources(folder):
+    texts = ["".join(random.Random(seed).choices("xyz\n", k=700 * seed)) for seed in range(1, 8)]
+    (folder / "more.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prepare([str(folder / "more.jsonl")], folder / "more", workers=1)
+    return [str(folder / "text.txt"), str(folder / "more")]
+
+
+KINDS = {
+    "stream": {},
+    "shuffled": {"data": {"order": "shuffled"}, "carry_state": False},
+    "mixture": {"data": {"train": two_sources, "weights": [2.0, 1.0]}},
+    "chats": {"data": {"train": chats}},
+    "averaged": {"average": 0.9, "validate_steps": 7, "validate_bytes": 500},
+    "muon": {"optimizer": "muon", "accumulate": 3, "ramp_steps": 60, "data": {"section": 500}},
+}
+
+
+def wait_for(aim, rng, run, goal, process):
+    """Until the moment to kill: while a run begins, in a step, or while a checkpoint is written."""
+    deadline = time.monotonic() + 120
+    if aim == "beginning":
+        time.sleep(rng.uniform(0, 2))
+        return
+    while time.monotonic() < deadline and lines(run) <= goal and Path(f"/proc/{process}").exists():
+        time.sleep(0.002)
+    while aim == "checkpoint" and time.monotonic() < deadline and Path(f"/proc/{process}").exists():
+        if list((run / "checkpoints").glob(".step-*")):
+            time.sleep(rng.uniform(0, 0.02))
+            return
+    time.sleep(rng.uniform(0, 0.03))
+
+
+@pytest.mark.parametrize(
+    ("kind", "kills"), [("stream", 3), *(pytest.param(kind, 25, marks=pytest.mark.slow) for kind in KINDS)]
+)
+def test_killed_at_random_moments_the_run_ends_the_same(kind, kills, nursery, tmp_path):
+    """Real processes. Beginnings, steps, checkpoints every other step, and the loader's thread are hit as they come."""
+    recipe(tmp_path)  # its text
+    values = {**KINDS[kind], "data": dict(KINDS[kind].get("data", {}))}
+    if callable(values["data"].get("train")):
+        values["data"]["train"] = values["data"]["train"](tmp_path)
+    given = recipe(tmp_path, steps=120, checkpoint_steps=2, keep_checkpoints=3, **values)
     (tmp_path / "r.toml").write_text(given.to_toml())
-    subprocess.run(command(tmp_path / "r.toml", tmp_path / "whole"), check=True, capture_output=True)
-    rng, run = random.Random(kills), tmp_path / "parts"
+    whole, run = tmp_path / "whole", tmp_path / "parts"
+
+    def start(folder):
+        return nursery.start("train", str(tmp_path / "r.toml"), "--out", str(folder), "--resume", "auto")
+
+    def errors():
+        return (tmp_path / "errors.txt").read_text()[-2000:]
+
+    start(whole)
+    assert nursery.ended() == 0, errors()
+    rng, killed = random.Random(kills), 0
     for number in range(kills):
-        process = subprocess.Popen(
-            command(tmp_path / "r.toml", run, "--resume", "auto"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        goal, deadline = (190 * number + rng.randrange(190)) // kills, time.monotonic() + 60
-        while lines(run) <= goal and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.03))
-        process.send_signal(signal.SIGKILL)
-        errors = process.communicate()[1].decode()
-        assert process.returncode == -signal.SIGKILL, errors
-    subprocess.run(command(tmp_path / "r.toml", run, "--resume", "auto"), check=True, capture_output=True)
-    assert same_weights(tmp_path / "whole", run)
-    assert steps(run) == list(range(1, 201))
+        process = start(run)
+        aim = ("step", "checkpoint", "beginning")[number % 3]
+        wait_for(aim, rng, run, (110 * number + rng.randrange(110)) // kills, process)
+        with contextlib.suppress(ProcessLookupError):  # it came to its end
+            os.kill(process, signal.SIGKILL)
+        code = nursery.ended()
+        assert code in (0, -signal.SIGKILL), errors()
+        killed += code != 0
+    assert killed > 0.9 * kills
+    start(run)
+    assert nursery.ended() == 0, errors()
+    assert same_weights(whole, run)
+    moments = [load_file(checkpoints(folder)[0] / "training.safetensors") for folder in (whole, run)]
+    assert moments[0].keys() == moments[1].keys()
+    assert all(torch.equal(moments[0][name], moments[1][name]) for name in moments[0])
+    assert steps(run) == list(range(1, 121))
+    assert [m["bits_per_token"] for m in metrics(run)] == [m["bits_per_token"] for m in metrics(whole)]
+    assert not [path for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
 
 
 def test_full_disk_ends_in_one_line_and_the_last_checkpoint_can_be_used(tmp_path):
