@@ -148,6 +148,23 @@ def test_a_state_goes_out_and_comes_back():
     assert torch.equal(torch.cat([first, steps(resumed, more[:, 23:])], 1), whole)
 
 
+def test_what_is_not_finite_shows_and_stays_in_its_row():
+    """0x7fffffff is the NaN of NVIDIA's processors: a carry out of its fraction would make it a number."""
+    worst = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    model, more = model_of(CONFIGS["long chunks"]), tokens_of(3, 2, 1)
+    state = read(model, tokens_of(3, 300))[1].clone()
+    entered = [part for layer in state.layers for part in (layer.norm.mean, layer.cema, *layer.attention[:2])]
+    for part in entered:
+        part[1].view(-1)[0] = worst.to(part.dtype)
+        logits = steps(Decoder(model, state, "bf16"), more)
+        part[1].view(-1)[0] = 0
+        assert torch.isnan(logits[1]).all()
+        assert torch.isfinite(logits[::2]).all()
+    with torch.no_grad():
+        model.layers[0].mega.wz.weight.fill_(worst)
+    assert torch.isnan(steps(Decoder(model, state, "float32"), more)).all()
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_state_may_lie_in_any_order_in_memory(fused):
     model = model_of(ModelConfig.named("tiny", model_dim=64 if fused else 72))

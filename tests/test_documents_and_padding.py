@@ -134,6 +134,30 @@ def test_nothing_flows_from_later_to_earlier_tokens(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_token_that_is_not_finite_spoils_the_rest_of_its_document_alone(dtype):
+    model = build(dtype)
+    with torch.no_grad():
+        model.embed.weight[29] = torch.nan
+        batch = torch.cat([tokens(40) % 29, tokens(40, 1) % 29])
+        batch[0, 20] = 29
+        starts = torch.zeros(2, 40, dtype=torch.bool)
+        starts[:, [9, 15, 30]] = True
+        logits, state = model(batch, document_starts=starts)
+    spoilt = ~torch.isfinite(logits)
+    assert torch.equal(spoilt.any(-1), spoilt.all(-1))
+    assert spoilt.all(-1).nonzero().tolist() == [[0, t] for t in range(20, 30)]
+    assert all(torch.isfinite(t).all() for t in state.tensors().values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_weight_that_is_not_finite_shows_in_every_logit(dtype):
+    model = build(dtype)
+    with torch.no_grad():
+        model.layers[0].mega.wz.weight.fill_(torch.nan)
+        assert torch.isnan(model(tokens(40))[0]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_nothing_flows_across_documents(dtype):
     starts = torch.zeros(1, 40, dtype=torch.bool)
     starts[0, [9, 20, 21]] = True

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .boundaries import Boundaries, cut_into_blocks
+from .finite import any_seen, finite_part, is_finite
 
 BLOCK_SIZE = 64
 
@@ -59,6 +60,30 @@ def cema(
     Returns:
         y (B, L, D) in the type of x, and h at the exit (B, D, N, 2) in the precision of the coefficients.
     """
+    y, leaving = _cema(x, p, q, g, omega, state, boundaries)
+    since = (boundaries or Boundaries()).since_start(torch.zeros(len(x), dtype=torch.int64), x.shape[1])
+    last = torch.full((len(x),), x.shape[1] - 1)
+    if boundaries is not None and boundaries.lengths is not None:
+        since = torch.where(boundaries.valid(x.shape[1]), since, -1)
+        last = (boundaries.lengths - 1).clamp(min=0)
+    if is_finite(y, since):
+        return y, leaving
+    y, leaving = _cema(finite_part(x), p, q, g, omega, state, boundaries)
+    spoilt = any_seen(~torch.isfinite(x), since)
+    at_exit = spoilt[torch.arange(len(x), device=x.device), last.to(x.device)]
+    return y.masked_fill(spoilt, math.nan), leaving.masked_fill(at_exit[..., None, None], math.nan)
+
+
+def _cema(
+    x: Tensor,
+    p: Tensor,
+    q: Tensor,
+    g: Tensor,
+    omega: Tensor,
+    state: Tensor | None,
+    boundaries: Boundaries | None,
+) -> tuple[Tensor, Tensor]:
+    """cema, but within a block what is not finite may reach earlier tokens of its channel."""
     batch, length, dim = x.shape
     ndim = p.shape[1]
     blocks = cut_into_blocks(batch, length, BLOCK_SIZE, boundaries, x.device)
@@ -104,7 +129,7 @@ def cema(
 
 def _powers(q: Tensor, highest: int) -> Tensor:
     """(highest + 1, D, N): q^0 .. q^highest by repeated doubling, without a logarithm that |q| = 0 would break."""
-    powers = torch.stack([torch.ones_like(q), q])
+    powers = torch.stack([q * 0 + 1, q])  # NaN where q is
     while len(powers) <= highest:
         powers = torch.cat([powers, powers[1:] * powers[-1]])
     return powers[: highest + 1]

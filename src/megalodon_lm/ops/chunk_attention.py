@@ -4,6 +4,7 @@ The softmax has scale 1: queries and keys come normalised. The scores are comput
 because values are wider than queries here, and the fused attention of PyTorch is slow for that.
 """
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from .bins import pack_into_bins
 from .boundaries import Boundaries, take
+from .finite import any_seen, finite_part, is_finite
 
 TILE_SIZE = 256
 
@@ -56,21 +58,69 @@ def chunk_attention(
     Returns:
         (B, L, H, dv), and the unfinished chunk at the exit.
     """
+    fill = torch.zeros(len(q), dtype=torch.int64) if cache is None else cache.fill
+    slots = chunk_slots(fill, boundaries or Boundaries(), q.shape[1], chunk_size)
+    given = (slots, chunk_size, rope_base)
+    out, leaving = _chunk_attention(q, k, v, *given, cache, boundaries, dropout, drop_keys)
+    if is_finite(out, slots):
+        return out, leaving
+    finite = cache and cache._replace(values=finite_part(cache.values))
+    out, _ = _chunk_attention(q, k, finite_part(v), *given, finite, boundaries, dropout, drop_keys)
+    return out.masked_fill(spoilt(v, None if cache is None else cache.values, slots), math.nan), leaving
+
+
+def chunk_slots(fill: Tensor, boundaries: Boundaries, length: int, chunk_size: int) -> Tensor:
+    """(B, L) int64 on the CPU: place of each token in its chunk, counted on from the entry's `fill`; -1 at padding."""
+    slots = boundaries.since_start(fill, length) % chunk_size
+    return slots if boundaries.lengths is None else torch.where(boundaries.valid(length), slots, -1)
+
+
+def spoilt(v: Tensor, cached: Tensor | None, slots: Tensor) -> Tensor:
+    """Where attention sees a value that is not finite.
+
+    Args:
+        v: (B, L, H, dv).
+        cached: (B, c, H, dv) of the unfinished chunks at the entry, or None.
+        slots: (B, L) int64, place of each token in its chunk, -1 at padding.
+
+    Returns:
+        (B, L, H, dv) bool.
+    """
+    slots = slots.to(v.device)
+    steps = torch.arange(v.shape[1], device=v.device)
+    seen = any_seen(~torch.isfinite(v), torch.minimum(slots, steps))
+    if cached is not None:
+        used = torch.arange(cached.shape[1], device=v.device) < slots[:, :1]
+        wrong = (~torch.isfinite(cached) & used[..., None, None]).any(1, keepdim=True)
+        seen = seen | (wrong & (slots > steps)[..., None, None])
+    return seen
+
+
+def _chunk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    chunk_size: int,
+    rope_base: float,
+    cache: KeyValueCache | None,
+    boundaries: Boundaries | None,
+    dropout: float,
+    drop_keys: bool,
+) -> tuple[Tensor, KeyValueCache]:
+    """chunk_attention, but a value that is not finite may reach tokens that do not see it."""
     batch, length = q.shape[:2]
     fill = torch.zeros(batch, dtype=torch.int64) if cache is None else cache.fill
     if boundaries is None and bool((fill == fill[0]).all()):
-        slots = (int(fill[0]) + torch.arange(length, device=q.device)) % chunk_size
-        q, k = rope(q, slots, rope_base, chunk_size), rope(k, slots, rope_base, chunk_size)
+        places = slots[0].to(q.device)
+        q, k = rope(q, places, rope_base, chunk_size), rope(k, places, rope_base, chunk_size)
         return _even(q, k, v, chunk_size, cache, int(fill[0]), dropout, drop_keys)
 
     boundaries = boundaries or Boundaries()
-    places = boundaries.since_start(fill, length) % chunk_size
-    if boundaries.lengths is not None:
-        places = torch.where(boundaries.valid(length), places, -1)
-    slots = places.clamp(min=0).to(q.device)
-    q, k = rope(q, slots, rope_base, chunk_size), rope(k, slots, rope_base, chunk_size)
+    places = slots.clamp(min=0).to(q.device)
+    q, k = rope(q, places, rope_base, chunk_size), rope(k, places, rope_base, chunk_size)
     keys, values = (None, None) if cache is None else (cache.keys, cache.values)
-    bins = pack_into_bins(places, chunk_size, q.device)
+    bins = pack_into_bins(slots, chunk_size, q.device)
     kb, vb = bins.gather_keys(k, keys), bins.gather_keys(v, values)
     qb = take(q.flatten(0, 1), bins.queries)
     out = take(_tiles(qb, kb, vb, bins.low, bins.high, bins.longest, dropout, drop_keys).flatten(0, 1), bins.place)

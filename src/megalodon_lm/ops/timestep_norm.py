@@ -72,7 +72,8 @@ def timestep_norm(
     first, second, count = moments.split([num_groups, num_groups, 1], -1)
     count = count + before[:, None, None]
     if state is not None:
-        second = second + (before[:, None] * state.var[blocks.row])[:, None]
+        entered = torch.where((before > 0)[:, None], before[:, None] * state.var[blocks.row], 0)
+        second = second + entered[:, None]
     drift = first / count.clamp(min=1)
     mean = shift[:, None] + drift
     var = (second / count.clamp(min=1) - drift.square()).clamp(min=0)

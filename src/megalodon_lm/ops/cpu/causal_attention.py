@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..chunk_attention import spoilt
+from ..finite import finite_part, is_finite
 from . import amx_attention, tiled_attention
 from . import attention_kernels as kernels
 from .scalars import array_of
@@ -72,7 +74,12 @@ def _forward(
         places = (array_of(slots), some, np.empty(shape, np.float32))
         kernels.attend_few(num_threads(), *piece, *cache, *places, array_of(out), array_of(sums))
     if not few.all():
-        _products(q, v).forward(q, k, v, keys, values, slots, groups[~few], out, sums)
+        products = _products(q, v)
+        products.forward(q, k, v, keys, values, slots, groups[~few], out, sums)
+        if not is_finite(out, slots):  # products with the zeros of hidden keys
+            cached = None if values is None else finite_part(values)
+            products.forward(q, k, finite_part(v), keys, cached, slots, groups[~few], out, sums)
+            out.masked_fill_(spoilt(v, values, slots), torch.nan)
     return out, sums
 
 

@@ -33,10 +33,8 @@ def chunk_attention(
     else:
         keys, values, fill = cache.keys.to(k.dtype).contiguous(), cache.values.to(v.dtype).contiguous(), cache.fill
     places = boundaries or Boundaries()
-    slots = places.since_start(fill, length) % chunk_size
+    slots = portable.chunk_slots(fill, places, length, chunk_size)
     stops = torch.full_like(fill, length) if places.lengths is None else places.lengths
-    if places.lengths is not None:
-        slots = torch.where(places.valid(length), slots, -1)
 
     v = v.contiguous()
     q, k = rotate(q, slots, rope_base, chunk_size), rotate(k, slots, rope_base, chunk_size)

@@ -65,11 +65,13 @@ def _load(element):  # type: ignore[no-untyped-def]
 def _rounded_bits(value: Any) -> Any:
     """Bits of a float32 of which the upper half is the nearest bf16."""
     bits = _bits_of_float(value)
+    if value != value:
+        return np.uint32(bits | np.uint32(0x400000))  # rounding would carry into the sign
     return np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
 
 
 def rounded(value, array):  # type: ignore[no-untyped-def]
-    """A float32 as an element of `array`: bf16 rounds to nearest even, and a NaN that arithmetic made stays one."""
+    """A float32 as an element of `array`: bf16 rounds to nearest even."""
     raise NotImplementedError
 
 
@@ -113,17 +115,19 @@ def _paired(first, second, array):  # type: ignore[no-untyped-def]
 
 
 _LOG2_E = np.float32(1.4426950408889634)
-_SHIFTER = np.float32(1.5 * 2**23)  # adding it rounds to an integer and leaves that in the low bits
+_SHIFTER = np.float32(1.5 * 2**23 + 127)  # adding it rounds to an integer, and leaves it as an exponent in the low bits
 _TAYLOR = tuple(np.float32(np.log(2) ** n / np.prod(np.arange(1.0, n + 1))) for n in range(7))
 
 
 @njit(fastmath={"contract"})
 def exp(x: Any) -> Any:
-    """e^x of a float32 x up to 88, to 4e-7 relative near 0 and 4e-6 near -87; below that 1e-38."""
-    y = maximum(x * _LOG2_E, np.float32(-126))
+    """e^x of a float32 x up to 88, to 4e-7 relative near 0 and 4e-6 near -87; below that 1e-38. NaN stays NaN."""
+    y = x * _LOG2_E
+    if y < np.float32(-126):
+        y = np.float32(-126)
     shifted = y + _SHIFTER
     f = y - (shifted - _SHIFTER)
     power = _TAYLOR[6]
     for n in range(5, -1, -1):
         power = power * f + _TAYLOR[n]
-    return _float_of_bits(_bits_of_float(power) + (_bits_of_float(shifted) << np.uint32(23)))
+    return power * _float_of_bits(_bits_of_float(shifted) << np.uint32(23))

@@ -208,12 +208,13 @@ def _constant(number: float) -> ir.Constant:
     return ir.Constant(_FLOATS, [number] * LANES)
 
 
-_SHIFTER = 1.5 * 2**23  # adding it rounds to an integer and leaves that in the low bits
+_SHIFTER = 1.5 * 2**23 + 127  # adding it rounds to an integer, and leaves it as an exponent in the low bits
 
 
 def _exp(builder: Any, x: Any) -> Any:
     """2^(x log2 e) with the fraction by a polynomial of degree 6 in Cody and Waite's reduced argument."""
-    x = _call(builder, "minnum", _call(builder, "maxnum", x, _constant(-87.33654)), _constant(80.0))
+    for order, limit in (("<", -87.33654), (">", 80.0)):  # NaN is neither, and stays
+        x = builder.select(builder.fcmp_ordered(order, x, _constant(limit)), _constant(limit), x)
     shifted = _multiply_add(builder, x, _constant(1.4426950408889634), _constant(_SHIFTER))
     whole = builder.fsub(shifted, _constant(_SHIFTER))
     x = _multiply_add(builder, whole, _constant(-0.693145751953125), x)
@@ -222,7 +223,7 @@ def _exp(builder: Any, x: Any) -> Any:
     for factor in (1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
         y = _multiply_add(builder, y, x, _constant(factor))
     power = builder.shl(builder.bitcast(shifted, _WORDS), _words(23))
-    return builder.bitcast(builder.add(builder.bitcast(y, _WORDS), power), _FLOATS)
+    return builder.fmul(y, builder.bitcast(power, _FLOATS))
 
 
 def _reciprocal(builder: Any, x: Any) -> Any:
@@ -238,7 +239,7 @@ def _reciprocal(builder: Any, x: Any) -> Any:
 
 @intrinsic
 def exp(typingctx: Any, value: Any) -> Any:
-    """e to the power of each lane, to about 2e-7 relative; about 1e-38 below -87, and from 80 on that of 80."""
+    """e to the power of each lane, to about 2e-7 relative; 1e-38 below -87, and from 80 on that of 80. NaN stays."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return _exp(builder, args[0])

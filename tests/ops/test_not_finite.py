@@ -1,0 +1,145 @@
+"""NaN and infinity reach what depends on them and nothing else: where the definition is finite, and only there."""
+
+import pytest
+import torch
+
+from megalodon_lm.ops import cema as portable_cema
+from megalodon_lm.ops import chunk_attention as portable_attention
+from megalodon_lm.ops import gates, norms, reference
+from megalodon_lm.ops import timestep_norm as portable_norm
+from megalodon_lm.ops.cema import cema_coefficients
+from megalodon_lm.ops.chunk_attention import KeyValueCache
+from megalodon_lm.ops.cpu import causal_attention
+from megalodon_lm.ops.cpu import cema as native_cema
+from megalodon_lm.ops.cpu import chunk_attention as native_attention
+from megalodon_lm.ops.cpu import gates as native_gates
+from megalodon_lm.ops.cpu import norms as native_norms
+from megalodon_lm.ops.cpu import timestep_norm as native_norm
+from megalodon_lm.ops.timestep_norm import NormState
+
+from .cases import boundaries
+from .test_elementwise import gate_definition, head_definition, layer_definition, rms_definition
+
+B, L, D, N, G, H, C = 2, 18, 32, 2, 2, 2, 8
+FILL = torch.tensor([3, 7])
+# The NaN that NVIDIA's processors make: a carry out of its fraction would turn it into a number.
+FULL_NAN = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+NOT_FINITE = [FULL_NAN, torch.inf, torch.nan, -torch.inf]
+
+
+def draw(*shapes):
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(s, generator=g) for s in shapes]
+
+
+def cema_inputs():
+    parameters = draw((D, N, 1), (D, N, 1), (D, 1, 1), (D, N, 2))
+    return [*draw((B, L, D)), *cema_coefficients(*parameters), *draw((D,), (B, D, N, 2))]
+
+
+def run_cema(op):
+    def run(where, *inputs):
+        y, h = op(*inputs, where)
+        return y, torch.view_as_complex(h)
+
+    return run
+
+
+def run_norm(op):
+    def run(where, x, weight, bias, mean, var):
+        var = torch.where(torch.isinf(var), torch.nan, var)  # finite features have a finite one
+        y, state = op(x, weight, bias, G, 1e-5, NormState(torch.tensor([5, 100]), mean.double(), var.double()), where)
+        return y, state.mean, state.var
+
+    return run
+
+
+def run_attention(op):
+    def run(where, q, k, v, keys, values):
+        used = (torch.arange(C) < FILL[:, None])[..., None, None]
+        cache = KeyValueCache(torch.where(used, keys, 0), torch.where(used, values, 0), FILL)
+        out, leaving = op(q, k, v, C, 1e4, cache, where)
+        return out, leaving.keys, leaving.values
+
+    return run
+
+
+HEADS = [(B, L, H, 16), (B, L, H, 16), (B, L, H, 32), (B, C, H, 16), (B, C, H, 32)]
+OPS = {
+    "cema": (run_cema, reference.cema, portable_cema.cema, native_cema.cema, cema_inputs()),
+    "timestep norm": (
+        run_norm, reference.timestep_norm, portable_norm.timestep_norm, native_norm.timestep_norm,
+        [*draw((B, L, D), (D,), (D,), (B, G)), draw((B, G))[0].square() + 0.1],
+    ),
+    "attention": (
+        run_attention, reference.chunk_attention, portable_attention.chunk_attention, native_attention.chunk_attention,
+        draw(*HEADS),
+    ),
+}  # fmt: skip
+TOKEN_OPS = {
+    "rms": (rms_definition, norms.rms_norm, native_norms.rms_norm, (1e-5,), draw((B, L, D), (D,))),
+    "layer": (layer_definition, norms.layer_norm, native_norms.layer_norm, (1e-5,), draw((B, L, D), (D,), (D,))),
+    "head": (
+        head_definition,
+        norms.head_rms_norm,
+        native_norms.head_rms_norm,
+        (1e-5,),
+        draw(HEADS[0], (H, 16), (H, 16)),
+    ),
+    "gate": (gate_definition, gates.silu_gate, native_gates.silu_gate, (), draw((B, L, D), (B, L, D))),
+}
+
+
+def in_type(t, dtype):
+    if t.is_complex():
+        return t.to(torch.complex128 if dtype == torch.float64 else torch.complex64)
+    return t.to(dtype)
+
+
+def spoilt(inputs, seed):
+    """Copies of the inputs, in one of them one element that is not finite."""
+    g = torch.Generator().manual_seed(seed)
+    inputs = [t.clone() for t in inputs]
+    which = inputs[seed % len(inputs)]
+    flat = (torch.view_as_real(which) if which.is_complex() else which).view(-1)
+    flat[int(torch.randint(len(flat), (), generator=g))] = NOT_FINITE[seed // len(inputs) % 4]
+    return inputs
+
+
+def compare(fast, slow, inputs, dtype, all_of_a_type):
+    wide = torch.promote_types(dtype, torch.float32)
+    for seed in range(2 * len(inputs)):
+        given = spoilt(inputs, seed)
+        given = [in_type(t, dtype if i == 0 or all_of_a_type else wide) for i, t in enumerate(given)]
+        with torch.no_grad():
+            found, expected = fast(*given), slow(*(in_type(t, torch.float64) for t in given))
+        for i, (a, e) in enumerate(zip(found, expected, strict=True)):
+            wrong = torch.isfinite(a) != torch.isfinite(e)
+            assert not wrong.any(), (seed, i, wrong.nonzero()[:5], a[wrong][:5], e[wrong][:5])
+
+
+@pytest.mark.parametrize("kind", ["none", "both"])
+@pytest.mark.parametrize("name", OPS)
+def test_portable(name, kind):
+    run, slow, fast, _, inputs = OPS[name]
+    where = boundaries(kind, B, L)
+    compare(lambda *a: run(fast)(where, *a), lambda *a: run(slow)(where, *a), inputs, torch.float64, True)
+
+
+@pytest.mark.parametrize("kind", ["none", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OPS)
+def test_native(name, kind, dtype, monkeypatch):
+    monkeypatch.setattr(causal_attention, "FEW_QUERIES", 4)
+    run, slow, _, fast, inputs = OPS[name]
+    where = boundaries(kind, B, L)
+    compare(lambda *a: run(fast)(where, *a), lambda *a: run(slow)(where, *a), inputs, dtype, name == "attention")
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", TOKEN_OPS)
+def test_ops_of_single_tokens(name, dtype, native):
+    definition, portable, compiled, rest, inputs = TOKEN_OPS[name]
+    fast = compiled if native else portable
+    compare(lambda *a: [fast(*a, *rest)], lambda *a: definition(*a), inputs, dtype, True)
