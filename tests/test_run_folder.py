@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -146,6 +147,32 @@ def test_a_lock_is_held_from_the_beginning_to_the_end_of_training(tmp_path):
 
     trainer.train(watch)
     RunLock(tmp_path / "run").release()
+
+
+def test_a_lock_on_windows(tmp_path, monkeypatch):
+    """A stand-in for its module: the lock is asked for without waiting, and a refusal means another process."""
+    asked = []
+
+    def locking(descriptor, mode, count):
+        asked.append((mode, count))
+        if len(asked) == 2:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setitem(sys.modules, "msvcrt", types.SimpleNamespace(LK_NBLCK=3, locking=locking))
+    monkeypatch.setattr(sys, "platform", "win32")
+    lock = RunLock(tmp_path)
+    with pytest.raises(InputError, match="another process"):
+        RunLock(tmp_path)
+    lock.release()
+    assert asked == [(3, 1), (3, 1)]
+
+
+def test_what_was_changed_since_a_recipe_was_read_is_checked(tmp_path):
+    given = recipe(tmp_path)
+    given.training.minutes = float("nan")
+    with pytest.raises(InputError, match=r"training\.minutes = nan must be finite"):
+        Trainer(given, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_disk_without_locks_is_said_and_used(tmp_path, monkeypatch):

@@ -78,6 +78,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, folder: str | Path, device: torch.device | str = "cpu", resume: Resume = "no"):
         self.recipe, self.device = recipe, choose_device(device)
         t = recipe.training
+        recipe.check()  # also what was changed since it was read
         activations = 4 * t.batch_size * t.length * recipe.model.model_dim  # of one of many
         check_memory(
             16 * recipe.model.num_parameters + t.batch_size * recipe.model.state_bytes() + activations,
