@@ -274,6 +274,15 @@ def test_every_recipe_runs_two_steps_when_shrunk(name, text, tmp_path, monkeypat
     assert len(steps) == 2
 
 
+def test_an_interrupt_in_the_last_step_is_not_lost(text, tmp_path):
+    """The run is whole and saved; what would come after it does not."""
+    trainer = Trainer(recipe(text), tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(lambda metrics: os.kill(os.getpid(), signal.SIGINT) if metrics.step == 3 else None)
+    assert trainer.saved_step == 3
+    assert Megalodon.load(tmp_path / "run").config == trainer.recipe.model
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_leaves_a_usable_checkpoint(number, text, tmp_path):
     """A real process, interrupted in the middle of a long run."""

@@ -154,6 +154,7 @@ class Trainer:
         Raises:
             InputError: the disk is full, or the loss is not finite or spikes and the recipe says to stop; the last
                 checkpoint can be used.
+            KeyboardInterrupt: interrupted in the last step; the run is whole.
         """
         t = self.recipe.training
         metrics = MetricsFile(self.folder)
@@ -203,6 +204,8 @@ class Trainer:
             writer.close()
             metrics.close()
             self.run.lock.release()
+        if self.progress >= 1 and interrupted():
+            raise KeyboardInterrupt  # nothing is left to go on with, and what would come next is not wanted
         return self.progress >= 1
 
     def _step(self, batches: Iterator[Batch], rate: float) -> tuple[str, float, float]:
