@@ -17,6 +17,7 @@ from megalodon_lm.data.books import bundled
 from megalodon_lm.data.pieces import pieces
 from megalodon_lm.data.subword import SentencePieceTokenizer, SubwordTokenizer, train_bpe
 from megalodon_lm.data.tokenizer import RECORD, load_tokenizer
+from megalodon_lm.errors import InputError
 
 NOVEL = bundled("validation")["dracula"].decode()
 LEARNT = NOVEL[20_000:60_000] + " café, 世界!\n" * 20
@@ -223,7 +224,11 @@ def test_a_text_in_blocks_gives_the_tokens_of_the_whole(kind, text):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pieces_module, "PIECE", 8)
         patch.setattr(pieces_module, "MARGIN", 24)
-        found = in_pieces(kind.ours, text)
+        try:
+            found = in_pieces(kind.ours, text)
+        except InputError:  # what a word is may depend on its last letter
+            assert max(map(len, text.split())) >= pieces_module.MARGIN
+            return
     whole = kind.ours.encode(text).tolist()
     assert found == whole
     assert not {kind.ours.begin, kind.ours.end} & set(whole)
@@ -281,7 +286,7 @@ def test_a_cut_in_a_long_run_of_one_letter_is_exact(short):
 
 def test_what_cannot_be_cut_is_refused(monkeypatch):
     monkeypatch.setattr(pieces_module, "PIECE", 8)
-    with pytest.raises(ValueError, match="cannot be cut anywhere without changing a token"):
+    with pytest.raises(ValueError, match="cannot be cut without changing a token"):
         list(pieces(["x" * 1000], lambda text, at: False))
 
 

@@ -29,7 +29,7 @@ def train_with_progress(trainer: Trainer, tensorboard: bool = False) -> tuple[bo
     """Train to the end with a bar.
 
     Returns:
-        Whether the end was reached, and the curve (bytes read, bits per byte smoothed over steps).
+        Whether the end was reached, and the curve (tokens read, bits per token smoothed over steps).
     """
     keep_freed_memory()
     config = trainer.recipe.model

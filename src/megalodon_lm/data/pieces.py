@@ -36,7 +36,8 @@ def encode_in_pieces(parts: Iterable[str], encode: Callable[[str], list[int]]) -
     for before, piece in pieces(parts, is_exact):
         known = encode(before)
         found = encode(before + piece)
-        assert found[: len(known)] == known
+        if found[: len(known)] != known:
+            raise _uncuttable(piece)
         yield found[len(known) :]
 
 
@@ -64,15 +65,19 @@ def pieces(
             if at is None:
                 length += PIECE
                 if length > PATIENCE * PIECE:
-                    raise InputError(
-                        f"{len(held):,} characters of the text, from {held[:20]!r} on, cannot be cut anywhere without "
-                        "changing a token; leave them out"
-                    )
+                    raise _uncuttable(held)
                 continue
             yield before, text[len(before) : at]
             before, held, length = text[max(0, at - MARGIN) : at], held[at - len(before) :], PIECE
     if held:
         yield before, held
+
+
+def _uncuttable(text: str) -> InputError:
+    return InputError(
+        f"{len(text):,} characters of the text, from {text[:20]!r} on, cannot be cut without changing a token; put "
+        "spaces into them, or leave them out"
+    )
 
 
 def _short(parts: Iterable[str]) -> Iterator[str]:
