@@ -28,7 +28,7 @@ from rich.table import Table
 
 from megalodon_lm import State
 from megalodon_lm.cli.training import train_with_progress
-from megalodon_lm.data.corpus import blocks, find_documents
+from megalodon_lm.data.corpus import Texts
 from megalodon_lm.files import write_atomically
 from megalodon_lm.training.loss import token_losses
 from megalodon_lm.training.precision import autocast
@@ -105,7 +105,7 @@ def measure(arguments: CarriedState) -> dict[str, Any]:
     """All figures: bits per byte {way of training, way of reading: (seeds, segments)}."""
     recipe = recipe_of(arguments)
     found: dict[str, list[list[float]]] = defaultdict(list)
-    text = b"".join(blocks(next(iter(find_documents([arguments.document]).values()))))
+    text = b"".join(next(iter(Texts([arguments.document]))).blocks)
     for seed, training in itertools.product(range(arguments.seeds), WAYS):
         changed = recipe.changed(f"training.seed={recipe.training.seed + seed}")
         changed = changed.changed(f"training.carry_state={str(training == 'carried').lower()}")

@@ -29,7 +29,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from megalodon_lm.data.corpus import read_documents
+from megalodon_lm.data.corpus import Texts
 from megalodon_lm.data.shards import read_manifest
 from megalodon_lm.files import digest, write_atomically
 
@@ -61,7 +61,7 @@ class Preparation:
 
 def write_text(path: Path, size: int, seed: int) -> None:
     """JSON Lines of about so many bytes."""
-    novels = (novel.decode() for novel in read_documents(["bundled:train"]).values())
+    novels = (b"".join(novel.blocks).decode() for novel in Texts(["bundled:train"]))
     paragraphs = [p for novel in novels for p in novel.replace("\r\n", "\n").split("\n\n") if p.strip()]
     random, written = Random(seed), 0
     with path.open("w", encoding="ascii", newline="\n") as file:

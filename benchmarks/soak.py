@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megalodon_lm import ByteTokenizer, Context, Megalodon, ModelConfig
-from megalodon_lm.data.corpus import blocks, find_documents
+from megalodon_lm.data.corpus import Texts
 from megalodon_lm.files import write_atomically
 from megalodon_lm.training.memory import resident
 
@@ -53,9 +53,9 @@ class Soak:
 
 def text() -> Iterator[np.ndarray]:
     """Tokens of the novels, without end."""
-    novels = list(find_documents(["bundled:train"]).values())
+    novels = Texts(["bundled:train"])
     while True:
-        yield from map(ByteTokenizer().encode, blocks(novels))
+        yield from (ByteTokenizer().encode(block) for novel in novels for block in novel.blocks)
 
 
 def steps(length: int) -> Iterator[np.ndarray]:

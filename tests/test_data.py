@@ -1,12 +1,10 @@
 import hashlib
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megalodon_lm import ByteTokenizer
 from megalodon_lm.data.books import bundled
-from megalodon_lm.data.corpus import read_documents
 
 
 @given(st.text())
@@ -28,31 +26,3 @@ def test_bundled_novels():
     assert list(validation) == ["dracula"]
     assert sum(map(len, train.values())) > 15_000_000
     assert hashlib.sha256(validation["dracula"]).hexdigest().startswith("0a4bb5bd07dc")
-
-
-def test_folder_of_texts_is_read_in_order(tmp_path):
-    for name in ("b.txt", "a.txt", "ignored.md"):
-        (tmp_path / name).write_text(name)
-    assert list(read_documents([str(tmp_path)]).values()) == [b"a.txt", b"b.txt"]
-
-
-@pytest.mark.parametrize(
-    ("sources", "message"),
-    [
-        ([], "no text given"),
-        (["missing.txt"], "no such file: missing.txt"),
-        (["bundled:nosuch"], "no bundled split 'nosuch'"),
-    ],
-)
-def test_unusable_sources_are_refused(sources, message):
-    with pytest.raises(ValueError, match=message):
-        read_documents(sources)
-
-
-def test_empty_text_is_refused(tmp_path):
-    (tmp_path / "empty.txt").touch()
-    with pytest.raises(ValueError, match="is empty"):
-        read_documents([str(tmp_path / "empty.txt")])
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(ValueError, match=r"holds no \.txt file"):
-        read_documents([str(tmp_path / "folder")])

@@ -88,9 +88,9 @@ def test_windows_that_cannot_be_are_refused():
 
 def test_contexts_are_measured_once_each_and_end_with_the_whole(tiny):
     def read():
-        return iter([text().numpy()])
+        return iter([[text().numpy().astype(np.uint8).tobytes()]])
 
-    curve = measure(tiny, read, LENGTH, 256, [WHOLE, 5000, 16, 64, 16, 300], "float32")
+    curve = measure(tiny, read, ByteTokenizer(), [WHOLE, 5000, 16, 64, 16, 300], "float32")
     assert list(curve.losses) == [16, 64, LENGTH]
     expected = {c: expected_losses(tiny, text(), c)[0].sum() / math.log(2) / LENGTH for c in (16, 64, LENGTH)}
     assert curve.bits_per_byte == pytest.approx(expected, rel=1e-5)

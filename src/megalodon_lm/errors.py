@@ -1,4 +1,4 @@
-"""What a user gave cannot be used."""
+"""What a user gave cannot be used, or not all of it."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,6 +9,10 @@ class InputError(ValueError):
 
     Commands show it as one line and end with exit code 2. Anything else that is raised is a fault of this package.
     """
+
+
+class InputNote(UserWarning):
+    """Part of what a user gave was not used; the rest was. Commands show it as one line and go on."""
 
 
 def nearest(word: object, known: Iterable[str]) -> str:

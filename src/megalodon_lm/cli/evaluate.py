@@ -1,5 +1,6 @@
 """megalodon evaluate"""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,15 +19,15 @@ class Perplexity(Quiet):
     """Loss and bits per byte of a text, by how far back the model may look.
 
     The text, of any size, is read once for each context, with the state emptied every so many tokens, in constant
-    memory. Longer contexts should be no worse.
+    memory. Longer contexts should be no worse. Of several texts each is read by itself.
     """
 
     model: Positional[Path]
     """A run folder or a saved model."""
     text: Positional[list[str]] = field(default_factory=lambda: ["bundled:validation"])
-    """Text files, folders of .txt files, or bundled:validation (Dracula); together they are one text."""
+    """Files and folders, as for megalodon prepare, - for standard input, or bundled:validation (Dracula)."""
     contexts: list[int] = field(default_factory=lambda: [64, 1024, 4096, 16_384, 65_536, 0])
-    """Tokens of context; 0 for the whole text."""
+    """Tokens of context; 0 for a whole text."""
     norm_statistics: Literal["cumulative", "windowed", "both"] = "cumulative"
     """Of the timestep norms: cumulative, as the model was trained; windowed, of the last chunks, as the Megalodon
     authors evaluate long texts, at about four times the cost; or one after the other."""
@@ -51,7 +52,7 @@ class Perplexity(Quiet):
 
         import torch
 
-        from ..data.corpus import blocks, find_documents, size
+        from ..data.corpus import Texts, texts_of
         from ..evaluation.by_context import draw, measure
         from ..evaluation.norm_statistics import Window
         from ..evaluation.perplexity import Losses
@@ -72,27 +73,26 @@ class Perplexity(Quiet):
         for path, kind in ((self.json, FIGURES), (self.plot, PICTURE)):
             if path is not None:
                 check_writable(path, kind)
-        documents = find_documents(self.text)
-        num_bytes = sum(size(document) for document in documents.values())
+        texts = Texts(self.text, "kept")
+        assert texts.num_bytes is not None
         model, tokenizer = load_trained(self.model, self.device)
         precision = choose_precision(self.precision, torch.device(self.device))
         curves = []
         for window in windows:
             title = f"{'windowed' if window else 'cumulative'} norm statistics"
-            with progress_bar(title, len(set(self.contexts)) * num_bytes) as move:
-                done = dict.fromkeys(self.contexts, 0)
+            with progress_bar(title, len(set(self.contexts)) * texts.num_bytes) as move:
+                finished: list[int] = []  # contexts
 
-                def watch(context: int, losses: Losses, move: Any = move, done: dict[int, int] = done) -> None:
-                    done[context] = losses.tokens
-                    move(sum(done.values()), f"context {context or 'whole text'}: {losses.mean:.3f} nats")
+                def read(finished: list[int] = finished) -> Iterator[Iterator[bytes]]:
+                    yield from texts_of(texts)
+                    finished.append(texts.num_bytes or 0)
 
-                curves.append(
-                    measure(
-                        model, lambda: tokenizer.encode_blocks(blocks(documents.values())), num_bytes, tokenizer.begin,
-                        self.contexts, precision, window, watch,
-                    )
-                )  # fmt: skip
-        results.print(f"{num_bytes:,} bytes of {len(documents)} documents, {precision}")
+                def watch(context: int, losses: Losses, move: Any = move, finished: list[int] = finished) -> None:
+                    move(sum(finished) + texts.done, f"context {context or 'whole text'}: {losses.mean:.3f} nats")
+
+                curves.append(measure(model, read, tokenizer, self.contexts, precision, window, watch))
+        num_bytes = curves[0].num_bytes
+        results.print(f"{num_bytes:,} bytes, {precision}")
         for curve in curves:
             self._show(curve)
         if self.json is not None:
@@ -127,14 +127,14 @@ class Compressors:
     """Bits per byte of gzip, xz and bzip2 on a text: what a model has to beat."""
 
     text: Positional[list[str]] = field(default_factory=lambda: ["bundled:validation"])
-    """Text files, folders of .txt files, or bundled:validation (Dracula)."""
+    """Files and folders, as for megalodon prepare, - for standard input, or bundled:validation (Dracula)."""
 
     def run(self) -> None:
         """Carry out the command."""
-        from ..data.corpus import blocks, find_documents
+        from ..data.corpus import Texts
         from ..evaluation.compressors import compressors
 
-        for name, value in compressors(blocks(find_documents(self.text).values())).items():
+        for name, value in compressors(block for text in Texts(self.text, "once") for block in text.blocks).items():
             print(f"{name:<6} {value:.4f} bits per byte")
 
 

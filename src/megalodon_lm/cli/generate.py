@@ -32,7 +32,7 @@ class Generate(Quiet):
     prompt: str = ""
     """The text to continue."""
     prompt_file: Path | None = None
-    """Read this file before the prompt; - for standard input."""
+    """Read this file before the prompt, as megalodon read does; - for standard input."""
     state: Path | None = None
     """A bookmark to continue from; it stays as it is."""
     save: Path | None = None
@@ -65,7 +65,7 @@ class Generate(Quiet):
 
     def run(self) -> None:
         """Carry out the command."""
-        from ..data.corpus import find_documents
+        from ..data.corpus import Texts
         from ..files import BOOKMARK, check_writable
         from ..generation.generator import Generator
         from ..generation.sampling import Sampling
@@ -84,10 +84,8 @@ class Generate(Quiet):
         check_memory(self.samples * model.config.state_bytes(), self.device, "these samples", "lower --samples")
         generator = Generator(model, tokenizer, self.precision)
         context = generator.context(self.state)
-        if str(self.prompt_file) == "-":
-            generator.read(sys.stdin.buffer, context)
-        elif self.prompt_file is not None:
-            generator.read(find_documents([str(self.prompt_file)]).values(), context)
+        if self.prompt_file is not None:
+            generator.read(Texts([self.prompt_file], "once"), context)
         generator.read(os.fsencode(self.prompt), context)  # the bytes that were typed
         contexts = [context.fork() for _ in range(self.samples)]
         seeds = [self.seed + number for number in range(self.samples)]

@@ -6,10 +6,11 @@ It imports next to nothing by itself, so that an interrupt is caught while the r
 import errno
 import os
 import sys
+import warnings
 from contextlib import suppress
 from typing import TextIO
 
-from ..errors import InputError
+from ..errors import InputError, InputNote
 
 DEBUG = "MEGALODON_DEBUG"
 LONGEST = 1000  # characters of a message
@@ -36,6 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
         SystemExit: 2 for input that cannot be used, a full disk or too little memory; 130 interrupted; 141 when nobody
             reads the output any more; 1 for a fault of this package. With MEGALODON_DEBUG set, what was raised instead.
     """
+    warnings.showwarning = _show
     try:
         _open_streams()
         try:
@@ -109,6 +111,21 @@ def _verdict(error: BaseException) -> tuple[int, str]:
 def _is_out_of_memory(error: BaseException) -> bool:
     said = isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
     return said or isinstance(error, MemoryError)
+
+
+def _show(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A note in one line; other warnings as Python shows them."""
+    if issubclass(category, InputNote):
+        print(f"megalodon: {message}", file=sys.stderr)
+    else:
+        (file or sys.stderr).write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ from .options import Quiet
 class Prepare(Quiet):
     """Turn text into token shards that training reads through memory maps.
 
-    Takes text, Markdown, JSONL and Parquet, each also compressed with gzip or zstd, and folders of them. What cannot be
-    taken as it is, such as a malformed line, is counted and listed with its place in faults.jsonl. Interrupted, the
-    same command goes on where it was, and the result is the same.
+    Takes text, Markdown and JSONL, also compressed with gzip or zstd, Parquet, and folders of them. What cannot be
+    taken as it is, such as a malformed line, is counted and listed with its place in faults.jsonl, and what is left out
+    of the folders in left_out.jsonl. Interrupted, the same command goes on where it was, and the result is the same.
     """
 
     sources: Positional[list[str]]
-    """Files and folders. A text file is one document, a line or row is one document."""
+    """Files, folders, or - for standard input. A text file is one document, a line or row is one document."""
     out: Path
     """Folder to make; a recipe names it in data.train."""
     tokenizer: str = "bytes"
@@ -38,7 +38,7 @@ class Prepare(Quiet):
         """Carry out the command."""
         import time
 
-        from ..data.prepare import FAULTS, Progress, prepare
+        from ..data.prepare import FAULTS, LEFT_OUT, Progress, prepare
         from .progress import console, progress_bar
 
         if self.workers < 0:
@@ -59,5 +59,8 @@ class Prepare(Quiet):
             f"{made['tokens']:,} tokens of {made['documents']:,} documents in {len(made['shards'])} shards; "
             f"{read / 1e6 / seconds:.1f} MB/s; {self.out}"
         )
+        if made["left_out"]:
+            counts = ", ".join(f"{reason} ({count:,})" for reason, count in made["left_out"].items())
+            console.print(f"not read, by reason: {counts}; listed in {self.out / LEFT_OUT}", highlight=False)
         if made["faults"]:
             console.print(f"{made['faults']:,} faults, listed in {self.out / FAULTS}")

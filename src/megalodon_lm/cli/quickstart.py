@@ -39,7 +39,7 @@ class Quickstart(Quiet):
         began = time.perf_counter()
         import torch
 
-        from ..data.corpus import read_documents
+        from ..data.corpus import Texts
         from ..evaluation.quickstart import measure
         from ..ops.device import choose_device
         from ..training.budget import byte_model
@@ -72,7 +72,7 @@ class Quickstart(Quiet):
         if not finished:
             print(folder)
             sys.exit(130)
-        text = b"".join(read_documents(recipe.data.validation).values())
+        text = Texts(recipe.data.validation).whole()
         text = text[: self.evaluate_bytes or len(text)]
         torch.manual_seed(recipe.training.seed)
         with progress_bar("measure", 1.0) as move:

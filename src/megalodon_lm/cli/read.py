@@ -8,7 +8,6 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from ..errors import InputError
 from .options import Quiet
 
 
@@ -23,7 +22,8 @@ class Read(Quiet):
     model: Positional[Path]
     """A run folder or a saved model."""
     text: Positional[list[str]]
-    """Text files, folders of .txt files, bundled:validation (Dracula), or - for standard input; read in this order."""
+    """Files and folders, as for megalodon prepare, bundled:validation (Dracula), or - for standard input; read in this
+    order. Each text after the first comes after a begin token."""
     save: Path
     """The bookmark to write."""
     state: Path | None = None
@@ -37,25 +37,14 @@ class Read(Quiet):
         """Carry out the command."""
         import time
 
-        from ..data.corpus import Source, find_documents, size
+        from ..data.corpus import Texts
         from ..files import BOOKMARK, check_writable
-        from ..generation.context import Context
         from ..generation.generator import Generator
         from .models import load_trained
         from .progress import console, progress_bar
 
-        if not self.text:
-            raise InputError("no text given; name a file, a folder, bundled:validation, or - for standard input")
         check_writable(self.save, BOOKMARK)
-        documents: dict[str, Source] = {}
-        total = 0
-        for text in self.text:
-            if text == "-":
-                documents["standard input"] = sys.stdin.buffer
-                continue
-            found = find_documents([text])
-            documents.update(found)
-            total += sum(map(size, found.values()))
+        texts = Texts(self.text, "once")
         model, tokenizer = load_trained(self.model, self.device)
         generator = Generator(model, tokenizer, self.precision)
         context = generator.context(self.state)
@@ -68,19 +57,12 @@ class Read(Quiet):
                 "" if math.isnan(loss) and not context.scored else f", {loss:.3f} nats a token"
             )
 
-        name, at = "", start
         try:
-            with progress_bar("read", None if "-" in self.text else total) as move:
-
-                def watch(context: Context) -> None:
-                    move(context.position - start, progress())
-
-                for source, document in documents.items():
-                    name, at = source, context.position
-                    generator.read(document, context, watch)
+            with progress_bar("read", texts.num_bytes) as move:
+                generator.read(texts, context, lambda _: move(texts.done, progress()))
         except KeyboardInterrupt:
             context.save(self.save, tokenizer)
-            console.print(f"interrupted after {context.position - at:,} bytes of {name}")
+            console.print(f"interrupted after {texts.num_read:,} bytes of {texts.name}")
             print(f"{self.save}: {progress(complete=True)}")
             sys.exit(130)
         context.save(self.save, tokenizer)

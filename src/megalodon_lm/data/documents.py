@@ -6,7 +6,8 @@ A document is a text, or a chat of several messages.
 import codecs
 import dataclasses
 import functools
-import gzip
+import io
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,17 +15,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from ..errors import InputError
 from .chat import Message, messages_of
+from .parquet import Table, Unreadable
+from .sources import LINES, TABLES, compression_of, is_stream, kind_of, stat_of
+from .unpacked import FileOfBlocks, Unpacked
 
-BLOCK = 1 << 16  # bytes
 LONGEST_LINE = 1 << 28  # bytes of a JSONL line
-KINDS = (".txt", ".text", ".md", ".jsonl", ".ndjson", ".parquet")
-COMPRESSIONS = (".gz", ".zst")
+LISTED = 1000  # faults of a Reading that are kept; more are counted
+MARKS = (
+    (codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"),
+)  # fmt: skip
+OTHERS = (
+    (b"%PDF-", "a PDF"), (b"PK\3\4", "a zip archive, as office documents are too"), (b"\x1f\x8b", "compressed"),
+    (b"\x28\xb5\x2f\xfd", "compressed"), (b"BZh91AY&SY", "compressed"), (b"\xfd7zXZ", "compressed"),
+    (b"PAR1", "Parquet"),
+)  # fmt: skip
+"""How files begin that are no text."""
 
 
 class Part(NamedTuple):
-    """A stretch of a file: bytes start..stop of JSONL, row groups start..stop of Parquet, otherwise all of it."""
+    """A stretch of a file: bytes start..stop of JSONL, row groups start..stop of Parquet; a stop of -1 is the end."""
 
     path: str
     start: int
@@ -34,10 +45,14 @@ class Part(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A text in blocks of UTF-8 or the messages of a chat, and the line or row it stands in."""
+    """A text in blocks of UTF-8 or the messages of a chat, and the byte or row it begins at."""
 
     place: int
     content: Iterator[bytes] | list[Message]
+
+
+class _Wrong(Exception):
+    """What is wrong with a line."""
 
 
 @dataclass
@@ -48,244 +63,249 @@ class Reading:
         column: field of JSONL and Parquet that holds the text or the messages.
         encoding: of text files without a byte order mark.
         chats: every line or row is a chat; see chat.messages_of.
-        faults: what could not be taken as it is: path, line or byte, reason, and whether it was left out or mended.
+        faults: what could not be taken as it is: path, where (line or row from 1, or byte from 0), reason, and whether
+            it was left out or mended; about LISTED of them.
+        unlisted: how many more there were.
+        lines: lines of JSONL that were read.
+        source: what is being read.
     """
 
     column: str = "text"
     encoding: str = "utf-8"
     chats: bool = False
     faults: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    unlisted: int = 0
+    lines: int = 0
+    source: Unpacked | None = None
 
-    def fault(self, path: str, place: int, reason: str, outcome: str = "left out") -> None:
+    def fault(self, path: str, reason: str, unit: str = "", number: int = 0, outcome: str = "left out") -> None:
         """Note one."""
-        self.faults.append({"path": path, "place": place, "reason": reason, "outcome": outcome})
+        if len(self.faults) < LISTED:
+            place = {unit: number} if unit else {}
+            self.faults.append({"path": path, **place, "reason": reason, "outcome": outcome})
+        else:
+            self.unlisted += 1
+
+    def _damage(self, path: str, reason: str, unit: str, number: int) -> None:
+        """Note that the rest of a file cannot be had, however many faults there were before: in it, too, at times."""
+        self.faults.append({"path": path, unit: number, "reason": reason, "outcome": "left out"})
 
     def documents(self, part: Part) -> Iterator[Document]:
-        """The documents of a part, in order.
+        """The documents of a part, in order. What cannot be read is a fault.
 
         Raises:
-            InputError: the file cannot be opened, lacks the field, or is a text file where chats are wanted.
+            InputError: a library is missing that the file needs.
         """
         kind = kind_of(Path(part.path))
-        if self.chats and kind not in (".parquet", ".jsonl", ".ndjson"):
-            raise InputError(f"{part.path} is a text file; chats come as JSONL or Parquet")
-        if kind == ".parquet":
-            return self._rows(part)
-        return self._lines(part) if kind in (".jsonl", ".ndjson") else self._text(part)
+        if kind in TABLES:
+            yield from self._rows(part)
+            return
+        with Unpacked(Path(part.path), max(0, part.start - 1)) as self.source:
+            yield from self._lines(part, self.source) if kind in LINES else self._text(part, self.source, bool(kind))
 
-    def _text(self, part: Part) -> Iterator[Document]:
-        """One document: the whole file, in UTF-8 whatever it was in."""
-        with opened(Path(part.path)) as file:
-            yield Document(0, self._decoded(part.path, file))
-
-    def _decoded(self, path: str, file: BinaryIO) -> Iterator[bytes]:
-        decoder, encoding, at = None, "", 0
-        while True:
-            block = _read(self, path, at, lambda: file.read(BLOCK))
-            if decoder is None:
-                encoding, mark = _encoding(block, self.encoding)
-                decoder = codecs.getincrementaldecoder(encoding)("megalodon.mend")
-                block, at = block[mark:], mark
+    def decoded(self, name: str, blocks: Iterator[bytes]) -> Iterator[bytes]:
+        """A text in UTF-8, whatever it was in; what cannot be decoded is a fault and replaced."""
+        first = b""
+        while len(first) < 4 and (block := next(blocks, b"")):
+            first += block
+        encoding, mark = next(((e, len(m)) for m, e in MARKS if first.startswith(m)), (self.encoding, 0))
+        decoder = codecs.getincrementaldecoder(encoding)("megalodon.mend")
+        at = mark
+        for block in itertools.chain(filter(None, [first[mark:]]), blocks, [b""]):
+            if not block and self.source is not None and self.source.damage:
+                return  # a character that was cut is part of the damage
             begin = at - len(decoder.getstate()[0])
-            note = functools.partial(self._undecodable, path, begin, encoding)
-            with _mending(note):
+            with _mending(functools.partial(self._undecodable, name, begin, encoding)):
                 text = decoder.decode(block, not block)
             if text:
                 yield text.encode()
-            if not block:
-                return
             at += len(block)
 
-    def _undecodable(self, path: str, begin: int, encoding: str, start: int) -> None:
-        self.fault(path, begin + start, f"not {encoding}", "mended")
+    def _undecodable(self, name: str, begin: int, encoding: str, start: int) -> None:
+        self.fault(name, f"not {encoding}", "byte", begin + start, "mended")
 
-    def _lines(self, part: Part) -> Iterator[Document]:
+    def _text(self, part: Part, source: Unpacked, is_known: bool) -> Iterator[Document]:
+        """One document: the whole file."""
+        if self.chats:
+            self.fault(part.path, "a text file; chats come as JSONL or Parquet")
+            return
+        blocks = iter(source)
+        first = next(blocks, b"")
+        if other := _no_text(first, is_known):
+            self.fault(part.path, other)
+            return
+        text = self._counted(part.path, self.decoded(part.path, itertools.chain([first], blocks)), source)
+        beginning = next(text, b"")
+        if beginning:
+            yield Document(0, itertools.chain([beginning], text))
+        elif not source.damage:
+            self.fault(part.path, "empty")
+
+    def _counted(self, path: str, text: Iterator[bytes], source: Unpacked) -> Iterator[bytes]:
+        count = 0
+        for block in text:
+            yield block
+            count += len(block)
+        if source.damage:
+            self._damage(path, source.damage, "byte", count)
+
+    def _lines(self, part: Part, source: Unpacked) -> Iterator[Document]:
         """A document a line. Lines that begin in the part belong to it."""
-        with opened(Path(part.path)) as file:
-            at = part.start
-            if part.start:
-                file.seek(part.start - 1)
-                at += len(file.readline(LONGEST_LINE)) - 1
-            while at < part.stop or part.stop < 0:
-                line = _read(self, part.path, at, lambda: file.readline(LONGEST_LINE))
-                if not line:
-                    return
-                if content := self._line(part.path, at, line):
-                    yield Document(at, content)
-                at += len(line)
+        file, at, number, cut = self._file(part, source), part.start, 0, False
+        if part.start:
+            at += len(_line(file)[0]) - 1
+        while at < part.stop or part.stop < 0:
+            line, length = _line(file)
+            if not line:
+                break
+            number += 1
+            self.lines += 1
+            at, begin = at + length, at
+            if line.isspace():
+                continue
+            try:
+                if content := self._content(part.path, self._value(line, length), "line", number):
+                    yield Document(begin, content)
+            except _Wrong as error:
+                cut = bool(source.damage) and not line.endswith(b"\n")
+                if not cut:
+                    self.fault(part.path, str(error), "line", number)
+        if source.damage:
+            self._damage(part.path, source.damage, "line", number + (not cut))
 
-    def _line(self, path: str, at: int, line: bytes) -> Iterator[bytes] | list[Message] | None:
-        """The content of a line, or nothing."""
-        if not line.strip():
-            return None
+    def _file(self, part: Part, source: Unpacked) -> BinaryIO:
+        """The lines of a part in UTF-8."""
+        file = io.BufferedReader(FileOfBlocks(iter(source)), 1 << 17)
+        if not part.start and _is_wide(file.peek(4)):
+            blocks = iter(functools.partial(file.read, 1 << 16), b"")
+            file = io.BufferedReader(FileOfBlocks(self.decoded(part.path, blocks)))
+        return file
+
+    def _value(self, line: bytes, length: int) -> Any:
+        """The field of a line; an empty text of an empty line."""
+        if length > LONGEST_LINE:
+            raise _Wrong("longer than 256 MB")
         try:
             value = json.loads(line)
+        except RecursionError:
+            raise _Wrong("not readable as JSON: nested too deep") from None
         except ValueError as error:
-            self.fault(path, at, "longer than 256 MB" if len(line) >= LONGEST_LINE else f"not JSON: {error}")
-            return None
-        return self._content(path, at, value.get(self.column) if isinstance(value, dict) else None)
+            if line.startswith(codecs.BOM_UTF8):  # several, where files were joined
+                return self._value(line.removeprefix(codecs.BOM_UTF8), length)
+            at = f"{error.msg} in column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+            raise _Wrong(f"not JSON: {at}") from None
+        return value.get(self.column) if isinstance(value, dict) else None
 
-    def _content(self, path: str, place: int, value: Any) -> Iterator[bytes] | list[Message] | None:
+    def _content(self, path: str, value: Any, unit: str, number: int) -> Iterator[bytes] | list[Message] | None:
         """What a field holds, or nothing."""
         if self.chats:
             try:
-                return [Message(*(_mended(self, path, place, text) for text in m)) for m in messages_of(value)]
+                return [Message(*(self._mended(path, text, unit, number) for text in m)) for m in messages_of(value)]
             except ValueError as error:
-                self.fault(path, place, f"{error} in the field {self.column!r}")
+                self.fault(path, f"{error} in the field {self.column!r}", unit, number)
         elif not isinstance(value, str):
-            self.fault(path, place, f"no text in the field {self.column!r}")
+            self.fault(path, f"no text in the field {self.column!r}", unit, number)
         elif value:
-            return iter([_mended(self, path, place, value).encode()])
+            return iter([self._mended(path, value, unit, number).encode()])
         return None
+
+    def _mended(self, path: str, text: str, unit: str, number: int) -> str:
+        """A text without lone surrogates, which JSON can hold and UTF-8 cannot."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            self.fault(path, "lone surrogates", unit, number, "mended")
+            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return text
 
     def _rows(self, part: Part) -> Iterator[Document]:
         """A document a row."""
-        table = parquet(Path(part.path))
-        if self.column not in table.schema_arrow.names:
-            raise InputError(
-                f"{part.path} has no column {self.column!r}; it has {', '.join(table.schema_arrow.names)}; name one"
-            )
-        groups = list(range(part.start, part.stop))
-        row = sum(table.metadata.row_group(i).num_rows for i in range(part.start))
-        for batch in table.iter_batches(256, groups, columns=[self.column]):
-            for value in batch.column(0).to_pylist():
-                if content := self._content(part.path, row, value):
-                    yield Document(row, content)
-                row += 1
+        try:
+            table = Table(Path(part.path))
+        except Unreadable as error:
+            self.fault(part.path, str(error))
+            return
+        if self.column not in table.columns:
+            self.fault(part.path, f"no column {self.column!r}; there are {', '.join(table.columns)}; name one as field")
+            return
+        for group in range(part.start, len(table.rows) if part.stop < 0 else part.stop):
+            first = row = sum(table.rows[:group])
 
+            def mended(number: int, first: int = first) -> None:
+                self.fault(part.path, "not utf-8", "row", first + number + 1, "mended")
 
-def kind_of(path: Path) -> str:
-    """The suffix that tells what is in a file, whatever it is compressed with."""
-    suffixes = [s for s in path.suffixes if s not in COMPRESSIONS]
-    return suffixes[-1] if suffixes else ""
-
-
-def find_files(sources: list[str]) -> list[Path]:
-    """The files of the sources: a file is itself, a folder all files in it of known kinds, in order of their names.
-
-    Raises:
-        InputError: a missing file, a file of unknown kind, or a folder without any.
-    """
-    found: list[Path] = []
-    for source in sources:
-        path = Path(source)
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and kind_of(p) in KINDS)
-            if not inside:
-                raise InputError(f"the folder {path} holds no file of the kinds {', '.join(KINDS)}")
-            found += inside
-        elif not path.exists():
-            raise InputError(f"no such file: {path}")
-        elif kind_of(path) not in KINDS:
-            raise InputError(f"{path} is of no known kind; known are {', '.join(KINDS)}, also with .gz and .zst")
-        else:
-            found.append(path)
-    if not found:
-        raise InputError("no text given; name files or folders")
-    return found
+            try:
+                for value in table.values(self.column, group, mended):
+                    if content := self._content(part.path, value, "row", row + 1):
+                        yield Document(row, content)
+                    row += 1
+            except Unreadable as error:
+                self.fault(part.path, str(error), "row", row + 1)
 
 
 def parts_of(path: Path, largest: int) -> Iterator[Part]:
-    """A file in parts that can be read each by itself; text and compressed files are one part.
+    """A file in parts that can be read each by itself; text, compressed files and streams are one part.
 
     Args:
         path: of the file.
         largest: bytes of a part, about.
     """
-    size = path.stat().st_size
+    size = 0 if is_stream(path) else stat_of(path).st_size
     kind = kind_of(path)
-    if kind == ".parquet":
-        metadata = parquet(path).metadata
+    if kind in TABLES and (sizes := _sizes(path)):
         start = held = 0
-        for i in range(metadata.num_row_groups):
-            held += metadata.row_group(i).total_byte_size
-            if held >= largest or i + 1 == metadata.num_row_groups:
-                yield Part(str(path), start, i + 1, held)
-                start, held = i + 1, 0
-    elif kind in (".jsonl", ".ndjson") and path.suffix not in COMPRESSIONS:
-        yield from (
-            Part(str(path), at, min(at + largest, size), min(largest, size - at)) for at in range(0, size, largest)
-        )
+        for i, group in enumerate(sizes, 1):
+            held += group
+            if held >= largest or i == len(sizes):
+                yield Part(str(path), start, i, held)
+                start, held = i, 0
+    elif kind in LINES and not compression_of(path) and size and not _is_wide(_first_bytes(path)):
+        for at in range(0, size, largest):
+            yield Part(str(path), at, min(at + largest, size), min(largest, size - at))
     else:
         yield Part(str(path), 0, -1, size)
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
-    """An open file, uncompressed on the way; what goes wrong with it is one line."""
+def told(fault: dict[str, Any]) -> str:
+    """A fault in words."""
+    place = "".join(f", {unit} {fault[unit]:,}" for unit in ("line", "row", "byte") if unit in fault)
+    return f"{fault['path']}{place}: {fault['reason']}, {fault['outcome']}"
+
+
+def _sizes(path: Path) -> list[int]:
+    """Bytes of the row groups of a Parquet file; none of one that cannot be read."""
     try:
-        with path.open("rb") as raw:
-            if path.suffix == ".gz":
-                with gzip.open(raw) as file:
-                    yield file  # type: ignore[misc]
-            elif path.suffix == ".zst":
-                try:
-                    import zstandard
-                except ImportError:
-                    raise InputError(f"{path} is compressed with zstd; install zstandard to read it") from None
-                import io
-
-                yield io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
-            else:
-                yield raw
-    except FileNotFoundError:
-        raise InputError(f"no such file: {path}") from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+        return Table(path).sizes
+    except Unreadable:
+        return []
 
 
-def parquet(path: Path) -> Any:
-    """An open Parquet file.
-
-    Raises:
-        InputError: pyarrow is not installed, or the file is broken.
-    """
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise InputError(f"{path} is a Parquet file; install pyarrow to read it") from None
-    try:
-        return ParquetFile(path)
-    except (OSError, ArrowException) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
+def _line(file: BinaryIO) -> tuple[bytes, int]:
+    """The next line, and its length; of one that is too long, the beginning."""
+    line = file.readline(LONGEST_LINE)
+    length, rest = len(line), line
+    while len(rest) == LONGEST_LINE and not rest.endswith(b"\n"):
+        rest = file.readline(LONGEST_LINE)
+        length += len(rest)
+    return line, length
 
 
-def _read(reading: Reading, path: str, at: int, read: Callable[[], bytes]) -> bytes:
-    """What is read; the damaged rest of a compressed file is a fault."""
-    import zlib
-
-    broken: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile)
-    if path.endswith(".zst"):
-        from zstandard import ZstdError
-
-        broken = (*broken, ZstdError)
-    try:
-        return read()
-    except broken as error:
-        reading.fault(path, at, f"the compressed file is damaged from here on: {error}")
-        return b""
+def _no_text(first: bytes, is_known: bool) -> str:
+    """What a file is, told by its first bytes, if that is no text; what its name calls text may hold zeros."""
+    found = next((name for beginning, name in OTHERS if first.startswith(beginning)), "")
+    if not found and not is_known and b"\0" in first and not _is_wide(first):
+        found = "binary"
+    return found and f"no text but {found}"
 
 
-def _mended(reading: Reading, path: str, place: int, text: str) -> str:
-    """A text without lone surrogates, which JSON can hold and UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        reading.fault(path, place, "lone surrogates", "mended")
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+def _is_wide(first: bytes) -> bool:
+    """Whether a text begins with the mark of UTF-16 or UTF-32."""
+    return any(first.startswith(mark) for mark, encoding in MARKS if encoding != "utf-8")
 
 
-def _encoding(first: bytes, usual: str) -> tuple[str, int]:
-    """Encoding by the byte order mark, and the length of the mark."""
-    for mark, name in (
-        (codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
-        (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"),
-    ):  # fmt: skip
-        if first.startswith(mark):
-            return name, len(mark)
-    return usual, 0
+def _first_bytes(path: Path) -> bytes:
+    with Unpacked(path) as source:
+        return next(iter(source), b"")
 
 
 _listeners: list[Callable[[int], None]] = []

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InputError
-from .corpus import blocks, find_documents
+from .corpus import Texts
 from .sequence import Sequence
 from .shards import Prepared, is_prepared
 from .tokenizer import Tokenizer
@@ -49,7 +49,7 @@ def load_mixture(
     """The text that a recipe names.
 
     Args:
-        sources: prepared folders, and what find_documents takes.
+        sources: prepared folders, and what Texts takes.
         weights: one for each source; none to take all by their lengths.
         tokenizer: of the model.
         seed: of the order of documents.
@@ -79,9 +79,9 @@ def _sequence(sources: list[str], tokenizer: Tokenizer, seed: int, section: int)
             )
         ends = [documents["end"] for documents in prepared.documents]
         return Sequence(prepared.tokens, ends, seed, prepared.digest, prepared.answers, section)
-    documents = find_documents(sources).values()
     begin = np.array([tokenizer.begin])
-    return in_memory((np.concatenate([begin, *tokenizer.encode_blocks(blocks(d))]) for d in documents), seed, section)
+    texts = (np.concatenate([begin, *tokenizer.encode_blocks(text.blocks)]) for text in Texts(sources))
+    return in_memory(texts, seed, section)
 
 
 def in_memory(documents: Iterable[np.ndarray], seed: int, section: int = 0) -> Sequence:

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -16,15 +17,21 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ..files import check, digest, is_unfinished, write_atomically
+from ..files import check, digest, write_atomically
 from ..tables import read_sealed, write_sealed
 from .chat import ANSWERS, encode_chat
-from .documents import Document, Part, Reading, find_files, parts_of
+from .documents import Document, Part, Reading, parts_of, told
 from .shards import DOCUMENT, MANIFEST, read_manifest, token_dtype
+from .sources import Found, find_files, is_stream, stat_of
 from .tokenizer import Tokenizer, load_tokenizer
 
 SHARD_BYTES = 1 << 26  # of text, about
-FAULTS = "faults.jsonl"
+FAULTS, LEFT_OUT = "faults.jsonl", "left_out.jsonl"
+SHARD = re.compile(r"\d{5,}\.(tokens|documents|answers|json)")
+UNFINISHED = re.compile(
+    rf"\.({SHARD.pattern}|(prepared|tokenizer)\.json|(faults|left_out)\.jsonl|tokenizer\.model)\..+"
+)
+"""Names of files that a process which was killed leaves behind."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,8 @@ def prepare(
     Raises:
         InputError: missing or unreadable source, no text or no answer at all, or `out` holds something else.
     """
-    plan = _plan(sources, tokenizer, field or ("messages" if chats else "text"), encoding, chats)
+    found = find_files(sources, avoid=out)
+    plan = _plan(found, tokenizer, field or ("messages" if chats else "text"), encoding, chats)
     _begin(out, plan)
     todo = [i for i in range(len(plan.parts)) if _done(out, i) is None]
     progress = Progress(total=sum(part[3] for parts in plan.parts for part in parts))
@@ -101,40 +109,45 @@ def prepare(
         progress.done += sum(part[3] for part in plan.parts[number])
         progress.tokens += record["tokens"]
         progress.documents += record["documents"]
-        progress.faults += len(record["faults"])
+        progress.faults += len(record["faults"]) + record["unlisted"]
         watch(progress)
 
     for i in range(len(plan.parts)):
         if i not in todo and (record := _done(out, i)) is not None:
             count(i, record)
     progress.earlier = progress.done
+    if any(map(is_stream, found.files)):
+        workers = 1  # no other process can open them
     for number, record in _run(plan, out, todo, workers or os.cpu_count() or 1):
         count(number, record)
+    useless = ""
     if not progress.tokens:
-        raise InputError("the sources hold no text; see the faults: " + _first_fault(records))
-    if chats and not any(record["answers"] for record in records.values()):
-        raise InputError(f"no message in the chats has the role {ANSWERS!r}: there would be nothing to learn")
-    return _finish(out, plan, [records[i] for i in range(len(plan.parts))])
+        useless = f"the sources hold no text; {_first_fault(plan, records)}"
+    elif chats and not any(record["answers"] for record in records.values()):
+        useless = f"no message in the chats has the role {ANSWERS!r}: there would be nothing to learn"
+    if useless:
+        _discard(out)
+        raise InputError(useless)
+    return _finish(out, plan, found, [records[i] for i in range(len(plan.parts))])
 
 
-def _plan(sources: list[str], tokenizer: str, field: str, encoding: str, chats: bool) -> Plan:
+def _plan(found: Found, tokenizer: str, field: str, encoding: str, chats: bool) -> Plan:
     try:
         "".encode(encoding)
     except LookupError:
         raise InputError(f"unknown encoding {encoding!r}; utf-8, latin-1 and cp1252 are usual ones") from None
     loaded = load_tokenizer(tokenizer)
-    paths = find_files(sources)
-    numbers = {str(path): i for i, path in enumerate(paths)}
+    numbers = {path: i for i, path in enumerate(found.files)}
     parts: list[list[list[Any]]] = []
-    held = SHARD_BYTES
-    for path in paths:
+    held = 0
+    for path in found.files:
         for part in parts_of(path, SHARD_BYTES):
-            if held + part.size > SHARD_BYTES:
+            if not parts or held + part.size > SHARD_BYTES:
                 parts.append([])
                 held = 0
-            parts[-1].append([numbers[part.path], part.start, part.stop, part.size])
+            parts[-1].append([numbers[path], part.start, part.stop, part.size])
             held += part.size
-    files = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
+    files = [[str(path), (stat := stat_of(path)).st_size, stat.st_mtime_ns] for path in found.files]
     dtype = token_dtype(loaded.vocab_size).str
     return Plan(tokenizer, loaded.fingerprint, dtype, field, encoding, chats, files, parts)
 
@@ -143,7 +156,7 @@ def _begin(out: Path, plan: Plan) -> None:
     """Write the plan, or find the same one there."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        used = any(not is_unfinished(path, MANIFEST) for path in out.iterdir())
+        used = any(not path.name.startswith(".") for path in out.iterdir())  # .git and the like do not matter
     except OSError as error:
         raise InputError(f"cannot create the folder {out}: {error.strerror}") from None
     if not used:
@@ -194,12 +207,12 @@ def make_shard(plan: Plan, out: Path, number: int) -> dict[str, Any]:
     name = f"{number:05d}"
     names = [f"{name}.{kind}" for kind in ("tokens", "documents", "answers")[: 2 + plan.chats]]
     unfinished = {n: out / f".{n}.{os.getpid()}" for n in names}
-    record: dict[str, Any] = {"name": name, "tokens": 0, "documents": 0, "answers": 0, "faults": reading.faults}
+    record: dict[str, Any] = {"name": name, "tokens": 0, "documents": 0, "answers": 0, "lines": []}
     try:
         with contextlib.ExitStack() as stack:
             tokens_file, documents_file, *rest = opened = [stack.enter_context(unfinished[n].open("wb")) for n in names]
             for file, start, stop, size in plan.parts[number]:
-                part = Part(plan.files[file][0], start, stop, size)
+                part, lines, faults = Part(plan.files[file][0], start, stop, size), reading.lines, len(reading.faults)
                 for document in reading.documents(part):
                     for tokens, answers in _encoded(tokenizer, document):
                         tokens_file.write(tokens.astype(plan.dtype).tobytes())
@@ -209,6 +222,9 @@ def make_shard(plan: Plan, out: Path, number: int) -> dict[str, Any]:
                             record["answers"] += int(answers.sum())
                     record["documents"] += 1
                     documents_file.write(np.array([(record["tokens"], file, document.place)], DOCUMENT).tobytes())
+                for fault in reading.faults[faults:]:
+                    fault["part"] = len(record["lines"])
+                record["lines"].append(reading.lines - lines)
             for file in opened:
                 file.flush()
                 os.fsync(file.fileno())
@@ -216,7 +232,8 @@ def make_shard(plan: Plan, out: Path, number: int) -> dict[str, Any]:
         for n in names:
             os.replace(unfinished[n], out / n)
     except OSError as error:
-        raise InputError(f"cannot write the shard {out / name}: {error.strerror}") from None
+        raise InputError(f"cannot write the shard {out / name}: {error.strerror or error}") from None
+    record |= {"faults": reading.faults, "unlisted": reading.unlisted}
     write_sealed(out / f"{name}.json", record)
     return record
 
@@ -238,28 +255,56 @@ def _done(out: Path, number: int) -> dict[str, Any] | None:
             check(out / name, expected, verify=False)
     except InputError:
         return None
-    return record
+    return record if {"lines", "unlisted"} <= record.keys() else None  # which an earlier version did not count
 
 
-def _finish(out: Path, plan: Plan, records: list[dict[str, Any]]) -> dict[str, Any]:
-    faults = [fault for record in records for fault in record["faults"]]
-    write_atomically(out / FAULTS, "".join(json.dumps(fault) + "\n" for fault in faults))
+def _finish(out: Path, plan: Plan, found: Found, records: list[dict[str, Any]]) -> dict[str, Any]:
+    unlisted = sum(record["unlisted"] for record in records)
+    faults = list(_faults(plan, records))
+    last = [{"reason": f"{unlisted} more faults are not listed"}] if unlisted else []
+    write_atomically(out / FAULTS, "".join(json.dumps(fault) + "\n" for fault in faults + last))
+    write_atomically(out / LEFT_OUT, "".join(json.dumps(left._asdict()) + "\n" for left in found.left_out))
+    hidden = ("faults", "unlisted", "lines")
     manifest = {
         **asdict(plan),
         "complete": True,
-        "shards": [{key: value for key, value in record.items() if key != "faults"} for record in records],
+        "shards": [{key: value for key, value in record.items() if key not in hidden} for record in records],
         "tokens": sum(record["tokens"] for record in records),
         "documents": sum(record["documents"] for record in records),
         "answers": sum(record["answers"] for record in records),
-        "faults": len(faults),
+        "faults": len(faults) + unlisted,
+        "left_out": found.reasons(),
     }
     load_tokenizer(plan.tokenizer).save(out)
-    for path in out.glob(".*"):  # of processes that were killed
-        path.unlink(missing_ok=True)
+    for path in out.iterdir():
+        if UNFINISHED.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
     write_sealed(out / MANIFEST, manifest)
     return manifest
 
 
-def _first_fault(records: dict[int, dict[str, Any]]) -> str:
-    fault = next((f for record in records.values() for f in record["faults"]), None)
-    return f"{fault['path']}, {fault['reason']}" if fault else "none; the files are empty"
+def _discard(out: Path) -> None:
+    """Take back what was begun, so that another request can have the folder."""
+    for path in out.iterdir():
+        if path.name == MANIFEST or SHARD.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it holds something else
+        out.rmdir()
+
+
+def _faults(plan: Plan, records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """All faults, their lines counted from the beginning of the file instead of that of its part."""
+    before = 0
+    for parts, record in zip(plan.parts, records, strict=True):
+        for number, (_, start, _, _) in enumerate(parts):
+            before = before if start else 0
+            for fault in record["faults"]:
+                if fault["part"] == number:
+                    whole = fault | ({"line": fault["line"] + before} if "line" in fault else {})
+                    yield {key: value for key, value in whole.items() if key != "part"}
+            before += record["lines"][number]
+
+
+def _first_fault(plan: Plan, records: dict[int, dict[str, Any]]) -> str:
+    fault = next(_faults(plan, [records[i] for i in range(len(plan.parts))]), None)
+    return told(fault) if fault else "the files are empty"

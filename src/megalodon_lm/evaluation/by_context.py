@@ -8,13 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from ..data.tokenizer import Tokenizer
 from ..model.decoder import Megalodon
 from ..plots import finite, length_axis, picture
 from ..training.precision import Precision
 from .norm_statistics import Window
-from .perplexity import Losses, score
+from .perplexity import Losses, score_texts
 
 WHOLE = 0
 """The context that is never cut."""
@@ -22,7 +21,7 @@ WHOLE = 0
 
 @dataclass
 class Curve:
-    """Losses of one text for several lengths of context."""
+    """Losses of the same documents for several lengths of context."""
 
     norm_statistics: str
     """cumulative or windowed; see norm_statistics.py."""
@@ -68,33 +67,31 @@ class Curve:
 
 def measure(
     model: Megalodon,
-    read: Callable[[], Iterable[np.ndarray]],
-    num_bytes: int,
-    begin: int,
+    read: Callable[[], Iterable[Iterable[bytes]]],
+    tokenizer: Tokenizer,
     contexts: Sequence[int],
     precision: Precision,
     window: Window | None = None,
     watch: Callable[[int, Losses], None] = lambda context, losses: None,
 ) -> Curve:
-    """Score a text once for each context, in constant memory.
+    """Score documents, each by itself, once for each context, in constant memory.
 
     Args:
         model: in evaluation mode.
-        read: begins the text anew, as int64 tokens in blocks.
-        num_bytes: of the text.
-        begin: the begin token.
-        contexts: in tokens; WHOLE, and whatever is longer than the text, is the whole text.
+        read: begins the documents anew, each in blocks of UTF-8.
+        tokenizer: of the model.
+        contexts: in tokens; WHOLE, and whatever is longer than the longest document, is a whole document.
         precision: of matrix products.
         window: see norm_statistics; None for the statistics the model was trained with.
         watch: called now and then with the context and its losses so far.
     """
     found: dict[int, Losses] = {}
     for context in _ordered(contexts):
-        losses = score(model, read(), begin, context or None, precision, window, partial(watch, context))
-        found[min(context or losses.tokens, losses.tokens)] = losses
-        if context >= losses.tokens:
+        losses = score_texts(model, read(), tokenizer, context or None, precision, window, partial(watch, context))
+        found[losses.longest] = losses
+        if context > losses.longest:
             break
-    return Curve("windowed" if window else "cumulative", num_bytes, found)
+    return Curve("windowed" if window else "cumulative", losses.num_bytes, found)
 
 
 def _ordered(contexts: Sequence[int]) -> Iterator[int]:

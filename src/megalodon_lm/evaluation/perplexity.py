@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.tokenizer import Tokenizer
 from ..model.decoder import Megalodon
 from ..training.loss import token_losses
 from ..training.precision import Precision, autocast, choose_precision
@@ -22,7 +23,10 @@ class Losses:
     def __init__(self) -> None:
         self._nats = np.zeros(64)
         self._counts = np.zeros(64, np.int64)
-        self._longest = 0
+        self.longest = 0
+        """Tokens of the longest window."""
+        self.num_bytes = 0
+        """Of the text, if score_texts read it."""
 
     def add(self, position: int, losses: np.ndarray) -> None:
         """Count some losses in.
@@ -32,7 +36,7 @@ class Losses:
             losses: (windows, columns) in nats.
         """
         end = position + losses.shape[1]
-        self._longest = max(self._longest, end)
+        self.longest = max(self.longest, end)
         low = position
         while low < end:
             bucket = low.bit_length()  # positions 0; 1; 2, 3; 4 to 7; ...
@@ -69,7 +73,7 @@ class Losses:
     def by_position(self) -> dict[int, float]:
         """Mean loss in bits by position in the window: {last position of the bucket, counted from 1: bits a token}."""
         return {
-            min(1 << bucket, self._longest): float(self._nats[bucket] / count / LOG2)
+            min(1 << bucket, self.longest): float(self._nats[bucket] / count / LOG2)
             for bucket, count in enumerate(self._counts.tolist())
             if count
         }
@@ -85,6 +89,7 @@ def score(
     window: Window | None = None,
     watch: Callable[[Losses], None] = lambda losses: None,
     keep: Callable[[np.ndarray], None] = lambda nats: None,
+    losses: Losses | None = None,
 ) -> Losses:
     """Losses of every token of one document of any length, in constant memory.
 
@@ -101,10 +106,11 @@ def score(
         watch: called now and then with the losses so far.
         keep: called with the losses of each piece in nats, (windows, columns) float64; without `window` in the order of
             the text.
+        losses: to add to; None for new ones.
     """
     model.eval()
     device = next(model.parameters()).device
-    losses, state = Losses(), None
+    losses, state = losses or Losses(), None
     norms = WindowedNorms(model, window) if window is not None else None
     with autocast(choose_precision(precision, device), device):
         for position, before, tokens in _pieces(blocks, context, norms.piece if norms else BATCH_TOKENS, begin):
@@ -116,6 +122,34 @@ def score(
             losses.add(position, nats)
             keep(nats)
             watch(losses)
+    return losses
+
+
+def score_texts(
+    model: Megalodon,
+    texts: Iterable[Iterable[bytes]],
+    tokenizer: Tokenizer,
+    context: int | None = None,
+    precision: Precision = "float32",
+    window: Window | None = None,
+    watch: Callable[[Losses], None] = lambda losses: None,
+) -> Losses:
+    """Losses of several documents, each by itself; its bytes are counted too. Arguments as for score.
+
+    Args:
+        texts: documents in blocks of UTF-8.
+        tokenizer: of the model.
+    """
+    losses = Losses()
+
+    def counted(text: Iterable[bytes]) -> Iterator[bytes]:
+        for block in text:
+            losses.num_bytes += len(block)
+            yield block
+
+    for text in texts:
+        tokens = tokenizer.encode_blocks(counted(text))
+        score(model, tokens, tokenizer.begin, context, precision, window, watch, losses=losses)
     return losses
 
 

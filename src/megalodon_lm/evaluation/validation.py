@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ..data.corpus import blocks, find_documents, size
+from ..data.corpus import Texts
 from ..data.mixture import load_mixture
 from ..data.shards import is_prepared
 from ..data.tokenizer import Tokenizer
@@ -14,19 +14,19 @@ from ..generation.sampling import Sampling
 from ..model.decoder import Megalodon
 from ..training.loss import token_losses
 from ..training.precision import Precision, autocast, choose_precision
-from .perplexity import LOG2, score
+from .perplexity import LOG2, score_texts
 
 SAMPLE_TOKENS = 200
 LENGTH = 4096  # tokens read at a time
 
 
 class Validation:
-    """Bits per byte of the validation text, read in one context; and a sample, if there is a prompt.
+    """Bits per byte of the validation text; and a sample, if there is a prompt.
 
-    Of a prepared folder each document is a context of its own, and of chats only the answers count.
+    Each document is a context of its own. Of chats only the answers count.
 
     Args:
-        sources: validation texts, see find_documents; or one prepared folder.
+        sources: validation texts, see Texts; or one prepared folder.
         num_bytes: to measure on, about; 0 for all.
         tokenizer: of the model.
         precision: of matrix products.
@@ -46,19 +46,18 @@ class Validation:
         self.prepared = (
             load_mixture(sources, [], tokenizer, 0) if len(sources) == 1 and is_prepared(sources[0]) else None
         )
-        self.documents = [] if self.prepared else list(find_documents(sources).values())
-        total = sum(map(size, self.documents))
-        self.num_bytes = num_bytes if self.prepared else min(num_bytes or total, total)
+        self.texts = None if self.prepared else Texts(sources)
+        self.num_bytes = num_bytes
         self.tokenizer, self.precision, self.prompt, self.samples = tokenizer, precision, prompt, samples
 
     def __call__(self, model: Megalodon) -> float:
         """Bits per byte; the model is in evaluation mode."""
-        if self.prepared:
+        if self.texts is None:
             result = self._of_prepared(model)
         else:
-            text = self.tokenizer.encode_blocks(_first(self.documents, self.num_bytes))
-            losses = score(model, text, self.tokenizer.begin, precision=self.precision)
-            result = losses.bits_per_byte(self.num_bytes)
+            texts = _first(self.texts, self.num_bytes) if self.num_bytes else (text.blocks for text in self.texts)
+            losses = score_texts(model, texts, self.tokenizer, precision=self.precision)
+            result = losses.bits_per_byte(losses.num_bytes)
         if self.prompt and self.samples is not None:
             with self.samples.open("a", encoding="utf-8") as file:
                 file.write(f"{result:.4f} bits per byte\n{self._sample(model)}\n\n")
@@ -92,9 +91,19 @@ class Validation:
         return self.prompt + generator.write([generator.read(self.prompt)], sampling)[0]
 
 
-def _first(documents: list[Path | bytes], num_bytes: int) -> Iterator[bytes]:
-    for block in blocks(documents):
-        yield block[:num_bytes]
-        num_bytes -= len(block)
-        if num_bytes <= 0:
+def _first(texts: Texts, num_bytes: int) -> Iterator[Iterator[bytes]]:
+    """As many documents as it takes for so many bytes, the last one cut."""
+    left = num_bytes
+
+    def begun(blocks: Iterator[bytes]) -> Iterator[bytes]:
+        nonlocal left
+        for block in blocks:
+            yield block[:left]
+            left -= len(block)
+            if left <= 0:
+                return
+
+    for text in texts:
+        yield begun(text.blocks)
+        if left <= 0:
             return

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.corpus import Source, blocks
+from ..data.corpus import Source, Texts, texts_of
 from ..data.tokenizer import Tokenizer
 from ..model.decoder import Megalodon
 from ..state import State
@@ -71,13 +71,16 @@ class Generator:
         return context
 
     def read(
-        self, source: Source, context: Context | None = None, watch: Callable[[Context], None] = lambda context: None
+        self,
+        source: Source | Texts,
+        context: Context | None = None,
+        watch: Callable[[Context], None] = lambda context: None,
     ) -> Context:
-        """Read a text to its end.
+        """Read a text to its end, or several; each after the first comes after a begin token.
 
         Args:
             source: a string or bytes is the text itself; a Path, a binary file or an iterable of strings or bytes is
-                read block by block.
+                read block by block; a Path or Texts may hold several texts.
             context: to read on from, in place; None for a new one.
             watch: called after every block.
 
@@ -85,9 +88,12 @@ class Generator:
             InputError: the source is missing or unreadable.
         """
         context = context or self.context()
-        for tokens in self.tokenizer.encode_blocks(blocks(source)):
-            context.read(tokens)
-            watch(context)
+        for number, text in enumerate(texts_of(source)):
+            if number:
+                context.read(self.tokenizer.encode(b"", begin=True))
+            for tokens in self.tokenizer.encode_blocks(text):
+                context.read(tokens)
+                watch(context)
         return context
 
     def write(

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..data.batches import Batches, Stream, Windows
-from ..data.corpus import blocks, find_documents
+from ..data.corpus import Texts
 from ..data.mixture import load_mixture
 from ..data.shards import is_prepared
 from ..data.subword import SubwordTokenizer, train_bpe
@@ -29,8 +29,7 @@ def find_tokenizer(recipe: Recipe, begun: Path | None) -> Tokenizer:
     if begun is not None and (saved or d.tokenizer == t.begin_from):  # what it began from is no longer needed
         tokenizer = load_tokenizer(begun)
     elif kind == "bpe" and size.isdecimal():
-        texts = find_documents(d.train).values()
-        pieces = (b"".join(blocks(text)).decode("utf-8", "replace") for text in texts)
+        pieces = (b"".join(text.blocks).decode("utf-8", "replace") for text in Texts(d.train))
         tokenizer = SubwordTokenizer(train_bpe(pieces, int(size)))
     else:
         tokenizer = load_tokenizer(d.tokenizer)
@@ -53,7 +52,7 @@ def open_text(recipe: Recipe, tokenizer: Tokenizer) -> Batches:
     if t.validate_steps and len(d.validation) == 1 and is_prepared(d.validation[0]):
         load_mixture(d.validation, [], tokenizer, t.seed)
     elif t.validate_steps:
-        find_documents(d.validation)
+        Texts(d.validation)
     if d.order == "shuffled":
         return Windows(mixture, t.batch_size, t.length, t.seed)
     return Stream(mixture, t.batch_size, t.length)
