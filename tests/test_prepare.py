@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from megalodon_lm.data import prepare as prepare_module
 from megalodon_lm.data.books import bundled
 from megalodon_lm.data.mixture import load_mixture
 from megalodon_lm.data.pieces import PIECE
-from megalodon_lm.data.prepare import FAULTS, prepare
+from megalodon_lm.data.prepare import FAULTS, LEFT_OUT, prepare
 from megalodon_lm.data.shards import Prepared
 from megalodon_lm.data.subword import train_bpe
 from megalodon_lm.data.tokenizer import load_tokenizer
@@ -328,3 +329,88 @@ def test_an_altered_manifest_or_record_is_not_believed(tmp_path):
                     assert prepare([str(tmp_path / "a.txt")], out, workers=1) == made
         path.write_bytes(before)
     assert len(Prepared.open(out).tokens[0]) == 11
+
+
+def faults_of(folder):
+    return [json.loads(line) for line in (folder / FAULTS).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("names", ["ea", "ae", "eaeb", "eea"])
+def test_empty_files_anywhere(names, tmp_path):
+    """The first one, which has no part, and the last."""
+    sources = []
+    for number, name in enumerate(names):
+        sources.append(tmp_path / f"{number}{name}.{'jsonl' if name == 'b' else 'txt'}")
+        sources[-1].write_text({"e": "", "a": "text", "b": '{"text": "line"}'}[name])
+    made = prepare(list(map(str, sources)), tmp_path / "out", workers=1)
+    assert made["documents"] == sum(name != "e" for name in names)
+    assert made["left_out"] == {"empty": names.count("e")}
+
+
+def test_faults_name_the_line_of_the_file_in_whatever_shard_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "SHARD_BYTES", 1000)
+    lines = [json.dumps({"text": f"line {i}"}) for i in range(300)]
+    for bad in (3, 150, 299):
+        lines[bad - 1] = "bad"
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n\n" * 40 + "worse")
+    made = prepare([str(tmp_path / "a.jsonl")] * 2, tmp_path / "out", workers=1)
+    assert len(made["shards"]) > 10
+    assert [fault["line"] for fault in faults_of(tmp_path / "out")] == [3, 150, 299, 380] * 2
+    assert made["documents"] == 2 * 297
+
+
+def test_damaged_files_cost_what_is_damaged_and_the_rest_goes_on(tmp_path):
+    (tmp_path / "in").mkdir()
+    whole = zstandard.compress("".join(json.dumps({"text": f"{i:09d}" * 99}) + "\n" for i in range(3000)).encode())
+    (tmp_path / "in" / "a.jsonl.zst").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "in" / "b.parquet").write_bytes(b"PAR1 no more")
+    (tmp_path / "in" / "c.jsonl").write_text('{"text": "deep", "x": ' + "[" * 3000 + "]" * 3000 + "}\n")
+    (tmp_path / "in" / "d.txt").write_text("the rest")
+    made = prepare([str(tmp_path / "in")], tmp_path / "out", workers=1)
+    faults = faults_of(tmp_path / "out")
+    assert [Path(fault["path"]).name for fault in faults] == ["a.jsonl.zst", "b.parquet", "c.jsonl"]
+    assert faults[0]["line"] == made["documents"] > 1000
+    assert ByteTokenizer().decode(tokens_of(tmp_path / "out")).endswith("the rest")
+
+
+def test_what_is_no_shard_stays_and_does_not_matter(tmp_path):
+    (tmp_path / "out" / ".git").mkdir(parents=True)
+    (tmp_path / "out" / ".gitignore").write_text("*.tokens")
+    (tmp_path / "a.txt").write_text("some text")
+    prepare([str(tmp_path)], tmp_path / "out", workers=1)
+    (tmp_path / "out" / "00000.json").unlink()
+    leftovers = [f".00000.tokens.{os.getpid()}", ".prepared.json.abc", ".faults.jsonl.x"]
+    for name in leftovers:
+        (tmp_path / "out" / name).touch()
+    prepare([str(tmp_path)], tmp_path / "out", workers=1)
+    kept = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {".git", ".gitignore"} <= kept
+    assert not kept & set(leftovers)
+
+
+def test_the_folder_written_to_is_no_source_and_what_was_left_out_is_listed(tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "b.pdf").write_text("x")
+    for _ in range(2):
+        made = prepare([str(tmp_path)], tmp_path / "out", workers=1)
+        assert made["documents"] == 1
+    listed = [json.loads(line) for line in (tmp_path / "out" / LEFT_OUT).read_text().splitlines()]
+    assert listed[0] == {"path": str(tmp_path / "b.pdf"), "reason": "of unknown kind .pdf"}
+    assert made["left_out"] == {"of unknown kind .pdf": 1, "the folder to write to": 1}
+
+
+def test_a_request_without_text_leaves_the_folder_for_the_right_one(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"content": "x"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: no text in the field 'text'"):
+        prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", workers=1)
+    assert not (tmp_path / "out").exists()
+    assert prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", field="content", workers=1)["documents"] == 1
+
+
+def test_a_pipe_is_prepared_from_its_first_byte(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    text = '{"text": "abc"}\n' * 10_000
+    threading.Thread(target=(tmp_path / "pipe.jsonl").write_text, args=[text], daemon=True).start()
+    (tmp_path / "a.txt").write_text("and this")
+    made = prepare([str(tmp_path / name) for name in ("pipe.jsonl", "a.txt")], tmp_path / "out", workers=2)
+    assert (made["documents"], made["faults"]) == (10_001, 0)
