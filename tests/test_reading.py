@@ -156,7 +156,7 @@ def test_several_texts_are_read_each_behind_a_begin_token(tiny, tmp_path):
 def test_texts_given_by_a_program():
     assert [b"".join(t) for t in texts_of("half \udcff")] == [b"half ?"]
     assert [b"".join(t) for t in texts_of(io.BytesIO("Grüße".encode("utf-16")))] == ["Grüße".encode()]
-    with pytest.warns(InputNote, match="1 faults .* byte 3: not utf-8, mended"):
+    with pytest.warns(InputNote, match="1 fault .* byte 3: not utf-8, mended"):
         assert [b"".join(t) for t in texts_of(io.BytesIO(b"caf\xe9"))] == ["caf\ufffd".encode()]
 
 

@@ -162,4 +162,7 @@ def _size(item: Path | bytes) -> int:
 
 def _tell(reading: Reading) -> None:
     count = len(reading.faults) + reading.unlisted
-    warnings.warn(InputNote(f"{count:,} faults in what was read; the first is {told(reading.faults[0])}"), stacklevel=3)
+    warnings.warn(
+        InputNote(f"{count:,} fault{'s' * (count > 1)} in what was read; the first is {told(reading.faults[0])}"),
+        stacklevel=3,
+    )
