@@ -40,7 +40,7 @@ class Generate(Quiet):
     samples: int = 1
     """Continuations of the same text, with seeds that follow each other."""
     max_tokens: int = 500
-    """Tokens to write."""
+    """Tokens to write; fewer if the text ends before."""
     temperature: float = 0.8
     """0 takes the most likely token each time; higher is wilder."""
     top_k: int = 0
