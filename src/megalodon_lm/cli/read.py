@@ -62,7 +62,8 @@ class Read(Quiet):
                 generator.read(texts, context, lambda _: move(texts.done, progress()))
         except KeyboardInterrupt:
             context.save(self.save, tokenizer)
-            console.print(f"interrupted after {texts.num_read:,} bytes of {texts.name}")
+            # a tokenizer may still hold the last of them
+            console.print(f"interrupted within the first {texts.num_read:,} bytes of {texts.name}")
             print(f"{self.save}: {progress(complete=True)}")
             sys.exit(130)
         context.save(self.save, tokenizer)
