@@ -75,6 +75,14 @@ ODD_TOML = [
     '["text.txt", "text.txt"]', "[1.0, 2.0]", "[nan, 1.0]", "[[[]]]", '"stop"', '"shuffled"', '"constant"',
     "2000000000",
 ]  # fmt: skip
+FITTING = {
+    int: ["0", "1", "2", "3", "7", "16", "-1", "270", "2000000000", "9223372036854775807"],
+    float: ["0.0", "0.5", "1.0", "1e-300", "1e308", "-1.0", "inf", "nan", "2"],
+    bool: ["true", "false"],
+    str: ['""', '"x"', '"model"', '"bpe:270"', '"linear"', '"wsd"', '"skip"', '"rewind"', '"bf16"', '"muon"', '"bert"'],
+    list: [v for v in ODD_TOML if v.startswith("[")],
+}
+"""Of the type that a setting has."""
 ODD_JSON = [None, True, 0, -1, 1.5, 1e400, float("nan"), 10**30, "", "x", [], [1], {}, {"x": 1}, 2**31, "\u0000"]
 
 USUAL = {
@@ -342,9 +350,10 @@ def recipe_text(rng):
         table = rng.choice(["model", "data", "training"])
         kind = {"model": ModelConfig, "data": DataRecipe, "training": TrainingRecipe}[table]
         key = rng.choice([f.name for f in dataclasses.fields(kind)] + (["size"] if table == "model" else []))
+        values = ODD_TOML if rng.random() < 0.3 else FITTING[type(getattr(kind(), key, ""))]
         lines = [line for line in text.split("\n") if not line.startswith(f"{key} =")]
         where = lines.index(f"[{table}]") + 1 if f"[{table}]" in lines else len(lines)
-        text = "\n".join([*lines[:where], f"{key} = {rng.choice(ODD_TOML)}", *lines[where:]])
+        text = "\n".join([*lines[:where], f"{key} = {rng.choice(values)}", *lines[where:]])
     return text
 
 
