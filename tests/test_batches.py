@@ -156,4 +156,8 @@ def test_sections_hold_every_token_once_and_begin_with_a_mark(section):
     parts = np.split(stretch.tokens, np.flatnonzero(stretch.starts)[1:])
     expected = [d[at : at + section].tolist() for d in documents for at in range(0, len(d), section)]
     assert sorted(p.tolist() for p in parts) == sorted(expected)
+    torn = ~stretch.learnt  # the first token of a section that is not the first: nothing before it tells of it
+    assert sorted(stretch.tokens[torn].tolist()) == sorted(
+        d[at] for d in documents for at in range(section, len(d), section)
+    )
     assert sequence.fingerprint != in_memory(documents, seed=3).fingerprint

@@ -65,9 +65,9 @@ class Quickstart(Quiet):
             raise InputError(
                 f"--evaluate-bytes {self.evaluate_bytes} must be at least {recipe.training.length}, the training length"
             )
-        console.print(f"this machine makes {rate / 1e9:,.0f} GFLOP/s of {precision} matrix products: size {size}")
         folder = self.out or free_run_folder(Path("runs") / "quickstart")
         trainer = Trainer(recipe, folder, self.device)
+        console.print(f"this machine makes {rate / 1e9:,.0f} GFLOP/s of {precision} matrix products: size {size}")
         finished, curve = train_with_progress(trainer)
         if not finished:
             print(folder)

@@ -47,12 +47,14 @@ class Sequence:
         begin = np.concatenate([np.concatenate([np.zeros(1, np.int64), e])[:-1] for e in stops])
         array = np.repeat(np.arange(len(tokens), dtype=np.int32), [len(e) for e in stops])
         length = np.concatenate(stops) - begin
+        into = np.zeros_like(length)
         if section:
             document, into = _sections(length, section)
             array, begin = array[document], begin[document] + into
             length = np.minimum(length[document] - into, section)
         order = np.random.default_rng(seed).permutation(len(array))
         self._array, self._begin, self._ends = array[order], begin[order], np.cumsum(length[order])
+        self._torn = into[order] > 0  # nothing before its first token tells of it
         self._given, self._seed = fingerprint, f"{seed}/{section}" if section else str(seed)
         if len(self) == 0:
             raise InputError("the text has no tokens")
@@ -97,6 +99,7 @@ class Sequence:
             if self._learnt is not None:
                 learnt[done : done + taken] = self._learnt[array][begin : begin + taken]
             starts[done] = into == 0
+            learnt[done] &= into > 0 or not self._torn[document]
             done += taken
         return Stretch(tokens, starts, learnt)
 
