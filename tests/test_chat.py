@@ -163,6 +163,7 @@ def test_steps_weigh_answers_alike_and_pass_over_stretches_without(tmp_path):
     assert trainer.train(seen.append)
     assert seen[0].tokens == 32 * len(batches)
     assert all(0 < m.bits_per_token < 20 and m.gradient_norm > 0 for m in seen)
+    assert learnt_chats(tmp_path / "run") is True
 
 
 @pytest.mark.parametrize("length", [4096, 20])
