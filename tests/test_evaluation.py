@@ -1,3 +1,5 @@
+import copy
+import json
 import math
 from types import SimpleNamespace
 
@@ -8,8 +10,9 @@ import torch.nn.functional as F
 
 from megalodon_lm import Megalodon, ModelConfig
 from megalodon_lm.data.tokenizer import ByteTokenizer
-from megalodon_lm.evaluation import perplexity, quickstart
-from megalodon_lm.evaluation.by_context import WHOLE, measure
+from megalodon_lm.errors import InputError
+from megalodon_lm.evaluation import norm_statistics, perplexity, quickstart
+from megalodon_lm.evaluation.by_context import WHOLE, Curve, measure
 from megalodon_lm.evaluation.by_position import rise_by_position, window_starts
 from megalodon_lm.evaluation.compressors import compressors
 from megalodon_lm.evaluation.norm_statistics import Window
@@ -49,9 +52,12 @@ def test_score_equals_one_forward_pass_a_window(tiny, context, block, monkeypatc
     assert low == min(context or LENGTH, LENGTH)
 
 
-@pytest.mark.parametrize("window", [Window(2, 1, 2), Window(4, 2, 3), Window(3, 2, 1)])
-def test_windowed_statistics_are_those_of_the_last_chunks_read_alone(window):
-    """The procedure written out, chunk by chunk, in float64."""
+@pytest.mark.parametrize("batch_tokens", [8192, 30, 16, 7])
+@pytest.mark.parametrize("window", [Window(2, 1, 2), Window(4, 2, 3), Window(3, 2, 1), Window(4, 4, 3)])
+def test_windowed_statistics_are_those_of_the_last_chunks_read_alone(window, batch_tokens, monkeypatch):
+    """The procedure written out, chunk by chunk, in float64; whatever a chunk is to the tokens read at a time."""
+    monkeypatch.setattr(perplexity, "BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr(norm_statistics, "PIECE", batch_tokens)
     torch.manual_seed(1)
     model = Megalodon(ModelConfig.named("tiny", chunk_size=16)).double().eval()
     tokens = text(16 * 11 + 5)
@@ -177,3 +183,19 @@ def test_compressors_on_the_validation_text():
     novel = bundled("validation")["dracula"]
     found = compressors(novel[at : at + 100_000] for at in range(0, len(novel), 100_000))
     assert found == pytest.approx({"gzip": 2.952, "xz": 2.420, "bzip2": 2.125}, abs=0.002)
+
+
+def test_a_model_that_is_not_finite_gives_no_figures(tiny):
+    broken = copy.deepcopy(tiny)
+    with torch.no_grad():
+        broken.output.output.weight[5] = math.nan
+    with pytest.raises(InputError, match="loss is not finite"):
+        score(broken, [text().numpy()], 256)
+
+
+def test_figures_are_json_even_where_the_perplexity_is_beyond_all_numbers():
+    losses = Losses()
+    losses.add(0, np.full((1, 10), 1000.0))
+    figures = Curve("cumulative", 10, {10: losses}).figures()
+    assert figures["perplexity_by_context"] == {10: None}
+    json.dumps(figures, allow_nan=False)

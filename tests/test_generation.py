@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from megalodon_lm import generate
+from megalodon_lm.errors import InputError
 from megalodon_lm.generation import stream
 from megalodon_lm.generation.sampling import Draws, Sampling, sample
 
@@ -55,6 +56,50 @@ def test_sampling_draws_what_the_settings_say(settings, expected):
     assert drawn(**settings) == pytest.approx(expected, abs=1e-3)
 
 
+def counted(logits, **settings):
+    """Which tokens come up in 1,000 even draws from these logits."""
+    draws = torch.arange(1000, dtype=torch.float64) / 1000
+    return set(sample(torch.tensor([logits]).expand(1000, -1), Sampling(**settings), draws).tolist())
+
+
+@pytest.mark.parametrize(
+    ("logits", "settings", "expected"),
+    [
+        ([1.0, 2.0, 2.0, 0.0], {"top_k": 1}, {1}),
+        ([2.0, 2.0, 2.0, 2.0], {"top_k": 3}, {0, 1, 2}),
+        ([2.0, 2.0, 2.0, 2.0], {"top_k": 9}, {0, 1, 2, 3}),
+        ([0.0, 3.0, 3.0, -40.0], {"top_p": 0.4}, {1}),
+        ([2.0, 2.0, 2.0, 2.0], {"top_p": 0.5}, {0, 1}),
+        ([0.0, 3.0, 3.0, 2.9], {"min_p": 1.0}, {1, 2}),
+    ],
+)
+def test_equal_logits_are_counted_one_by_one(logits, settings, expected):
+    """top_k = 1 is one token, top_p as few as hold the probability; min_p leaves out what is less likely alone."""
+    assert counted(logits, **settings) == expected
+
+
+@pytest.mark.parametrize("penalty", [1e308, 1e-320])
+@pytest.mark.parametrize("temperature", [0, 1e-308, 1.0, 1e308, float("inf")])
+def test_extreme_settings_still_draw_a_token(penalty, temperature):
+    logits = torch.tensor([[2.0, -1.0, 0.0, -0.9]])
+    settings = Sampling(temperature=temperature, repetition_penalty=penalty)
+    for written in ([True] * 4, [True, True, False, False], [False] * 4):
+        token = sample(logits, settings, torch.tensor([0.999], dtype=torch.float64), torch.tensor([written]))
+        assert 0 <= token.item() < 4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_logits_that_are_not_finite_are_refused(value, temperature):
+    logits = torch.tensor([[0.0, 1.0], [value, 1.0]])
+    with pytest.raises(InputError, match="not finite"):
+        sample(logits, Sampling(temperature=temperature), torch.zeros(2, dtype=torch.float64))
+
+
+def test_any_whole_number_is_a_seed():
+    assert Draws([2**70, -1]).next().tolist() == Draws([0, 2**64 - 1]).next().tolist()
+
+
 def test_repetition_penalty_bears_on_written_tokens_alone():
     logits = torch.tensor([[2.0, -1.0, 1.5, -0.9]])
     written = torch.tensor([[True, True, False, False]])
@@ -74,6 +119,7 @@ def test_draws_of_a_row_do_not_depend_on_its_neighbours():
     [
         {"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}, {"min_p": 2}, {"min_p": -0.1},
         {"repetition_penalty": 0}, {"max_tokens": -1}, {"stop": ("x", "")}, {"temperature": float("nan")},
+        {"top_k": 1.5}, {"max_tokens": float("nan")}, {"seed": 0.5},
     ],
 )  # fmt: skip
 def test_settings_outside_their_range_are_refused(settings):

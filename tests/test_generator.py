@@ -1,8 +1,10 @@
 """Reading and writing: the same tokens however the text came in, wherever it was cut, and whoever sits beside it."""
 
+import copy
 import io
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -15,11 +17,13 @@ import torch
 from megalodon_lm import ByteTokenizer, Megalodon, ModelConfig, State
 from megalodon_lm.data.books import bundled
 from megalodon_lm.data.subword import SubwordTokenizer
+from megalodon_lm.errors import InputError
 from megalodon_lm.generation import context as context_module
-from megalodon_lm.generation.context import Context, bookmark_bytes, describe, piece_length
+from megalodon_lm.generation.context import Context, bookmark_bytes, describe, unit_length
+from megalodon_lm.generation.decoding import Decoder
 from megalodon_lm.generation.generator import Generator
 from megalodon_lm.generation.sampling import Sampling, sample
-from megalodon_lm.state import StateFile
+from megalodon_lm.state import OLDER_FORMAT, StateFile
 from megalodon_lm.training.recipe import Recipe
 from megalodon_lm.training.trainer import Trainer
 
@@ -39,7 +43,7 @@ def generator():
 
 @pytest.fixture
 def short_pieces(monkeypatch):
-    monkeypatch.setattr(context_module, "PIECE", 512)
+    monkeypatch.setattr(context_module, "PIECE", 128)
 
 
 def written(generator, context, sampling):
@@ -144,10 +148,10 @@ def test_loss_is_that_of_the_model(generator, short_pieces):
     with torch.no_grad():
         logits, _ = generator.model(tokens[None])
     nats = torch.nn.functional.cross_entropy(logits[0, :-1], tokens[1:], reduction="none")
-    assert context.scored == 1536
-    assert context.loss(complete=False) == pytest.approx(nats[:1536].mean().item(), rel=2e-3)
+    assert context.scored == 1920
+    assert context.loss(complete=False) == pytest.approx(nats[:1920].mean().item(), rel=2e-3)
     assert context.loss() == pytest.approx(nats.mean().item(), rel=2e-3)
-    assert context.scored == 1536
+    assert context.scored == 1920
 
 
 def scripted(generator, text, monkeypatch, last=ByteTokenizer.end):
@@ -257,10 +261,10 @@ def test_writing_nothing_is_allowed_and_reading_nothing_is_not(generator):
 
 @pytest.mark.parametrize("name", ["tiny", "bench22M", "mega200M", "paper7B"])
 def test_size_of_a_bookmark_is_known_beforehand(name, tmp_path):
-    """That of the 7B too: a real state of its configuration, in bf16, with a full piece of tokens waiting."""
+    """That of the 7B too: a real state of its configuration, in bf16, with a full chunk of tokens to read again."""
     config = ModelConfig.named(name)
     state = State.empty(config, 1, dtype=torch.bfloat16)  # its cache is never touched, so it takes no memory
-    waiting = torch.zeros(piece_length(config), dtype=torch.int64)
+    waiting = torch.zeros(unit_length(config), dtype=torch.int64)
     StateFile(state, "fingerprint", waiting).write(tmp_path / "a.state")
     file = StateFile.read(tmp_path / "a.state")
     assert file.state.nbytes + file.tokens.nbytes == bookmark_bytes(config)
@@ -309,7 +313,144 @@ def test_a_bookmark_of_another_tokenizer_is_refused(generator, tmp_path):
     generator.read(TEXT[:50]).save(tmp_path / "book.state", Other())
     with pytest.raises(ValueError, match="another tokenizer"):
         Context.load(tmp_path / "book.state", generator.model, generator.tokenizer)
-    assert isinstance(State.load(tmp_path / "book.state", generator.model), State)
+
+
+def test_a_bookmark_is_no_bare_state(generator, tmp_path):
+    """Loaded as one it would lose the tokens that wait."""
+    for length in (50, 5000):
+        generator.read(TEXT[:length]).save(tmp_path / "book.state", generator.tokenizer)
+        with pytest.raises(InputError, match=r"book\.state is a bookmark.*Context\.load"):
+            State.load(tmp_path / "book.state", generator.model)
+
+
+def test_a_bookmark_of_the_older_format_goes_on(generator, tmp_path, monkeypatch):
+    """It holds the state at 4,096 tokens and all that came then, and the sampled fingerprint of the model."""
+    tokens = generator.tokenizer.encode(TEXT, begin=True)
+    context = Context(generator.model)
+    context.read(tokens[:4097])
+    notes = {"tokenizer": generator.tokenizer.fingerprint, "scored": "4096", "nats": repr(context.nats)}
+    monkeypatch.setattr("megalodon_lm.state.FORMAT", OLDER_FORMAT)
+    rest = torch.from_numpy(tokens[4096:])
+    StateFile(context._state, generator.model.sampled_fingerprint(), rest, notes).write(tmp_path / "old.state")
+    monkeypatch.undo()
+    loaded = Context.load(tmp_path / "old.state", generator.model, generator.tokenizer)
+    whole = generator.read(TEXT)
+    assert (loaded.position, loaded.loss()) == (whole.position, whole.loss())
+    assert written(generator, loaded, GREEDY) == written(generator, whole, GREEDY)
+
+
+@pytest.fixture
+def computed(generator, monkeypatch):
+    """Lengths of all pieces that the model computes."""
+    lengths, features = [], Megalodon.features
+
+    def counting(self, tokens, *args, **kwargs):
+        lengths.append(tokens.shape[1])
+        return features(self, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(Megalodon, "features", counting)
+    return lengths
+
+
+def test_a_turn_computes_what_is_new_and_less_than_a_piece_again(generator, computed):
+    """Until its first token; and what it wrote, after that, no more than the piece it completes."""
+    context = generator.read(TEXT[:4000])
+    written(generator, context, GREEDY)
+    for _ in range(8):
+        known = context.position // 512 * 512  # read and never computed again
+        computed.clear()
+        generator.read(TEXT[:60], context)
+        stream = generator.stream([context], GREEDY)
+        next(stream)
+        assert sum(computed) <= context.position - known + 1
+        computed.clear()
+        list(stream)
+        assert sum(computed) in (0, 512)
+
+
+def test_forks_compute_what_they_share_once(generator, computed):
+    trunk = generator.read(TEXT[:4000])
+    forks = [trunk.fork() for _ in range(4)]
+    computed.clear()
+    generator.write(forks, SEEDED, seeds=[1, 2, 3, 4])
+    assert sum(computed) == 4001 % 512
+
+
+@pytest.fixture
+def one_thread():
+    """Short pieces would wait for threads more than compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("chunk", "piece"), [(150, 64), (64, 150), (100, 33)])
+def test_pieces_and_chunks_of_any_lengths(chunk, piece, one_thread, tmp_path, monkeypatch):
+    """A bookmark holds no cache, and goes on bitwise, where chunks are longer than pieces too."""
+    monkeypatch.setattr(context_module, "PIECE", piece)
+    torch.manual_seed(0)
+    generator = Generator(Megalodon(ModelConfig.named("tiny", chunk_size=chunk)).eval(), ByteTokenizer())
+    text = TEXT[:500]
+    whole = generator.read(text)
+    tokens = written(generator, whole.fork(), GREEDY)
+    for at in (1, 64, 150, 151, 333):
+        first = generator.read(in_blocks(text[:at], 17))
+        first.save(tmp_path / "book.state", generator.tokenizer)
+        file = StateFile.read(tmp_path / "book.state")
+        assert file.state.layers[0].attention.keys.shape[1] == 0
+        assert len(file.tokens) <= unit_length(generator.model.config)
+        context = Context.load(tmp_path / "book.state", generator.model, generator.tokenizer)
+        assert (context.scored, context.nats) == (first.scored, first.nats)
+        generator.read(text[at:], context)
+        assert context.loss() == whole.loss()
+        assert written(generator, context, GREEDY) == tokens
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_a_model_can_be_trained_from_what_was_read_or_written(generator, portable):
+    width = 72 if portable else 64
+    model = Megalodon(ModelConfig.named("tiny", model_dim=width)).eval()
+    context = Context(model)
+    context.read(np.arange(100))
+    _, state = context.finish()
+    decoder = Decoder(model, state)
+    assert decoder.fused != portable
+    decoder.step(torch.tensor([1]))
+    for entry in (state, decoder.state()):
+        logits, _ = model(torch.arange(20)[None], entry)
+        logits.sum().backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        model.zero_grad()
+
+
+def test_a_context_and_a_state_say_in_a_line_what_they_are(generator):
+    context = generator.read(TEXT[:1000])
+    assert re.fullmatch(
+        r"<Context of 1,001 tokens, \d\.\d{3} nats a token, 0\.\d MB, read by a Megalodon of 2 layers, width 64 and "
+        r"chunks of 64>",
+        repr(context),
+    )
+    _, state = context.finish()
+    assert re.fullmatch(
+        r"<State of 1 rows at position 1,001, 0\.\d MB on cpu, made by a Megalodon of 2 layers, width 64 and "
+        r"chunks of 64>",
+        repr(state),
+    )
+    empty = State.cat([State.empty(generator.model.config)] * 2 + [state])
+    assert "3 rows at position 0, 1,001" in repr(empty)
+
+
+def test_a_model_that_is_not_finite_says_so(generator, short_pieces):
+    broken = copy.deepcopy(generator.model)
+    with torch.no_grad():
+        broken.output.output.weight[5] = float("nan")
+    spoilt = Generator(broken, generator.tokenizer)
+    with pytest.raises(InputError, match="logits are not finite"):
+        spoilt.write([spoilt.read("x")], GREEDY)
+    with pytest.raises(InputError, match="loss is not finite"):
+        spoilt.read(TEXT)
+    assert Context(generator.model).loss() is None
 
 
 KILLED_WRITER = """

@@ -1,11 +1,17 @@
+import contextlib
+import copy
 import math
+import random
 import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from megalodon_lm import Megalodon, ModelConfig
+from megalodon_lm.errors import InputError
+from megalodon_lm.model import checkpoint, identity
 from megalodon_lm.ops import reference
 
 from .test_cut_invariant import build
@@ -236,19 +242,89 @@ def test_one_configuration_has_one_fingerprint(tmp_path):
     assert Megalodon.load(tmp_path).fingerprint() == model.fingerprint()
 
 
-def test_fingerprint_changes_with_a_weight_or_a_choice(tiny):
-    prints = {tiny.fingerprint()}
-    for name, parameter in tiny.named_parameters():
+def test_fingerprint_changes_with_any_bit_of_a_weight_or_a_choice(tiny):
+    """However the weight was changed: counted by PyTorch or behind its back."""
+    model = copy.deepcopy(tiny)
+    prints = {model.fingerprint()}
+    for name, parameter in model.named_parameters():
         with torch.no_grad():
-            kept = parameter.view(-1)[0].clone()
-            parameter.view(-1)[0] += 1
-            prints.add(tiny.fingerprint())
-            parameter.view(-1)[0] = kept
+            kept = parameter.view(-1)[1].clone()
+            parameter.view(-1)[1] += 1
+            prints.add(model.fingerprint())
+            parameter.view(-1)[1] = kept
         assert len(prints) > 1, name
+    for parameter in model.parameters():
+        parameter.data += 1
+    prints.add(model.fingerprint())
     other = Megalodon(ModelConfig.named("tiny", rope_base=5e3))
     other.load_state_dict(tiny.state_dict())
     prints.add(other.fingerprint())
-    assert len(prints) == 2 + len(list(tiny.parameters()))
+    assert len(prints) == 3 + len(list(tiny.parameters()))
+    other.load_state_dict(model.state_dict())
+    assert other.fingerprint() not in prints
+
+
+def test_fingerprint_is_computed_once(tiny, tmp_path, monkeypatch):
+    """And not at all of a model that comes from a folder: loading it has verified it."""
+    tiny.save(tmp_path)
+    loaded = Megalodon.load(tmp_path)
+    expected = tiny.fingerprint()
+    monkeypatch.setattr(identity, "digest", None)
+    assert loaded.fingerprint() == tiny.fingerprint() == expected
+
+
+def test_an_edited_configuration_is_refused(tiny, tmp_path):
+    tiny.save(tmp_path)
+    for change in ({"rope_base": 500.0}, {"norm_eps": 1e-3}, {"chunk_size": 32}):
+        ModelConfig.named("tiny", **change).save(tmp_path / "config.json")
+        with pytest.raises(InputError, match=rf"config\.json was edited .*{next(iter(change))} = "):
+            Megalodon.load(tmp_path)
+    (tmp_path / "config.json").unlink()
+    assert Megalodon.load(tmp_path).config == tiny.config
+
+
+def test_a_flipped_bit_of_the_weights_is_refused_or_means_nothing(tiny, tmp_path):
+    tiny.save(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    data, rng = weights.read_bytes(), random.Random(0)
+    header = 8 + int.from_bytes(data[:8], "little")
+    for place in [*(rng.randrange(header, len(data)) for _ in range(30)), *range(0, header, header // 50)]:
+        altered = bytearray(data)
+        altered[place] ^= 1 << place % 8
+        weights.write_bytes(altered)
+        loaded = None
+        with contextlib.suppress(InputError):
+            loaded = Megalodon.load(tmp_path)
+        if loaded is not None:
+            assert place < header
+            assert all(torch.equal(p, q) for p, q in zip(loaded.parameters(), tiny.parameters(), strict=True))
+
+
+def test_weights_of_other_programs_are_loaded_without_a_hash(tiny, tmp_path):
+    tiny.save(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt", "fingerprint": "of a sample"})
+    ModelConfig.named("tiny", rope_base=500.0).save(tmp_path / "config.json")
+    assert Megalodon.load(tmp_path).config.rope_base == 500
+
+
+@pytest.mark.parametrize("at", ["before", "between", "after"])
+def test_a_kill_while_a_model_replaces_another_leaves_one_of_them(tiny, tmp_path, monkeypatch, at):
+    tiny.save(tmp_path)
+    other = Megalodon(ModelConfig.named("tiny", chunk_size=32))
+    written = []
+
+    def killed(path, data):
+        if len(written) == ["before", "between", "after"].index(at):
+            raise KeyboardInterrupt
+        written.append(path)
+        path.write_bytes(data if isinstance(data, bytes) else data.encode())
+
+    monkeypatch.setattr(checkpoint, "write_atomically", killed)
+    with contextlib.suppress(KeyboardInterrupt):
+        other.save(tmp_path)
+    expected = tiny if at == "before" else other
+    assert Megalodon.load(tmp_path).fingerprint() == expected.fingerprint()
 
 
 def test_a_head_of_its_own_is_not_dropped_silently(tiny, tmp_path):

@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalodon_lm import Megalodon, ModelConfig, State
+from megalodon_lm.errors import InputError
+from megalodon_lm.generation.decoding import Decoder
 from megalodon_lm.state import is_cache
 
 
@@ -233,6 +235,30 @@ def test_state_of_another_model_is_refused(tiny, state, tmp_path):
     (tmp_path / "text").write_text("not a state, but longer than eight bytes")
     with pytest.raises(ValueError, match="not a readable state file"):
         State.load(tmp_path / "text", tiny)
+
+
+def test_a_state_of_another_model_of_the_same_shape_is_refused(tiny, state):
+    """In memory too; a copy with the same weights takes it, and so does the model itself after a change."""
+    twin = copy.deepcopy(tiny)
+    more = tokens(3, 2)
+    assert torch.equal(twin(more, state)[0], tiny(more, state)[0])
+    State.cat([state, twin(more)[1]])
+    with torch.no_grad():
+        twin.layers[0].mega.wz.weight[1, 1] += 1
+    twin(more, twin(more)[1])
+    with pytest.raises(InputError, match="another model of the same shape"):
+        twin(more, state)
+    with pytest.raises(InputError, match="different models; their weights differ"):
+        State.cat([state, twin(more)[1]])
+    other_choice = Megalodon(ModelConfig.named("tiny", rope_base=5000.0))
+    other_choice.load_state_dict(tiny.state_dict())
+    with pytest.raises(InputError, match="another model of the same shape"):
+        Decoder(other_choice, state)
+
+
+def test_the_joined_state_knows_the_model_that_one_of_them_knows(tiny, state, tmp_path):
+    State.cat([State.empty(tiny.config), state]).save(tmp_path / "a.state")
+    assert State.load(tmp_path / "a.state", tiny).batch_size == 4
 
 
 def test_failed_write_leaves_the_old_file(state, tmp_path, monkeypatch):

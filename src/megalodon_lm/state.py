@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .config import ModelConfig
     from .model.decoder import Megalodon
 
-FORMAT = "megalodon-state-2"
+FORMAT, OLDER_FORMAT = "megalodon-state-3", "megalodon-state-2"
 TOKENS = "tokens"
 
 
@@ -101,6 +101,16 @@ class State:
         """Bytes of all tensors; independent of how much was read."""
         return sum(t.nbytes for t in self.tensors().values())
 
+    def __repr__(self) -> str:
+        places = sorted(set(self.position.tolist()))
+        position = ", ".join(f"{p:,}" for p in (places if len(places) < 5 else (places[0], places[-1])))
+        if len(places) > 4:
+            position = position.replace(", ", " to ")
+        maker = self.model() if self.model is not None else None
+        made = "an unknown model" if maker is None else maker.summary
+        size = f"{self.nbytes / 1e6:.1f} MB on {self.norm.mean.device}"
+        return f"<State of {self.batch_size} rows at position {position}, {size}, made by {made}>"
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor under its name."""
         return dict(_named(self))
@@ -134,15 +144,23 @@ class State:
 
     @staticmethod
     def cat(states: Sequence["State"]) -> "State":
-        """Join states of one model along the batch."""
+        """Join states of one model along the batch.
+
+        Raises:
+            InputError: no state, or states of different models.
+        """
         if not states:
             raise InputError("State.cat needs at least one state")
+        makers = {id(maker): maker for s in states if s.model is not None and (maker := s.model()) is not None}
+        if len({maker.fingerprint() for maker in makers.values()} if len(makers) > 1 else makers) > 1:
+            raise InputError("State.cat got states of different models; their weights differ")
         columns = [s.tensors() for s in states]
         shapes = [{name: t.shape[1:] for name, t in column.items()} for column in columns]
         if any(s != shapes[0] for s in shapes):
             raise InputError("State.cat got states of different models; their shapes differ")
         joined = iter([torch.cat([c[name] for c in columns]) for name in columns[0]])
-        return states[0].map(lambda _: next(joined))
+        known = next((s.model for s in states if s.model is not None and s.model() is not None), None)
+        return dataclasses.replace(states[0].map(lambda _: next(joined)), model=known)
 
     def split(self) -> list["State"]:
         """One state a row."""
@@ -171,8 +189,10 @@ class State:
         moved = iter([move(name, t) for name, t in _named(self)])
         return self.map(lambda _: next(moved))
 
-    def check(self, config: "ModelConfig", batch: int) -> None:
-        """Refuse a state that cannot belong to a model of this configuration, or to this many rows.
+    def check(self, model: "Megalodon", batch: int) -> None:
+        """Refuse a state that another model made, or that has another number of rows.
+
+        A state whose model is gone is known by its shapes alone.
 
         Raises:
             InputError: with the first difference.
@@ -181,7 +201,10 @@ class State:
             raise InputError(
                 f"the state has {self.batch_size} rows but the tokens have {batch}; use state.select to match them"
             )
-        expected = State.empty(config, 1, "meta").tensors()
+        maker = self.model() if self.model is not None else None
+        if maker is model:
+            return
+        expected = State.empty(model.config, 1, "meta").tensors()
         found = self.tensors()
         for name in expected.keys() | found.keys():
             shapes = [tuple(t[name].shape[1:]) if name in t else None for t in (found, expected)]
@@ -190,6 +213,11 @@ class State:
                     f"the state belongs to another model: {name} has shape {shapes[0]} a row and this model needs "
                     f"{shapes[1]}; start from an empty state"
                 )
+        if maker is not None and maker.fingerprint() != model.fingerprint():
+            raise InputError(
+                "the state belongs to another model of the same shape: its weights or its configuration differ; start "
+                "from an empty state"
+            )
 
     def save(self, path: str | Path, model: "Megalodon | None" = None) -> None:
         """Write as safetensors, atomically, with the fingerprint of its model and a checksum.
@@ -210,9 +238,15 @@ class State:
         """Read a state for this model, onto its device.
 
         Raises:
-            InputError: missing, truncated or altered file, or a state of another model.
+            InputError: missing, truncated or altered file, a state of another model, or a bookmark, which holds more.
         """
-        return StateFile.read(path).state_for(model, path)
+        file = StateFile.read(path)
+        if file.is_bookmark:
+            raise InputError(
+                f"{path} is a bookmark: a state, and {len(file.tokens)} tokens to read on from it; "
+                "load it with Context.load"
+            )
+        return file.state_for(model, path)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "model": None}
@@ -220,19 +254,26 @@ class State:
 
 @dataclass(frozen=True, eq=False)
 class StateFile:
-    """What a state file holds.
+    """What a file holds: a bare state, or a bookmark.
 
     Attributes:
         state: on the CPU, its cache cut to the used slots until it is given to a model.
         fingerprint: of the model.
-        tokens: int64, read but not yet in the state; bookmarks have some, see generation.context.
+        tokens: int64, read but not yet in the state; none for a bare state, see generation.context.
         notes: strings by name, such as the date.
+        sampled: whether the fingerprint is that of the older format, of a sample of the weights.
     """
 
     state: State
     fingerprint: str
     tokens: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     notes: dict[str, str] = field(default_factory=dict)
+    sampled: bool = False
+
+    @property
+    def is_bookmark(self) -> bool:
+        """Whether it is a context that was kept, and no bare state."""
+        return "tokenizer" in self.notes
 
     def write(self, path: str | Path) -> None:
         """Write atomically."""
@@ -262,13 +303,14 @@ class StateFile:
             raise InputError(f"no state file at {path}") from None
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path} is not a readable state file ({error}); it may be truncated") from None
-        if metadata.get("format") != FORMAT:
+        if metadata.get("format") not in (FORMAT, OLDER_FORMAT):
             raise InputError(f"{path} is not a state file of this version (it says {metadata.get('format')!r})")
         if metadata.pop("checksum", None) != _checksum(stored, metadata):
             raise InputError(f"{path} was altered after it was written: its checksum does not match")
         tokens = stored.pop(TOKENS)
         notes = {name: metadata[name] for name in metadata.keys() - {"format", "fingerprint", "position"}}
-        return cls(from_tensors(stored), metadata["fingerprint"], tokens, notes)
+        sampled = metadata["format"] == OLDER_FORMAT
+        return cls(from_tensors(stored), metadata["fingerprint"], tokens, notes, sampled)
 
     def state_for(self, model: "Megalodon", path: str | Path = "the file") -> State:
         """The state, on the device of its model.
@@ -276,7 +318,7 @@ class StateFile:
         Raises:
             InputError: the state belongs to another model.
         """
-        if self.fingerprint != model.fingerprint():
+        if self.fingerprint != (model.sampled_fingerprint() if self.sampled else model.fingerprint()):
             raise InputError(f"{path} is a state of another model or of other weights; read the text again")
         state = dataclasses.replace(filled_up(self.state, model.config), model=weakref.ref(model))
         return state.to(next(model.parameters()).device)

@@ -126,7 +126,7 @@ class Conversation:
             return f"/load {rest} comes back here; forks: {', '.join(self.forks)}"
         if name == "/stats":
             return (
-                f"{self.context.position:,} tokens read, {self.context.loss():.3f} nats a token; state of "
+                f"{self.context.position:,} tokens read, {self.context.loss() or 0:.3f} nats a token; state of "
                 f"{self.context.nbytes / 1e6:.1f} MB; the last answer came at {self.speed:,.0f} tokens a second"
             )
         if name == "/help":

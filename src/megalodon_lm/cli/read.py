@@ -1,6 +1,5 @@
 """megalodon read"""
 
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +53,7 @@ class Read(Quiet):
             rate = (context.position - start) / (time.perf_counter() - began)
             loss = context.loss(complete)  # of nothing, while the first piece is unfinished
             return f"{context.position:,} tokens, {rate:,.0f} a second" + (
-                "" if math.isnan(loss) and not context.scored else f", {loss:.3f} nats a token"
+                "" if loss is None else f", {loss:.3f} nats a token"
             )
 
         try:

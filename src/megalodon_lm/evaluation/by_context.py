@@ -59,7 +59,10 @@ class Curve:
         """For JSON."""
         return {
             "bits_per_byte_by_context": self.bits_per_byte,
-            "perplexity_by_context": {context: losses.perplexity for context, losses in self.losses.items()},
+            "perplexity_by_context": {
+                context: losses.perplexity if math.isfinite(losses.perplexity) else None
+                for context, losses in self.losses.items()
+            },
             "bits_per_token_by_position": self.longest.by_position(),
             "largest_rise": self.largest_rise,
         }

@@ -16,6 +16,8 @@ from ..errors import InputError
 from ..model.decoder import Megalodon
 from ..state import State
 
+PIECE = 8192  # tokens read at a time, at most
+
 
 @dataclass(frozen=True)
 class Window:
@@ -53,15 +55,15 @@ class WindowedNorms:
     def __init__(self, model: Megalodon, window: Window):
         self.model, self.window = model, window
         self.chunk = model.config.chunk_size
-        self.piece = self.chunk * math.gcd(window.first, window.every)
-        """Tokens in which the text must be read: no replacement is due inside a piece."""
+        self.unit = self.chunk * math.gcd(window.first, window.every)
+        """Tokens from one place where a replacement may be due to the next; no piece of the text may go past one."""
         self._recent = torch.zeros(1, 0, dtype=torch.int64)
 
     def after(self, tokens: Tensor, state: State) -> State:
         """Go on after a piece.
 
         Args:
-            tokens: (B, L) of the piece; a piece at position 0 begins a new text.
+            tokens: (B, L) of the piece, within a unit; a piece at position 0 begins a new text.
             state: after it.
 
         Returns:
@@ -74,7 +76,7 @@ class WindowedNorms:
         if rest or chunks < self.window.first or (chunks - self.window.first) % self.window.every:
             return state
         recent = None
-        for part in self._recent.split(self.piece, dim=1):
+        for part in self._recent.split(min(self.unit, PIECE), dim=1):
             _, recent = self.model.features(part.to(state.norm.mean.device), recent)
         assert recent is not None
         layers = (old._replace(norm=new.norm) for old, new in zip(state.layers, recent.layers, strict=True))

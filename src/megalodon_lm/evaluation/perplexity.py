@@ -1,6 +1,7 @@
 """Loss against context: how well a model predicts a text when it may look back 64 tokens, 1,024, or to its start."""
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -9,12 +10,13 @@ from torch import Tensor
 
 from ..data.tokenizer import Tokenizer
 from ..model.decoder import Megalodon
-from ..training.loss import token_losses
+from ..training.loss import check_loss, token_losses
 from ..training.precision import Precision, autocast, choose_precision
 from .norm_statistics import Window, WindowedNorms
 
 BATCH_TOKENS = 8192
 LOG2 = math.log(2)
+_LARGEST_LOG = math.log(sys.float_info.max)
 
 
 class Losses:
@@ -63,8 +65,8 @@ class Losses:
 
     @property
     def perplexity(self) -> float:
-        """Of a token."""
-        return math.exp(self.mean)
+        """Of a token; infinite beyond the largest number."""
+        return math.exp(self.mean) if self.mean < _LARGEST_LOG else math.inf
 
     def bits_per_byte(self, num_bytes: int) -> float:
         """Over a text of so many bytes."""
@@ -107,19 +109,23 @@ def score(
         keep: called with the losses of each piece in nats, (windows, columns) float64; without `window` in the order of
             the text.
         losses: to add to; None for new ones.
+
+    Raises:
+        InputError: a loss is not finite.
     """
     model.eval()
     device = next(model.parameters()).device
     losses, state = losses or Losses(), None
     norms = WindowedNorms(model, window) if window is not None else None
     with autocast(choose_precision(precision, device), device):
-        for position, before, tokens in _pieces(blocks, context, norms.piece if norms else BATCH_TOKENS, begin):
+        for position, before, tokens in _pieces(blocks, context, norms.unit if norms else BATCH_TOKENS, begin):
             inputs = torch.cat([before, tokens[:, :-1]], 1)
             hidden, state = model.features(inputs.to(device), state if position else None)
             if norms:
                 state = norms.after(inputs, state)
             nats = token_losses(hidden, model.output.output.weight, tokens.to(device)).double().cpu().numpy()
             losses.add(position, nats)
+            check_loss(losses.nats)
             keep(nats)
             watch(losses)
     return losses
@@ -154,9 +160,9 @@ def score_texts(
 
 
 def _pieces(
-    blocks: Iterable[np.ndarray], context: int | None, piece: int, begin: int
+    blocks: Iterable[np.ndarray], context: int | None, unit: int, begin: int
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Cut a document into windows, short ones side by side, and those into pieces.
+    """Cut a document into windows, short ones side by side, and those into pieces that end at each multiple of `unit`.
 
     Yields:
         Position of the piece in its windows, the token before it in each (windows, 1), and its tokens (windows, piece).
@@ -166,7 +172,7 @@ def _pieces(
         position, before = 0, torch.tensor([[begin]])
         while context is None or position < context:
             left = BATCH_TOKENS if context is None else context - position
-            tokens = document.take(min(piece, BATCH_TOKENS, left))[None]
+            tokens = document.take(min(unit - position % unit, BATCH_TOKENS, left))[None]
             if not tokens.numel():
                 return
             yield position, before, tokens
@@ -175,8 +181,8 @@ def _pieces(
         whole = len(taken) // context * context
         for windows in (taken[:whole].view(-1, context), taken[whole:][None]):
             before = torch.full((len(windows), 1), begin)
-            for position in range(0, windows.shape[1] if windows.numel() else 0, piece):
-                tokens = windows[:, position : position + piece]
+            for position in range(0, windows.shape[1] if windows.numel() else 0, unit):
+                tokens = windows[:, position : position + unit]
                 yield position, before, tokens
                 before = tokens[:, -1:]
 

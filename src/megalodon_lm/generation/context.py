@@ -1,10 +1,13 @@
 """Context: what a model has read of one text, so that every way of cutting the text gives bitwise the same.
 
 Rounding depends on how many tokens a matrix product takes at once. So text is always read in the same pieces, counted
-from its beginning; tokens of the last, unfinished piece wait. They are part of the bookmark, which therefore holds no
-attention cache and is small.
+from its beginning; tokens of the last, unfinished piece wait, and are all that is computed again when more is read or
+written. A bookmark holds the state at the last place where a piece and a chunk end together, and the tokens since. So
+it holds no attention cache and is small.
 """
 
+import weakref
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,16 +21,22 @@ from ..data.tokenizer import Tokenizer
 from ..errors import InputError
 from ..files import BOOKMARK, check_writable
 from ..model.decoder import Megalodon
-from ..state import State, StateFile, is_cache
-from ..training.loss import token_losses
+from ..state import State, StateFile, from_tensors, is_cache
+from ..training.loss import check_loss, token_losses
 from ..training.precision import Precision, autocast, choose_precision
 
-PIECE = 4096  # tokens, or one chunk where that is longer; rounded down to whole chunks
+PIECE = 512  # tokens at most; see docs/architecture.md
+
+
+def unit_length(config: ModelConfig) -> int:
+    """Tokens after which a piece and a chunk end together."""
+    return max(config.chunk_size, PIECE // config.chunk_size * config.chunk_size)
 
 
 def piece_length(config: ModelConfig) -> int:
-    """Tokens in which a model reads."""
-    return max(config.chunk_size, PIECE // config.chunk_size * config.chunk_size)
+    """Tokens in which a model reads: whole chunks, or a chunk that is longer than a piece in even parts."""
+    unit = unit_length(config)
+    return -(-unit // -(-unit // PIECE))
 
 
 class Context:
@@ -42,23 +51,35 @@ class Context:
         self.model = model
         self.device = model.embed.weight.device
         self.precision = choose_precision(precision, self.device)
-        self.piece = piece_length(model.config)
+        self.unit, self.piece = unit_length(model.config), piece_length(model.config)
         self.scored, self.nats = 0, 0.0
-        self._state = State.empty(model.config, 1, self.device, self._cache_dtype)
         self._waiting = np.zeros(0, np.int64)
+        self._begin_at(State.empty(model.config, 1, self.device, self._cache_dtype))
+
+    def _begin_at(self, state: State) -> None:
+        """Take a state at the end of a chunk for that of all that was read."""
+        self._state = state
+        self._anchor = from_tensors({n: t.clone() if is_cache(n) else t for n, t in state.used().items()})
+        self._losses = self.scored, self.nats
+        self._since: list[np.ndarray] = []
+        self._finished = _Finished()
 
     @property
     def position(self) -> int:
         """Tokens read."""
         return int(self._state.position) + len(self._waiting)
 
+    def __repr__(self) -> str:
+        loss = f", {self.nats / self.scored:.3f} nats a token" if self.scored else ""
+        return f"<Context of {self.position:,} tokens{loss}, {self.nbytes / 1e6:.1f} MB, read by {self.model.summary}>"
+
     @property
     def last(self) -> int:
         """The token read last; there must be one."""
         return int(self._waiting[-1])
 
-    def loss(self, complete: bool = True) -> float:
-        """Mean loss of a token in nats; NaN before the second token.
+    def loss(self, complete: bool = True) -> float | None:
+        """Mean loss of a token in nats; None before one was scored.
 
         Args:
             complete: of all tokens; otherwise those of the unfinished piece are left out, which costs nothing.
@@ -66,12 +87,13 @@ class Context:
         whole = self.fork() if complete else self
         if complete and len(self._waiting) > 1:
             whole._run(len(self._waiting) - 1)
-        return whole.nats / whole.scored if whole.scored else float("nan")
+        return whole.nats / whole.scored if whole.scored else None
 
     @property
     def nbytes(self) -> int:
         """Bytes it takes in memory, however much was read."""
-        return self._state.nbytes + self._waiting.nbytes
+        tokens = self._waiting.nbytes + sum(piece.nbytes for piece in self._since)
+        return self._state.nbytes + self._anchor.nbytes + tokens
 
     def read(self, tokens: np.ndarray) -> None:
         """Read on.
@@ -80,16 +102,25 @@ class Context:
             tokens: (L,) int64.
 
         Raises:
-            InputError: a token outside the vocabulary; nothing was read then.
+            InputError: a token outside the vocabulary, and nothing was read then; or a loss that is not finite.
         """
         self.model.check_tokens(torch.from_numpy(tokens)[None])
         self._waiting = np.concatenate([self._waiting, tokens])
-        while len(self._waiting) > self.piece:  # a token after the piece is its last target
-            self._state, _ = self._run(self.piece)
-            self._waiting = self._waiting[self.piece :]
+        self._finished = _Finished()
+        while len(self._waiting) > (length := self._next_piece()):  # a token after the piece is its last target
+            self._state, _ = self._run(length)
+            self._since = [*self._since, self._waiting[:length].copy()]
+            self._waiting = self._waiting[length:]
+            if int(self._state.position) % self.unit == 0:
+                self._begin_at(self._state)
         self._waiting = self._waiting.copy()  # let go of what was read
 
-    @torch.inference_mode()
+    def _next_piece(self) -> int:
+        """Tokens from the state to the end of its piece."""
+        done = int(self._state.position) % self.unit
+        return min(self.unit, (done // self.piece + 1) * self.piece) - done
+
+    @torch.no_grad()  # not inference mode: its states could never be trained on
     def _run(self, length: int) -> tuple[State, Tensor]:
         """Take tokens that wait into the state, and score those whose next token is known."""
         window = torch.from_numpy(self._waiting[: length + 1]).to(self.device)[None]
@@ -98,20 +129,28 @@ class Context:
             if length == len(self._waiting):
                 return state, self.model.logits(hidden[:, -1])
             losses = token_losses(hidden, self.model.output.output.weight, window[:, 1:])
-        self.nats += losses.double().sum().item()
+        nats = losses.double().sum().item()
+        check_loss(nats)
+        self.nats += nats
         self.scored += length
         return state, losses
 
     def finish(self) -> tuple[Tensor, State]:
         """Logits (1, vocabulary) after the last token, and the state that holds everything; the context stays as it is.
 
+        Forks share the result as long as someone holds it.
+
         Raises:
             InputError: nothing was read.
         """
         if not len(self._waiting):
             raise InputError("nothing was read yet; read at least one token, such as the begin token")
-        state, logits = self._run(len(self._waiting))
-        return logits, state
+        found = self._finished.get()
+        if found is None:
+            state, logits = self._run(len(self._waiting))
+            found = logits, state
+            self._finished.keep(*found)
+        return found
 
     def fork(self) -> "Context":
         """An independent copy, at no cost."""
@@ -134,10 +173,11 @@ class Context:
             "tokenizer": tokenizer.fingerprint,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "version": __version__,
-            "scored": str(self.scored),
-            "nats": repr(self.nats),
+            "scored": str(self._losses[0]),
+            "nats": repr(self._losses[1]),
         }
-        StateFile(self._state, self.model.fingerprint(), torch.from_numpy(self._waiting), notes).write(path)
+        tokens = torch.from_numpy(np.concatenate([*self._since, self._waiting]))
+        StateFile(self._anchor, self.model.fingerprint(), tokens, notes).write(path)
 
     @classmethod
     def load(cls, path: str | Path, model: Megalodon, tokenizer: Tokenizer, precision: Precision = "auto") -> "Context":
@@ -147,29 +187,44 @@ class Context:
             InputError: missing, truncated or altered file, or one of another model or tokenizer.
         """
         file = StateFile.read(path)
-        state = file.state_for(model, path)
-        if "tokenizer" not in file.notes:
+        if not file.is_bookmark:
             raise InputError(f"{path} is a bare state and no bookmark; load it with State.load")
+        state = file.state_for(model, path)
         if file.notes["tokenizer"] != tokenizer.fingerprint:
             raise InputError(f"{path} was read with another tokenizer; read the text again with this one")
         context = cls(model, precision)
-        context._state = state.to(dtype=context._cache_dtype)
-        context._waiting = file.tokens.numpy()
         context.scored, context.nats = int(file.notes["scored"]), float(file.notes["nats"])
+        context._begin_at(state.to(dtype=context._cache_dtype))
+        context.read(file.tokens.numpy())
         return context
+
+
+class _Finished:
+    """What finish() gave, for the forks of a context, kept alive by its users alone: a state may take gigabytes."""
+
+    def __init__(self) -> None:
+        self._logits: Tensor | None = None
+        self._state: Callable[[], State | None] = lambda: None
+
+    def keep(self, logits: Tensor, state: State) -> None:
+        self._logits, self._state = logits, weakref.ref(state)
+
+    def get(self) -> tuple[Tensor, State] | None:
+        state = self._state()
+        return None if state is None or self._logits is None else (self._logits, state)
 
 
 def bookmark_bytes(config: ModelConfig) -> int:
     """Size of the largest bookmark of a model; the file adds a few kilobytes of names.
 
-    The attention cache is not in it: the tokens of the unfinished piece are there to make it anew.
+    The attention cache is not in it: the tokens of the unfinished chunk are there to make it anew.
     """
     tensors = State.empty(config, 1, "meta").tensors().items()
-    return sum(t.nbytes for name, t in tensors if not is_cache(name)) + 8 * piece_length(config)
+    return sum(t.nbytes for name, t in tensors if not is_cache(name)) + 8 * unit_length(config)
 
 
 def describe(path: str | Path) -> dict[str, str | int | float]:
-    """What a bookmark or state file says of itself.
+    """What a bookmark or a bare state says of itself.
 
     Raises:
         InputError: missing, truncated or altered.
@@ -179,10 +234,11 @@ def describe(path: str | Path) -> dict[str, str | int | float]:
     scored, nats = int(notes.pop("scored", 0)), float(notes.pop("nats", 0))
     positions = [int(p) + len(file.tokens) for p in file.state.position]
     return {
+        "kind": "bookmark" if file.is_bookmark else "bare state",
         "rows": len(positions),
         "position": positions[0] if len(set(positions)) == 1 else ", ".join(map(str, positions)),
         "bytes": Path(path).stat().st_size,
-        "tokens of the unfinished piece": len(file.tokens),
+        "tokens to read again": len(file.tokens),
         "layers": len(file.state.layers),
         "model": file.fingerprint,
         **notes,

@@ -27,7 +27,7 @@ class Decoder:
         self.model = model
         self.device = model.embed.weight.device
         self.precision = choose_precision(precision, self.device)
-        state.check(model.config, state.batch_size)
+        state.check(model, state.batch_size)
         self.rows = state.position.shape
         self._state = state
         self._fused = None
@@ -43,7 +43,7 @@ class Decoder:
         """Whether compiled steps run."""
         return self._fused is not None
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: its states could never be trained on
     def step(self, tokens: Tensor) -> Tensor:
         """Read one token a row.
 

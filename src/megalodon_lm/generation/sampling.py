@@ -4,9 +4,12 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
+
+_LARGEST = torch.finfo(torch.float64).max
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Sampling:
     temperature: float = 1.0
     """0 takes the most likely token each time; higher is wilder."""
     top_k: int = 0
-    """Draw from the k most likely tokens; 0 for all."""
+    """Draw from the k most likely tokens, of equal ones from the first; 0 for all."""
     top_p: float = 1.0
     """Draw from the most likely tokens that together hold this probability."""
     min_p: float = 0.0
@@ -35,6 +38,9 @@ class Sampling:
     """The same seed gives the same text."""
 
     def __post_init__(self) -> None:
+        for name in ("max_tokens", "top_k", "seed"):
+            if not isinstance(value := getattr(self, name), int):
+                raise InputError(f"{name} = {value!r} must be a whole number")
         for name, low, high, meaning in (
             ("max_tokens", 0, math.inf, "0 writes nothing"),
             ("temperature", 0, math.inf, "0 takes the most likely token"),
@@ -66,33 +72,53 @@ def sample(logits: Tensor, sampling: Sampling, draws: Tensor, written: Tensor | 
 
     Returns:
         (B,) int64 on the CPU.
+
+    Raises:
+        InputError: logits that are not finite; -inf leaves a token out.
     """
     logits = logits.double().cpu()
+    check_finite(logits)
     if sampling.repetition_penalty != 1 and written is not None:
-        factor = torch.where(logits > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty)
-        logits = torch.where(written, logits * factor, logits)
+        penalty = sampling.repetition_penalty
+        penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+        logits = torch.where(written, penalised.clamp(-_LARGEST, _LARGEST), logits)
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    logits = logits / sampling.temperature
-    if sampling.top_k and sampling.top_k < logits.shape[-1]:
-        least = logits.topk(sampling.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
+    # From the most likely one down, of equal ones the first, so that a count is a count and equal logits are no trap.
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    ordered = (ordered - ordered[:, :1]) / sampling.temperature
+    if sampling.top_k:
+        ordered[:, sampling.top_k :] = -math.inf
     if sampling.top_p < 1:
-        ordered, order = logits.softmax(-1).sort(-1, descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p
-        logits = logits.masked_fill(beyond.gather(-1, order.argsort(-1)), -math.inf)
+        before = F.pad(ordered.softmax(-1).cumsum(-1)[:, :-1], (1, 0))
+        ordered = ordered.masked_fill(before >= sampling.top_p, -math.inf)
     if sampling.min_p:
-        least = logits.amax(-1, keepdim=True) + math.log(sampling.min_p)
-        logits = logits.masked_fill(logits < least, -math.inf)
-    heaps = logits.softmax(-1).cumsum(-1)
+        ordered = ordered.masked_fill(ordered < math.log(sampling.min_p), -math.inf)
+    heaps = ordered.softmax(-1).gather(-1, order.argsort(-1)).cumsum(-1)
     return torch.searchsorted(heaps, draws[:, None] * heaps[:, -1:], right=True)[:, 0]
+
+
+def check_finite(logits: Tensor) -> None:
+    """Refuse logits that come of a broken model or of an overflow.
+
+    Args:
+        logits: (B, vocabulary).
+
+    Raises:
+        InputError: a row with NaN or infinity, or of nothing but -inf.
+    """
+    if not bool(logits.amax(-1).isfinite().all()):
+        raise InputError(
+            "the model's logits are not finite: its weights hold NaN or infinity, or a product overflowed; try "
+            "another checkpoint, or float32 precision"
+        )
 
 
 class Draws:
     """Uniform numbers for B rows, each from a seed of its own, so that a row draws the same in any batch."""
 
     def __init__(self, seeds: list[int]):
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._generators = [torch.Generator().manual_seed(seed % 2**64) for seed in seeds]
 
     def next(self) -> Tensor:
         """(B,) float64 in [0, 1)."""

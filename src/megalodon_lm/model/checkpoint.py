@@ -1,12 +1,12 @@
 """A model as a folder: config.json and model.safetensors, under the parameter names of the authors' code."""
 
-import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -14,61 +14,73 @@ from ..config import ModelConfig
 from ..errors import InputError
 from ..files import write_atomically
 from ..ops.device import choose_device
+from .identity import digest, remember, weights
 
 if TYPE_CHECKING:
     from .decoder import Megalodon
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-_SAMPLE = 512  # values of each weight that enter the fingerprint
+HASH = "fingerprint-2"  # of all values; older files have one of a sample, as "fingerprint"
 
 
-def fingerprint(model: "Megalodon") -> str:
-    """Hash of the configuration and of evenly spaced values of every weight: any training step changes it."""
-    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
-    for name, weight in model.named_parameters():
-        flat = weight.detach().reshape(-1)
-        step = max(1, len(flat) // _SAMPLE)
-        digest.update(name.encode())
-        digest.update(flat[::step].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+def metadata(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """What a weights file says of itself: its configuration, and a hash of both.
 
-
-def weights(model: "Megalodon") -> dict[str, Tensor]:
-    """The state dict with a tied head left out."""
-    tied = {"output.output.weight"} if model.config.share_emb else set()
-    return {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items() if n not in tied}
+    So the one file vouches for the folder, and is replaced in one step; see load_model.
+    """
+    return {"format": "pt", "config": json.dumps(config.to_dict()), HASH: digest(config, weights)}
 
 
 def save_model(model: "Megalodon", folder: str | Path) -> None:
-    """Write the configuration and the weights."""
+    """Write the configuration and the weights, so that a kill at any moment leaves a model: the old one or the new."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / CONFIG_FILE).exists() and _vouched(folder / WEIGHTS_FILE)[0] not in (None, model.config):
+            (folder / CONFIG_FILE).unlink()  # until both are new, the one in the weights file counts
     except OSError as error:
         raise InputError(f"cannot create the folder {folder}: {error.strerror}") from None
-    write_atomically(folder / WEIGHTS_FILE, save(weights(model), {"format": "pt", "fingerprint": fingerprint(model)}))
+    stored = {n: t.cpu().contiguous() for n, t in weights(model).items()}
+    write_atomically(folder / WEIGHTS_FILE, save(stored, metadata(model.config, stored)))
     write_atomically(folder / CONFIG_FILE, json.dumps(model.config.to_dict(), indent=2) + "\n")
+
+
+def _vouched(path: Path) -> tuple[ModelConfig | None, str | None]:
+    """The configuration and the hash within a weights file; None if there are none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            said = file.metadata() or {}
+        return ModelConfig.from_dict(json.loads(said["config"])), said[HASH]
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return None, None
 
 
 def load_model(
     cls: "type[Megalodon]", folder: str | Path, device: torch.device | str, dtype: torch.dtype | None
 ) -> "Megalodon":
-    """Read a model; see Megalodon.load."""
-    folder, device = Path(folder), choose_device(device)
-    for path in (folder / CONFIG_FILE, folder / WEIGHTS_FILE):
-        if not path.is_file():
-            raise InputError(f"no model in {folder}: {path.name} is missing")
-    config = ModelConfig.load(folder / CONFIG_FILE)
+    """Read a model; see Megalodon.load.
+
+    A weights file that carries a hash must match it, and config.json must be the one it was written with. Files without
+    one, of other programs, are taken as they are.
+    """
+    folder = Path(folder)
+    device = torch.device(device) if str(device) == "meta" else choose_device(device)
     path = folder / WEIGHTS_FILE
+    within, known = _vouched(path)
+    if not (folder / CONFIG_FILE).is_file() and within is None:
+        raise InputError(f"no model in {folder}: {CONFIG_FILE} is missing")
+    if not path.is_file():
+        raise InputError(f"no model in {folder}: {path.name} is missing")
+    config = within if within and not (folder / CONFIG_FILE).is_file() else ModelConfig.load(folder / CONFIG_FILE)
+    try:
+        stored = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be read ({error}); it may be truncated: copy it again") from None
     if config.num_parameters > path.stat().st_size:
         raise InputError(
             f"{path} does not fit {folder / CONFIG_FILE}: it has {path.stat().st_size:,} bytes, and the configuration "
             f"{config.num_parameters:,} parameters"
         )
-    try:
-        stored = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be read ({error}); it may be truncated: copy it again") from None
     with torch.device("meta"):
         model = cls(config)
     if config.share_emb and "embed.weight" in stored:
@@ -86,9 +98,25 @@ def load_model(
                 f"{path} does not fit {folder / CONFIG_FILE}: {name} has shape {found.get(name)} in the file and "
                 f"{expected.get(name)} by the configuration"
             )
+    if within is not None and config != within:
+        raise InputError(
+            f"{folder / CONFIG_FILE} was edited or is that of another model: {path.name} was written with "
+            f"{_differences(config, within)}; delete {CONFIG_FILE} to load the model as it was written"
+        )
+    held = {n: t for n, t in stored.items() if n != "output.output.weight" or not config.share_emb}
+    if known is not None and digest(config, held) != known:
+        raise InputError(f"{path} was altered after it was written: its checksum does not match; copy it again")
     model.load_state_dict({n: t.to(device, dtype) for n, t in stored.items()}, assign=True)
     if config.share_emb:
         model.output.output.weight = model.embed.weight
     for parameter in model.parameters():
         parameter.requires_grad_(True)
+    as_stored = all(model.state_dict()[n].dtype == t.dtype for n, t in held.items())
+    if known is not None and as_stored and device.type != "meta":
+        remember(model, known)
     return model
+
+
+def _differences(config: ModelConfig, within: ModelConfig) -> str:
+    ours, theirs = config.to_dict(), within.to_dict()
+    return ", ".join(f"{key} = {theirs[key]!r}" for key in ours if ours[key] != theirs[key])

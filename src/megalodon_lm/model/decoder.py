@@ -169,15 +169,25 @@ class Megalodon(nn.Module):
                     f"not {t.dtype} of {tuple(t.shape)}"
                 )
         if state is not None:
-            made_here = state.model is not None and state.model() is self
-            if not made_here or state.batch_size != len(tokens):
-                state.check(self.config, len(tokens))
+            state.check(self, len(tokens))
+
+    @property
+    def summary(self) -> str:
+        """The sizes in a few words."""
+        c = self.config
+        return f"a Megalodon of {c.num_layers} layers, width {c.model_dim} and chunks of {c.chunk_size}"
 
     def fingerprint(self) -> str:
-        """Identifies the configuration and the weights: a hash of both, of a fixed sample of each weight for speed."""
-        from .checkpoint import fingerprint
+        """Identifies the configuration and the weights: a hash of all of both, kept until a weight changes."""
+        from .identity import fingerprint
 
         return fingerprint(self)
+
+    def sampled_fingerprint(self) -> str:
+        """That of the older format of bookmarks and states, which saw 512 values of each weight."""
+        from .identity import sampled_fingerprint
+
+        return sampled_fingerprint(self)
 
     def save(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors into a folder, each atomically."""

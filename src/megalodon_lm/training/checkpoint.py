@@ -26,7 +26,7 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..errors import InputError
 from ..files import check, digest, flush
-from ..model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from ..model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, metadata
 
 CHECKPOINTS = "checkpoints"
 TRAINING_FILE, PROGRESS_FILE, MANIFEST_FILE = "training.safetensors", "progress.json", "manifest.json"
@@ -65,7 +65,7 @@ class Checkpoint:
         except OSError as error:
             raise InputError(f"cannot write the checkpoint {target}: {error.strerror}") from None
         try:
-            save_file(dict(self.weights), unfinished / WEIGHTS_FILE, {"format": "pt"})
+            save_file(dict(self.weights), unfinished / WEIGHTS_FILE, metadata(self.config, self.weights))
             save_file(dict(self.training), unfinished / TRAINING_FILE)
             (unfinished / CONFIG_FILE).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
             (unfinished / PROGRESS_FILE).write_text(json.dumps({**self.progress, "step": self.step}, indent=2) + "\n")

@@ -1,11 +1,14 @@
 """Next-token loss that never holds the logits of all tokens at once."""
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+
+from ..errors import InputError
 
 CHUNK_LOGITS = 1 << 24  # logits in memory at a time
 
@@ -91,3 +94,16 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
     parts = zip(hidden.flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True)
     return torch.cat([losses(*part) for part in parts]).view_as(targets)
+
+
+def check_loss(nats: float) -> None:
+    """Refuse a loss that says nothing, so that no figure rests on it.
+
+    Raises:
+        InputError: NaN or infinite.
+    """
+    if not math.isfinite(nats):
+        raise InputError(
+            f"the model's loss is not finite ({nats}): its weights hold NaN or infinity, or a product overflowed; try "
+            "another checkpoint, or float32 precision"
+        )

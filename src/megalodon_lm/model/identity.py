@@ -1,0 +1,76 @@
+"""The identity of a model: a hash of its configuration and of every bit of its weights.
+
+A state, a bookmark and a weights file carry it. It takes a second for some 1.5 GB of weights, so it is kept, until a
+weight changes: PyTorch counts changes in place, and a sample of the values shows those it does not count.
+"""
+
+import hashlib
+import json
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..config import ModelConfig
+
+if TYPE_CHECKING:
+    from .decoder import Megalodon
+
+_SAMPLE = 512  # values of each weight
+_known: "weakref.WeakKeyDictionary[Megalodon, tuple[Any, str]]" = weakref.WeakKeyDictionary()
+
+
+def weights(model: "Megalodon") -> dict[str, Tensor]:
+    """The state dict with a tied head left out."""
+    tied = {"output.output.weight"} if model.config.share_emb else set()
+    return {n: t.detach() for n, t in model.state_dict().items() if n not in tied}
+
+
+def digest(config: ModelConfig, tensors: Mapping[str, Tensor]) -> str:
+    """Hash of a configuration and of weights by name, wherever they are.
+
+    Choices at their defaults do not enter, so that one that is added later leaves old hashes as they are.
+    """
+    default = ModelConfig().to_dict()
+    chosen = {key: value for key, value in config.to_dict().items() if value != default[key]}
+    found = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode())
+    for name in sorted(tensors):
+        t = tensors[name].detach()
+        found.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
+        if t.numel():
+            found.update(t.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def fingerprint(model: "Megalodon") -> str:
+    """See Megalodon.fingerprint."""
+    seen = _seen(model)
+    kept = _known.get(model)
+    if kept is None or kept[0] != seen:
+        kept = seen, digest(model.config, weights(model))
+        _known[model] = kept
+    return kept[1]
+
+
+def remember(model: "Megalodon", known: str) -> None:
+    """Note the fingerprint of a model where it was computed otherwise."""
+    _known[model] = _seen(model), known
+
+
+def _seen(model: "Megalodon") -> Any:
+    """Changes when a weight does."""
+    places = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in model.parameters()]
+    return places, sampled_fingerprint(model)
+
+
+def sampled_fingerprint(model: "Megalodon") -> str:
+    """Hash of the configuration and of evenly spaced values of every weight: any training step changes it."""
+    found = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    for name, weight in model.named_parameters():
+        flat = weight.detach().reshape(-1)
+        step = max(1, len(flat) // _SAMPLE)
+        found.update(name.encode())
+        found.update(flat[::step].float().cpu().numpy().tobytes())
+    return found.hexdigest()
