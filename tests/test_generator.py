@@ -491,3 +491,16 @@ def test_warming_up_changes_nothing(tiny):
         assert generator.write([generator.read("a prompt")], Sampling(max_tokens=5)) == alone
     warm.result()
     assert generator.write([generator.read("a prompt")], Sampling(max_tokens=5)) == alone
+
+
+def test_texts_can_be_continued_as_they_are(generator):
+    assert generator.write(["Once", generator.read("upon")], GREEDY) == [
+        generator.write([generator.read(text)], GREEDY)[0] for text in ("Once", "upon")
+    ]
+    with pytest.raises(InputError, match="as a list"):
+        generator.write("Once", GREEDY)
+    with pytest.raises(InputError, match="seeds"):
+        generator.write(["Once", "upon"], GREEDY, seeds=[1])
+    context = generator.read("x")
+    with pytest.raises(InputError, match="given twice"):
+        generator.write([context, context], GREEDY)

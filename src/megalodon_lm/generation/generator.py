@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..data.corpus import Source, Texts, texts_of
 from ..data.tokenizer import Tokenizer
+from ..errors import InputError
 from ..model.decoder import Megalodon
 from ..state import State
 from ..training.precision import Precision
@@ -98,7 +99,7 @@ class Generator:
 
     def write(
         self,
-        contexts: Sequence[Context],
+        contexts: Sequence[Context | str],
         sampling: Sampling,
         seeds: Sequence[int] | None = None,
         watch: Callable[[Piece], None] = lambda piece: None,
@@ -117,7 +118,7 @@ class Generator:
 
     def stream(
         self,
-        contexts: Sequence[Context],
+        contexts: Sequence[Context | str],
         sampling: Sampling,
         seeds: Sequence[int] | None = None,
         logprobs: bool = False,
@@ -130,7 +131,7 @@ class Generator:
         the end token, and at the begin token, since the next document followed. Other special tokens are never drawn.
 
         Args:
-            contexts: at least one, each with something read; they may differ in length.
+            contexts: each with something read, or a text that is read first; they may differ in length.
             sampling: one for all rows.
             seeds: one a row; by default sampling.seed for each.
             logprobs: whether the pieces tell them.
@@ -141,10 +142,15 @@ class Generator:
         """
         if sampling.max_tokens == 0 or not contexts:
             return
-        read = [context.finish() for context in contexts]
+        if isinstance(contexts, str) or (seeds is not None and len(seeds) != len(contexts)):
+            raise InputError("give contexts or texts as a list, and seeds, if any, one for each")
+        grown = [self.read(text) if isinstance(text, str) else text for text in contexts]
+        if len({id(context) for context in grown}) < len(grown):
+            raise InputError("one context was given twice; give context.fork() for each continuation")
+        read = [context.finish() for context in grown]
         logits = torch.cat([logits for logits, _ in read])
         decoder = Decoder(self.model, State.cat([state for _, state in read]), self.precision)
-        rows = [_Row(self.tokenizer, sampling, None if fresh else context.last) for context in contexts]
+        rows = [_Row(self.tokenizer, sampling, None if fresh else context.last) for context in grown]
         draws = Draws(list(seeds) if seeds is not None else [sampling.seed] * len(rows))
         written = torch.zeros(logits.shape, dtype=torch.bool)
         try:
@@ -160,7 +166,7 @@ class Generator:
                     return
                 logits = decoder.step(tokens.to(decoder.device))
         finally:
-            for context, row in zip(contexts, rows, strict=True):
+            for context, row in zip(grown, rows, strict=True):
                 context.read(torch.tensor(row.tokens, dtype=torch.int64).numpy())
 
 
