@@ -522,6 +522,16 @@ def test_a_run_killed_at_its_very_beginning_begins_again(left, tmp_path):
     assert Trainer(recipe(tmp_path), tmp_path / "run", resume="auto").step == 0
 
 
+def test_a_run_killed_between_its_last_checkpoint_and_the_export_still_exports(tmp_path):
+    given, run = recipe(tmp_path, steps=6, checkpoint_steps=2), tmp_path / "run"
+    Trainer(given, run).train()
+    last = (run / "model.safetensors").read_bytes()
+    (run / "model.safetensors").unlink()
+    shutil.copyfile(run / "checkpoints" / "step-00000004" / "model.safetensors", run / "model.safetensors")
+    assert Trainer(given, run, resume="auto").train()
+    assert (run / "model.safetensors").read_bytes() == last
+
+
 def test_a_run_goes_on_beyond_its_end(tmp_path):
     Trainer(recipe(tmp_path), tmp_path / "run").train()
     longer = Trainer(recipe(tmp_path, steps=16), tmp_path / "run", resume="last")

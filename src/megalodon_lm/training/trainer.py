@@ -17,7 +17,7 @@ from ..files import write_atomically
 from ..model.decoder import Megalodon
 from ..ops.device import check_memory, choose_device
 from ..state import State, filled_up, from_tensors
-from .checkpoint import Checkpoint, newest, prefixed, under
+from .checkpoint import Checkpoint, checkpoints, export, newest, prefixed, step_of, under
 from .checkpoint_writer import CheckpointWriter
 from .compiling import compile_blocks, compile_kernels
 from .inputs import find_tokenizer, load_base, open_text
@@ -200,6 +200,9 @@ class Trainer:
                         saved = now
             self._save(writer, metrics)
             writer.wait()
+            for path in checkpoints(self.folder):
+                if step_of(path) == self.step:  # a process may have been killed after it wrote this, before it exported
+                    export(path, self.folder)
         finally:
             writer.close()
             metrics.close()
