@@ -433,7 +433,7 @@ def test_a_context_and_a_state_say_in_a_line_what_they_are(generator):
     )
     _, state = context.finish()
     assert re.fullmatch(
-        r"<State of 1 rows at position 1,001, 0\.\d MB on cpu, made by a Megalodon of 2 layers, width 64 and "
+        r"<State of 1 row at position 1,001, 0\.\d MB on cpu, made by a Megalodon of 2 layers, width 64 and "
         r"chunks of 64>",
         repr(state),
     )

@@ -109,7 +109,8 @@ class State:
         maker = self.model() if self.model is not None else None
         made = "an unknown model" if maker is None else maker.summary
         size = f"{self.nbytes / 1e6:.1f} MB on {self.norm.mean.device}"
-        return f"<State of {self.batch_size} rows at position {position}, {size}, made by {made}>"
+        rows = "1 row" if self.batch_size == 1 else f"{self.batch_size} rows"
+        return f"<State of {rows} at position {position}, {size}, made by {made}>"
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor under its name."""

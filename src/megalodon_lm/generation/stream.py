@@ -15,7 +15,7 @@ from .sampling import Draws, Sampling, sample
 PIECE = 4096  # tokens read at a time
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: its states could never be trained on
 def read(model: Megalodon, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
     """Read a prompt of any length in constant memory.
 
