@@ -517,7 +517,8 @@ def test_going_on_with_another_text_is_refused(tmp_path):
 @pytest.mark.parametrize("left", ["run.json", ".run.json.half"])
 def test_a_run_killed_at_its_very_beginning_begins_again(left, tmp_path):
     Trainer(recipe(tmp_path), tmp_path / "run")
-    (tmp_path / "run" / "recipe.toml").unlink()
+    for name in ("recipe.toml", "tokenizer_record.json"):
+        (tmp_path / "run" / name).unlink()
     (tmp_path / "run" / "run.json").rename(tmp_path / "run" / left)
     assert Trainer(recipe(tmp_path), tmp_path / "run", resume="auto").step == 0
 
@@ -530,6 +531,8 @@ def test_a_run_killed_between_its_last_checkpoint_and_the_export_still_exports(t
     shutil.copyfile(run / "checkpoints" / "step-00000004" / "model.safetensors", run / "model.safetensors")
     assert Trainer(given, run, resume="auto").train()
     assert (run / "model.safetensors").read_bytes() == last
+    assert Trainer(given, run, resume="auto").train()
+    assert not list(run.glob(".*.new"))
 
 
 def test_a_run_goes_on_beyond_its_end(tmp_path):

@@ -23,7 +23,7 @@ from .test_resume import metrics, recipe, steps
 
 @pytest.fixture
 def no_report(monkeypatch):
-    monkeypatch.setattr("megalodon_lm.training.report.write_report", lambda folder: None)
+    monkeypatch.setattr("megalodon_lm.training.report.write_report", lambda *given: None)
 
 
 def written(folder, given):

@@ -14,12 +14,13 @@ def load_trained(folder: Path, device: str) -> "tuple[Megalodon, Tokenizer]":
     """A model in evaluation mode, and its tokenizer.
 
     Raises:
-        InputError: not a model folder, or one without its tokenizer or with another one.
+        InputError: not a model folder, one without its tokenizer or with another one, or no such device.
     """
     from ..data.tokenizer import load_tokenizer
     from ..model.decoder import Megalodon
+    from ..ops.device import choose_device
 
-    model, tokenizer = Megalodon.load(folder, device).eval(), load_tokenizer(folder)
+    model, tokenizer = Megalodon.load(folder, choose_device(device)).eval(), load_tokenizer(folder)
     if model.config.vocab_size < tokenizer.vocab_size:
         raise InputError(
             f"{folder} has a vocabulary of {model.config.vocab_size}, its tokenizer one of {tokenizer.vocab_size}; "

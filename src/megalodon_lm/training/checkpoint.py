@@ -200,6 +200,7 @@ def export(checkpoint: Path, folder: Path) -> None:
             except OSError:
                 shutil.copyfile(checkpoint / name, link)
             os.replace(link, folder / name)
+            link.unlink(missing_ok=True)  # of a file that was there already, replacing does nothing
         except OSError as error:
             raise InputError(f"cannot write {folder / name}: {error.strerror}") from None
 
