@@ -31,7 +31,11 @@ from megalodon_lm.cli.commands import Command
 from megalodon_lm.cli.main import main
 from megalodon_lm.training.recipe import DataRecipe, TrainingRecipe
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("always::megalodon_lm.errors.InputNote"),  # what commands say in one line
+]
 SECONDS = 20  # until a case is interrupted; it must end then
 GRACE = 40
 FINE = (0, 2, 130, 141)
