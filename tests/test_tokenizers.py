@@ -16,7 +16,8 @@ from megalodon_lm.data import pieces as pieces_module
 from megalodon_lm.data.books import bundled
 from megalodon_lm.data.pieces import pieces
 from megalodon_lm.data.subword import SentencePieceTokenizer, SubwordTokenizer, train_bpe
-from megalodon_lm.data.tokenizer import RECORD, load_tokenizer
+from megalodon_lm.data.tokenizer import load_tokenizer
+from megalodon_lm.data.tokenizer_record import RECORD
 from megalodon_lm.errors import InputError
 
 NOVEL = bundled("validation")["dracula"].decode()

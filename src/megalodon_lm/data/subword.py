@@ -16,7 +16,7 @@ from ..files import write_atomically
 from .pieces import encode_in_pieces
 from .special_tokens import BEGIN_NAMES, END_NAMES, named, special_tokens, unspellable
 from .token_text import byte_level, byte_of, check_decoder, text_of
-from .tokenizer import write_record
+from .tokenizer_record import write_record
 
 
 class _Subwords(ABC):

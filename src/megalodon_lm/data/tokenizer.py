@@ -1,19 +1,16 @@
 """Tokenizers: what all have in common, the one of bytes, and loading."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
 from ..config import ModelConfig
 from ..errors import InputError
-from ..files import write_atomically
+from .tokenizer_record import RECORD, read_record, write_record
 
 BEGIN, END, PAD = 256, 257, 258
-RECORD = "tokenizer_record.json"
-"""Beside a model: which file is its tokenizer, none for bytes, and its fingerprint."""
 
 
 class Tokenizer(Protocol):
@@ -125,7 +122,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
         return _from_file(path)
     if path.parent.name == "checkpoints" and not (path / RECORD).exists():
         path = path.parent.parent  # the run keeps it
-    record = _record(path)
+    record = read_record(path)
     if record is None:
         return _unrecorded(path)
     file = record.get("file")
@@ -163,17 +160,3 @@ def _from_file(path: Path) -> Tokenizer:
     except OSError as error:
         raise InputError(f"cannot read the tokenizer {path}: {error.strerror}") from None
     return SubwordTokenizer(content, path) if path.suffix == ".json" else SentencePieceTokenizer(content, path)
-
-
-def write_record(folder: Path, file: str | None, fingerprint: str) -> None:
-    """Note which tokenizer belongs to a folder."""
-    write_atomically(folder / RECORD, json.dumps({"file": file, "fingerprint": fingerprint}) + "\n")
-
-
-def _record(folder: Path) -> dict[str, Any] | None:
-    try:
-        return dict(json.loads((folder / RECORD).read_text()))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError):
-        raise InputError(f"{folder / RECORD} cannot be read; it was truncated or altered") from None
