@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megalodon_lm import Megalodon, ModelConfig
+from megalodon_lm import ByteTokenizer, Generator, Megalodon, ModelConfig
 
 torch.set_num_threads(2)
 
@@ -26,3 +26,10 @@ def saved(tiny, tmp_path_factory):
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Running one case of tests/test_fuzz.py again."""
     parser.addoption("--fuzz-seed", type=int, help="the only case that tests/test_fuzz.py runs")
+
+
+@pytest.fixture(scope="module")
+def generator():
+    """bf16 where the processor has it, so that rounding would show."""
+    torch.manual_seed(0)
+    return Generator(Megalodon(ModelConfig.named("tiny")).eval(), ByteTokenizer())

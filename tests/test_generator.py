@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from megalodon_lm import ByteTokenizer, Megalodon, ModelConfig, State
-from megalodon_lm.data.books import bundled
 from megalodon_lm.data.subword import SubwordTokenizer
 from megalodon_lm.errors import InputError
 from megalodon_lm.generation import context as context_module
@@ -27,31 +26,13 @@ from megalodon_lm.state import OLDER_FORMAT, StateFile
 from megalodon_lm.training.recipe import Recipe
 from megalodon_lm.training.trainer import Trainer
 
+from .reading import GREEDY, SEEDED, TEXT, in_blocks, written
 from .test_tokenizers import FILES
-
-GREEDY = Sampling(max_tokens=40, temperature=0)
-SEEDED = Sampling(max_tokens=40, temperature=0.9, top_p=0.95, seed=3)
-TEXT = bundled("validation")["dracula"][5000:12000]
-
-
-@pytest.fixture(scope="module")
-def generator():
-    """bf16 where the processor has it, so that rounding would show."""
-    torch.manual_seed(0)
-    return Generator(Megalodon(ModelConfig.named("tiny")).eval(), ByteTokenizer())
 
 
 @pytest.fixture
 def short_pieces(monkeypatch):
     monkeypatch.setattr(context_module, "PIECE", 128)
-
-
-def written(generator, context, sampling):
-    return [piece.token for piece in generator.stream([context], sampling)]
-
-
-def in_blocks(raw, size):
-    return (raw[i : i + size] for i in range(0, len(raw), size))
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
@@ -337,74 +318,6 @@ def test_a_bookmark_of_the_older_format_goes_on(generator, tmp_path, monkeypatch
     whole = generator.read(TEXT)
     assert (loaded.position, loaded.loss()) == (whole.position, whole.loss())
     assert written(generator, loaded, GREEDY) == written(generator, whole, GREEDY)
-
-
-@pytest.fixture
-def computed(generator, monkeypatch):
-    """Lengths of all pieces that the model computes."""
-    lengths, features = [], Megalodon.features
-
-    def counting(self, tokens, *args, **kwargs):
-        lengths.append(tokens.shape[1])
-        return features(self, tokens, *args, **kwargs)
-
-    monkeypatch.setattr(Megalodon, "features", counting)
-    return lengths
-
-
-def test_a_turn_computes_what_is_new_and_less_than_a_piece_again(generator, computed):
-    """Until its first token; and what it wrote, after that, no more than the piece it completes."""
-    context = generator.read(TEXT[:4000])
-    written(generator, context, GREEDY)
-    for _ in range(8):
-        known = context.position // 512 * 512  # read and never computed again
-        computed.clear()
-        generator.read(TEXT[:60], context)
-        stream = generator.stream([context], GREEDY)
-        next(stream)
-        assert sum(computed) <= context.position - known + 1
-        computed.clear()
-        list(stream)
-        assert sum(computed) in (0, 512)
-
-
-def test_forks_compute_what_they_share_once(generator, computed):
-    trunk = generator.read(TEXT[:4000])
-    forks = [trunk.fork() for _ in range(4)]
-    computed.clear()
-    generator.write(forks, SEEDED, seeds=[1, 2, 3, 4])
-    assert sum(computed) == 4001 % 512
-
-
-@pytest.fixture
-def one_thread():
-    """Short pieces would wait for threads more than compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize(("chunk", "piece"), [(150, 64), (64, 150), (100, 33)])
-def test_pieces_and_chunks_of_any_lengths(chunk, piece, one_thread, tmp_path, monkeypatch):
-    """A bookmark holds no cache, and goes on bitwise, where chunks are longer than pieces too."""
-    monkeypatch.setattr(context_module, "PIECE", piece)
-    torch.manual_seed(0)
-    generator = Generator(Megalodon(ModelConfig.named("tiny", chunk_size=chunk)).eval(), ByteTokenizer())
-    text = TEXT[:500]
-    whole = generator.read(text)
-    tokens = written(generator, whole.fork(), GREEDY)
-    for at in (1, 64, 150, 151, 333):
-        first = generator.read(in_blocks(text[:at], 17))
-        first.save(tmp_path / "book.state", generator.tokenizer)
-        file = StateFile.read(tmp_path / "book.state")
-        assert file.state.layers[0].attention.keys.shape[1] == 0
-        assert len(file.tokens) <= unit_length(generator.model.config)
-        context = Context.load(tmp_path / "book.state", generator.model, generator.tokenizer)
-        assert (context.scored, context.nats) == (first.scored, first.nats)
-        generator.read(text[at:], context)
-        assert context.loss() == whole.loss()
-        assert written(generator, context, GREEDY) == tokens
 
 
 @pytest.mark.parametrize("portable", [False, True])

@@ -28,34 +28,7 @@ from megalodon_lm.training.loss import linear_cross_entropy
 from megalodon_lm.training.recipe import Recipe
 from megalodon_lm.training.trainer import Trainer, accumulated
 
-TEXT = bytes(random.Random(1).choices(b"abcdefgh \n", k=20_000))
-
-
-def recipe(folder, model=None, data=None, **training):
-    text = folder / "text.txt"
-    if not text.exists():
-        text.write_bytes(TEXT)
-    return Recipe.from_dict(
-        {
-            "model": {"size": "tiny", "dropout": 0.1, **(model or {})},
-            "data": {"train": [str(text)], "validation": [str(text)], **(data or {})},
-            "training": {"length": 48, "batch_size": 2, "steps": 12, "warmup_steps": 2, "checkpoint_steps": 4,
-                         "precision": "float32", **training},
-        }
-    )  # fmt: skip
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def steps(folder):
-    return [record["step"] for record in metrics(folder)]
-
-
-def same_weights(a, b):
-    left, right = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+from .runs import TEXT, metrics, recipe, same_weights, steps
 
 
 class Stopped(Exception):
@@ -398,75 +371,6 @@ def test_full_disk_ends_in_one_line_and_the_last_checkpoint_can_be_used(tmp_path
     assert trainer.train()
     assert steps(tmp_path / "run") == list(range(1, 13))
     assert not [p for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.startswith(".")]
-
-
-def poisoned(trainer, *at, value=float("nan")):
-    """Spoil the loss of the batches with these numbers, counted over the life of the trainer."""
-    count = 0
-    plain = trainer_module.linear_cross_entropy
-
-    def loss(*arguments):
-        nonlocal count
-        count += 1
-        return plain(*arguments) * (value if count in at else 1.0)
-
-    return loss
-
-
-def test_bad_step_stops_and_says_how_to_go_on(tmp_path, monkeypatch):
-    trainer = Trainer(recipe(tmp_path), tmp_path / "run")
-    monkeypatch.setattr(trainer_module, "linear_cross_entropy", poisoned(trainer, 6))
-    with pytest.raises(ValueError, match=r"the loss is nan .* at step 6; lower training.learning_rate"):
-        trainer.train()
-    assert Trainer(recipe(tmp_path), tmp_path / "run", resume="last").step == 4
-
-
-@pytest.mark.parametrize("value", [float("nan"), 3.0])
-def test_bad_batch_is_skipped(value, tmp_path, monkeypatch):
-    trainer = Trainer(recipe(tmp_path, bad_step="skip", spike=1.0), tmp_path / "run")
-    monkeypatch.setattr(trainer_module, "linear_cross_entropy", poisoned(trainer, 6, 7, value=value))
-    seen = {}
-    assert trainer.train(lambda m: seen.update({m.step: (m.event, trainer.model.fingerprint())}))
-    assert [step for step, (event, _) in seen.items() if event.startswith("skipped")] == [6, 7]
-    assert seen[5][1] == seen[7][1] != seen[8][1]
-    assert steps(tmp_path / "run") == list(range(1, 13))
-    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
-        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-
-
-def test_run_goes_back_to_the_last_checkpoint_and_past_the_bad_batch(tmp_path, monkeypatch):
-    trainer = Trainer(recipe(tmp_path, bad_step="rewind"), tmp_path / "run")
-    monkeypatch.setattr(trainer_module, "linear_cross_entropy", poisoned(trainer, 7))
-    seen = []
-    assert trainer.train(seen.append)
-    assert [m.step for m in seen] == [1, 2, 3, 4, 5, 6, 5, 6, 7, 8, 9, 10, 11, 12]
-    assert seen[6].event.startswith("went back from step 7: the loss is nan")
-    assert seen[6].tokens == 8 * 96
-    assert steps(tmp_path / "run") == list(range(1, 13))
-
-
-def test_a_loss_that_stays_bad_ends_the_run(tmp_path, monkeypatch):
-    for policy in ("skip", "rewind"):
-        trainer = Trainer(recipe(tmp_path, bad_step=policy, steps=40), tmp_path / policy)
-        monkeypatch.setattr(trainer_module, "linear_cross_entropy", poisoned(trainer, *range(6, 99)))
-        with pytest.raises(ValueError, match="the 10th time"):
-            trainer.train()
-        monkeypatch.undo()
-
-
-def test_going_back_ends_although_good_steps_lie_between(tmp_path, monkeypatch):
-    """Every third batch is bad and four good ones make a checkpoint."""
-    trainer = Trainer(recipe(tmp_path, bad_step="rewind", steps=40), tmp_path / "run")
-    monkeypatch.setattr(trainer_module, "linear_cross_entropy", poisoned(trainer, *range(7, 999, 3)))
-    with pytest.raises(ValueError, match=r"at step 7, the 10th time since step 4; lower"):
-        trainer.train()
-
-
-def test_first_step_may_be_skipped(tmp_path, monkeypatch):
-    trainer = Trainer(recipe(tmp_path, bad_step="skip", steps=2), tmp_path / "run")
-    monkeypatch.setattr(trainer_module, "linear_cross_entropy", poisoned(trainer, 1))
-    assert trainer.train()
-    assert [record["bits_per_token"] is None for record in metrics(tmp_path / "run")] == [True, False]
 
 
 def test_loss_and_speed_shown_after_a_resume_are_those_of_its_steps(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from megalodon_lm.training.metrics import MetricsFile, read_metrics
 from megalodon_lm.training.run_lock import RunLock
 from megalodon_lm.training.trainer import Trainer
 
-from .test_resume import metrics, recipe, steps
+from .runs import metrics, recipe, steps
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ PROMPT = "It was a dark and stormy night"
 class Quickstart(Quiet):
     """Train a small model on the bundled novels, measure it against its context, and let it write.
 
-    Takes about 5 minutes of training and 2 of measuring on 2 cores, and needs nothing but this package. The run folder
+    Takes about 5 minutes of training and 1 of measuring on 2 cores, and needs nothing but this package. The run folder
     holds the recipe, the weights (safetensors), the metrics (JSONL) and a report (report.md, report.png, report.json).
     """
 

@@ -53,14 +53,26 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Move every parameter that has a gradient; the gradients of matrices are used up."""
+        """Move every parameter that has a gradient; the gradients of matrices are used up.
+
+        Args:
+            closure: computes the loss and the gradients anew, once.
+
+        Returns:
+            What it returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             if group.get("matrices"):
                 for weight in group["params"]:
                     if weight.grad is not None:
                         self._move(weight, weight.grad, group)
                         weight.grad = None  # so that AdamW passes it over
-        return super().step(closure)
+        super().step()
+        return loss
 
     def _move(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[weight]

@@ -1,0 +1,79 @@
+"""Steps whose loss is not finite or spikes: stop, skip the batch, or go back."""
+
+import json
+
+import pytest
+
+from megalodon_lm.training import trainer as trainer_module
+from megalodon_lm.training.trainer import Trainer
+
+from .runs import metrics, recipe, steps
+
+
+def poisoned(trainer, *at, value=float("nan")):
+    """Spoil the loss of the batches with these numbers, counted over the life of the trainer."""
+    count = 0
+    plain = trainer_module.linear_cross_entropy
+
+    def loss(*arguments):
+        nonlocal count
+        count += 1
+        return plain(*arguments) * (value if count in at else 1.0)
+
+    return loss
+
+
+def test_bad_step_stops_and_says_how_to_go_on(tmp_path, monkeypatch):
+    trainer = Trainer(recipe(tmp_path), tmp_path / "run")
+    monkeypatch.setattr(trainer_module, "linear_cross_entropy", poisoned(trainer, 6))
+    with pytest.raises(ValueError, match=r"the loss is nan .* at step 6; lower training.learning_rate"):
+        trainer.train()
+    assert Trainer(recipe(tmp_path), tmp_path / "run", resume="last").step == 4
+
+
+@pytest.mark.parametrize("value", [float("nan"), 3.0])
+def test_bad_batch_is_skipped(value, tmp_path, monkeypatch):
+    trainer = Trainer(recipe(tmp_path, bad_step="skip", spike=1.0), tmp_path / "run")
+    monkeypatch.setattr(trainer_module, "linear_cross_entropy", poisoned(trainer, 6, 7, value=value))
+    seen = {}
+    assert trainer.train(lambda m: seen.update({m.step: (m.event, trainer.model.fingerprint())}))
+    assert [step for step, (event, _) in seen.items() if event.startswith("skipped")] == [6, 7]
+    assert seen[5][1] == seen[7][1] != seen[8][1]
+    assert steps(tmp_path / "run") == list(range(1, 13))
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_run_goes_back_to_the_last_checkpoint_and_past_the_bad_batch(tmp_path, monkeypatch):
+    trainer = Trainer(recipe(tmp_path, bad_step="rewind"), tmp_path / "run")
+    monkeypatch.setattr(trainer_module, "linear_cross_entropy", poisoned(trainer, 7))
+    seen = []
+    assert trainer.train(seen.append)
+    assert [m.step for m in seen] == [1, 2, 3, 4, 5, 6, 5, 6, 7, 8, 9, 10, 11, 12]
+    assert seen[6].event.startswith("went back from step 7: the loss is nan")
+    assert seen[6].tokens == 8 * 96
+    assert steps(tmp_path / "run") == list(range(1, 13))
+
+
+def test_a_loss_that_stays_bad_ends_the_run(tmp_path, monkeypatch):
+    for policy in ("skip", "rewind"):
+        trainer = Trainer(recipe(tmp_path, bad_step=policy, steps=40), tmp_path / policy)
+        monkeypatch.setattr(trainer_module, "linear_cross_entropy", poisoned(trainer, *range(6, 99)))
+        with pytest.raises(ValueError, match="the 10th time"):
+            trainer.train()
+        monkeypatch.undo()
+
+
+def test_going_back_ends_although_good_steps_lie_between(tmp_path, monkeypatch):
+    """Every third batch is bad and four good ones make a checkpoint."""
+    trainer = Trainer(recipe(tmp_path, bad_step="rewind", steps=40), tmp_path / "run")
+    monkeypatch.setattr(trainer_module, "linear_cross_entropy", poisoned(trainer, *range(7, 999, 3)))
+    with pytest.raises(ValueError, match=r"at step 7, the 10th time since step 4; lower"):
+        trainer.train()
+
+
+def test_first_step_may_be_skipped(tmp_path, monkeypatch):
+    trainer = Trainer(recipe(tmp_path, bad_step="skip", steps=2), tmp_path / "run")
+    monkeypatch.setattr(trainer_module, "linear_cross_entropy", poisoned(trainer, 1))
+    assert trainer.train()
+    assert [record["bits_per_token"] is None for record in metrics(tmp_path / "run")] == [True, False]
