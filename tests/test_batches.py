@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalodon_lm import Megalodon, ModelConfig
-from megalodon_lm.data.batches import Stream, Windows, prefetched
+from megalodon_lm.data.batches import SequentialBatches, ShuffledBatches, prefetched
 from megalodon_lm.data.mixture import Mixture, in_memory
 from megalodon_lm.training.loss import linear_cross_entropy
 
@@ -20,12 +20,12 @@ def documents(*lengths, first=0):
     return [np.array([BEGIN, *((np.arange(n) + 10 * i + first) % 256)]) for i, n in enumerate(lengths)]
 
 
-def take(batches, count, place=None):
-    place = batches.begin() if place is None else place
+def take(batches, count, cursor=None):
+    cursor = batches.begin() if cursor is None else cursor
     found = []
     for _ in range(count):
-        found.append(batches.read(place))
-        place = found[-1].place
+        found.append(batches.read(cursor))
+        cursor = found[-1].cursor
     return found
 
 
@@ -35,7 +35,7 @@ def whole(mixture):
 
 def test_stream_reads_each_row_in_order_and_marks_documents():
     mixture = Mixture([in_memory(documents(10, 17, 5), seed=1)])
-    batches = take(Stream(mixture, batch_size=2, length=7), 5)
+    batches = take(SequentialBatches(mixture, batch_size=2, length=7), 5)
     flat = whole(mixture)
     for row in range(2):
         read = torch.cat([b.inputs[row] for b in batches])
@@ -49,14 +49,14 @@ def test_stream_reads_each_row_in_order_and_marks_documents():
 
 def test_windows_of_an_epoch_are_all_different_and_cover_the_text():
     mixture = Mixture([in_memory(documents(30, 19, 50), seed=1)])
-    windows = Windows(mixture, batch_size=2, length=10, seed=3)
+    windows = ShuffledBatches(mixture, batch_size=2, length=10, seed=3)
     flat = whole(mixture)
     batches = take(windows, 5)
     seen = sorted(tuple(row.tolist()) for b in batches for row in b.inputs)
     assert seen == sorted(tuple(flat[at : at + 10]) for at in range(0, 100, 10))
-    again = sorted(tuple(row.tolist()) for b in take(windows, 5, batches[-1].place) for row in b.inputs)
+    again = sorted(tuple(row.tolist()) for b in take(windows, 5, batches[-1].cursor) for row in b.inputs)
     assert again == seen
-    assert [b.inputs.tolist() for b in batches] != [b.inputs.tolist() for b in take(windows, 5, batches[-1].place)]
+    assert [b.inputs.tolist() for b in batches] != [b.inputs.tolist() for b in take(windows, 5, batches[-1].cursor)]
     for b in batches:
         assert torch.equal(b.inputs == BEGIN, torch.zeros(2, 10).bool() if b.starts is None else b.starts)
 
@@ -65,24 +65,24 @@ def test_windows_of_an_epoch_are_all_different_and_cover_the_text():
 @given(st.booleans(), st.integers(1, 3), st.integers(0, 12), st.integers(1, 5))
 def test_going_on_from_a_place_gives_the_same_batches(shuffled, sources, before, batch_size):
     mixture = Mixture([in_memory(documents(40, 3, 25, first=50 * i), seed=i) for i in range(sources)])
-    make = Windows if shuffled else Stream
+    make = ShuffledBatches if shuffled else SequentialBatches
     batches = make(mixture, batch_size, 8, *([7] if shuffled else []))
     expected = take(batches, before + 3)
-    place = json.loads(json.dumps(expected[before - 1].place if before else batches.begin()))
-    resumed = prefetched(make(mixture, batch_size, 8, *([7] if shuffled else [])), place)
+    cursor = json.loads(json.dumps(expected[before - 1].cursor if before else batches.begin()))
+    resumed = prefetched(make(mixture, batch_size, 8, *([7] if shuffled else [])), cursor)
     for e in expected[before:]:
         found = next(resumed)
         assert torch.equal(found.inputs, e.inputs)
         assert torch.equal(found.targets, e.targets)
         assert (found.starts is None) == (e.starts is None)
-        assert found.place == e.place
+        assert found.cursor == e.cursor
     resumed.close()
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_mixture_takes_by_weight(shuffled):
     mixture = Mixture([in_memory([np.array([BEGIN, *[i] * 9])] * 30, seed=0) for i in range(2)], [3.0, 1.0])
-    batches = Windows(mixture, 1, 10, 0) if shuffled else Stream(mixture, 1, 10)
+    batches = ShuffledBatches(mixture, 1, 10, 0) if shuffled else SequentialBatches(mixture, 1, 10)
     tokens = torch.cat([b.inputs[0] for b in take(batches, 100)])
     zeros, ones = ((tokens == value).sum().item() for value in (0, 1))
     assert 2.8 < zeros / ones < 3.2
@@ -90,7 +90,7 @@ def test_mixture_takes_by_weight(shuffled):
 
 def test_ranks_share_the_rows():
     mixture = Mixture([in_memory(documents(300), seed=0)])
-    for make in (lambda *r: Stream(mixture, 4, 8, *r), lambda *r: Windows(mixture, 4, 8, 5, *r)):
+    for make in (lambda *r: SequentialBatches(mixture, 4, 8, *r), lambda *r: ShuffledBatches(mixture, 4, 8, 5, *r)):
         alone = torch.cat([b.inputs for b in take(make(), 3)])
         shared = [take(make(rank, 2), 3) for rank in range(2)]
         together = torch.cat([torch.cat([shared[rank][i].inputs for rank in range(2)]) for i in range(3)])
@@ -100,7 +100,7 @@ def test_ranks_share_the_rows():
 def test_unusable_mixtures_are_refused():
     sequence = in_memory(documents(5), seed=0)
     with pytest.raises(ValueError, match="has 6 tokens; length 6 needs at least 7"):
-        Stream(Mixture([sequence]), 1, 6)
+        SequentialBatches(Mixture([sequence]), 1, 6)
     with pytest.raises(ValueError, match="must be 1 positive numbers"):
         Mixture([sequence], [0.0])
     with pytest.raises(ValueError, match="no tokens"):
@@ -113,7 +113,8 @@ def test_packed_documents_train_as_one_by_one():
     model = Megalodon(ModelConfig.named("tiny")).double()
     lengths = (20, 33, 9)
     mixture = Mixture([in_memory(documents(*lengths), seed=2)])
-    batch = Stream(mixture, 1, sum(lengths) + 2).read(Stream(mixture, 1, sum(lengths) + 2).begin())
+    batches = SequentialBatches(mixture, 1, sum(lengths) + 2)
+    batch = batches.read(batches.begin())
     assert batch.starts is not None
 
     def loss(inputs, targets, starts=None):
@@ -134,7 +135,7 @@ def test_packed_documents_train_as_one_by_one():
 def test_a_row_enters_every_source_of_a_mixture_at_a_marked_start(length):
     """Also where that is in mid-document, and where a step ends just before it: whose tokens change, the state does."""
     sources = [[np.array([BEGIN, *[i] * 38])] * 5 for i in range(2)]
-    stream = Stream(Mixture([in_memory(documents, seed=0) for documents in sources]), 3, length)
+    stream = SequentialBatches(Mixture([in_memory(documents, seed=0) for documents in sources]), 3, length)
     batches = take(stream, 30)
     for row in range(3):
         tokens = torch.cat([b.inputs[row] for b in batches]).tolist()

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megalodon_lm import ByteTokenizer, Megalodon, ModelConfig
-from megalodon_lm.data.batches import Stream
+from megalodon_lm.data.batches import SequentialBatches
 from megalodon_lm.data.chat import Message, encode_chat
 from megalodon_lm.data.mixture import load_mixture
 from megalodon_lm.data.prepare import FAULTS, prepare
@@ -129,7 +129,7 @@ def test_a_packed_row_of_chats_trains_the_answers_alone(tmp_path):
     write(tmp_path / "a.jsonl", chats)
     prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", chats=True, workers=1)
     mixture = load_mixture([str(tmp_path / "out")], [], ByteTokenizer(), 0)
-    stream = Stream(mixture, 1, len(mixture.sequences[0]) - 1)
+    stream = SequentialBatches(mixture, 1, len(mixture.sequences[0]) - 1)
     batch = stream.read(stream.begin())
     hidden, _ = model.features(batch.inputs, document_starts=batch.starts)
     loss = linear_cross_entropy(hidden, model.output.output.weight, batch.targets, batch.learnt)
@@ -155,10 +155,10 @@ def test_steps_weigh_answers_alike_and_pass_over_stretches_without(tmp_path):
     prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", chats=True, workers=1)
     seen = []
     trainer = Trainer(recipe(tmp_path / "out", steps=2, accumulate=2, clip=1e9), tmp_path / "run")
-    place, batches = trainer.batches.begin(), []
+    cursor, batches = trainer.batches.begin(), []
     while not any(batch.num_learnt for batch in batches) or len(batches) < 2:
-        batches.append(trainer.batches.read(place))
-        place = batches[-1].place
+        batches.append(trainer.batches.read(cursor))
+        cursor = batches[-1].cursor
     assert len(batches) > 3
     assert trainer.train(seen.append)
     assert seen[0].tokens == 32 * len(batches)

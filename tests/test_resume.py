@@ -160,10 +160,10 @@ def test_accumulated_batches_give_the_mean_of_their_gradients(tmp_path):
     trainer = Trainer(
         recipe(tmp_path, model={"dropout": 0.0}, steps=1, accumulate=3, carry_state=False), tmp_path / "run"
     )
-    place, gradients = trainer.place, []
+    cursor, gradients = trainer.cursor, []
     for _ in range(3):
-        batch = trainer.batches.read(place)
-        place = batch.place
+        batch = trainer.batches.read(cursor)
+        cursor = batch.cursor
         hidden, _ = trainer.model.features(batch.inputs, document_starts=batch.starts)
         loss = linear_cross_entropy(hidden, trainer.model.output.output.weight, batch.targets)
         gradients.append(torch.autograd.grad(loss, list(trainer.model.parameters())))

@@ -23,14 +23,14 @@ class Batch(NamedTuple):
         inputs, targets: (B, L) int64.
         starts: (B, L) bool, inputs at which a document starts; None where none does.
         learnt: (B, L) bool, targets that count in the loss; None where all do.
-        place: after it.
+        cursor: from which to go on after it.
     """
 
     inputs: Tensor
     targets: Tensor
     starts: Tensor | None
     learnt: Tensor | None
-    place: Any
+    cursor: Any
 
     @property
     def num_learnt(self) -> int:
@@ -39,23 +39,23 @@ class Batch(NamedTuple):
 
 
 class Batches(Protocol):
-    """An endless source of batches. A place is a value for JSON from which it goes on."""
+    """An endless source of batches. A cursor is a value for JSON from which it goes on."""
 
     mixture: Mixture
 
     def begin(self) -> Any:
-        """The place of the first batch."""
+        """The cursor of the first batch."""
 
-    def read(self, place: Any) -> Batch:
-        """The batch at a place."""
+    def read(self, cursor: Any) -> Batch:
+        """The batch at a cursor."""
 
     @property
     def fingerprint(self) -> str:
         """Of all tokens and their order."""
 
 
-class Stream:
-    """B rows that read the documents in order from B evenly spaced places, so that the State can be carried.
+class SequentialBatches:
+    """B rows that read the documents in order from B evenly spaced positions, so that the State can be carried.
 
     A row continues where it stopped at the step before. With several sequences it changes between documents; where it
     comes to one for the first time, which is in mid-document, a start is marked: the State is that of another document.
@@ -77,7 +77,7 @@ class Stream:
         self.fingerprint = mixture.fingerprint
 
     def begin(self) -> list[dict[str, Any]]:
-        """Of each row: the sequence it reads, its place in each, and what it took from each."""
+        """Of each row: the sequence it reads, its position in each, and what it took from each."""
         sizes = [len(s) for s in self.mixture.sequences]
         none = [0] * len(sizes)
         first = self.mixture.furthest_behind(none)
@@ -86,10 +86,10 @@ class Stream:
             for row in self.rows
         ]
 
-    def read(self, place: list[dict[str, Any]]) -> Batch:
-        """The batch at a place."""
+    def read(self, cursor: list[dict[str, Any]]) -> Batch:
+        """The batch at a cursor."""
         rows, after = [], []
-        for row in place:
+        for row in cursor:
             stretch, row = self._take(row, self.length)
             rows.append(_joined([stretch, self._take(row, 1)[0]]))
             after.append(row)
@@ -116,13 +116,13 @@ class Stream:
         return _joined(parts), {"reads": reads, "at": at, "taken": taken}
 
 
-class Windows:
+class ShuffledBatches:
     """Windows of L tokens in random order, cut from the documents in a row; each begins from an empty state.
 
     Documents that share a window are told apart by `starts`. Every epoch has an order of its own.
 
     Args:
-        mixture, batch_size, length, rank, ranks: as for Stream.
+        mixture, batch_size, length, rank, ranks: as for SequentialBatches.
         seed: of the orders.
     """
 
@@ -137,9 +137,9 @@ class Windows:
         """How many windows were taken of each sequence."""
         return [0] * len(self.mixture.sequences)
 
-    def read(self, place: list[int]) -> Batch:
-        """The batch at a place."""
-        taken, rows = list(place), []
+    def read(self, cursor: list[int]) -> Batch:
+        """The batch at a cursor."""
+        taken, rows = list(cursor), []
         for row in range(self.batch_size):
             number = self.mixture.furthest_behind(taken)
             if row in self.rows:
@@ -158,14 +158,14 @@ class Windows:
         return int(self._orders[number, epoch][index]) * self.length
 
 
-def prefetched(batches: Batches, place: Any) -> Generator[Batch]:
-    """Batches from a place on, read in a thread of its own a little before they are asked for."""
+def prefetched(batches: Batches, cursor: Any) -> Generator[Batch]:
+    """Batches from a cursor on, read in a thread of its own a little before they are asked for."""
 
     def after(before: Future[Batch]) -> Batch:
-        return batches.read(before.result().place)
+        return batches.read(before.result().cursor)
 
     with ThreadPoolExecutor(1, "batches") as thread:
-        waiting = deque([thread.submit(batches.read, place)])
+        waiting = deque([thread.submit(batches.read, cursor)])
         while True:
             while len(waiting) < AHEAD:
                 waiting.append(thread.submit(after, waiting[-1]))
@@ -182,11 +182,11 @@ def _joined(parts: list[Stretch]) -> Stretch:
     return Stretch(*(np.concatenate(p) for p in zip(*parts, strict=True)))
 
 
-def _batch(rows: list[Stretch], place: Any) -> Batch:
+def _batch(rows: list[Stretch], cursor: Any) -> Batch:
     """A batch of stretches of L + 1 tokens."""
     tokens, starts, learnt = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
     starts, learnt = starts[:, :-1], learnt[:, 1:]
     return Batch(
         tokens[:, :-1], tokens[:, 1:], starts if bool(starts.any()) else None,
-        None if bool(learnt.all()) else learnt, place,
+        None if bool(learnt.all()) else learnt, cursor,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..data.batches import Batches, Stream, Windows
+from ..data.batches import Batches, SequentialBatches, ShuffledBatches
 from ..data.corpus import Texts
 from ..data.mixture import load_mixture
 from ..data.shards import is_prepared
@@ -54,8 +54,8 @@ def open_text(recipe: Recipe, tokenizer: Tokenizer) -> Batches:
     elif t.validate_steps:
         Texts(d.validation)
     if d.order == "shuffled":
-        return Windows(mixture, t.batch_size, t.length, t.seed)
-    return Stream(mixture, t.batch_size, t.length)
+        return ShuffledBatches(mixture, t.batch_size, t.length, t.seed)
+    return SequentialBatches(mixture, t.batch_size, t.length)
 
 
 def load_base(recipe: Recipe, tokenizer: Tokenizer) -> Megalodon | None:

@@ -21,10 +21,10 @@ SAMPLED = 1 << 16  # tokens that bytes per token are counted on
 
 def bytes_per_token(batches: Batches, tokenizer: Tokenizer) -> float:
     """Bytes of text that a learnt token stands for, on average over the first batches; 0 if none stands for any."""
-    place, tokens, size = batches.begin(), 0, 0
+    cursor, tokens, size = batches.begin(), 0, 0
     while tokens < SAMPLED:
-        batch = batches.read(place)
-        place = batch.place
+        batch = batches.read(cursor)
+        cursor = batch.cursor
         learnt = batch.targets if batch.learnt is None else batch.targets[batch.learnt]
         size += len(tokenizer.decode_bytes(learnt.flatten().tolist()))
         tokens += max(1, learnt.numel())

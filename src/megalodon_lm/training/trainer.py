@@ -94,7 +94,7 @@ class Trainer:
             begun = run is not None and recorded_recipe(run.folder) is not None
             self.tokenizer = find_tokenizer(recipe, Path(folder) if begun else None)
             self.batches = open_text(recipe, self.tokenizer)
-            self.place = self.batches.begin()
+            self.cursor = self.batches.begin()
             base = load_base(recipe, self.tokenizer) if checkpoint is None else None
             torch.manual_seed(t.seed)
             with self.device:
@@ -164,7 +164,7 @@ class Trainer:
         saved, bad, event = time.perf_counter(), 0, ""
         self.model.train()
         try:
-            with _interruptible() as interrupted, closing(prefetched(self.batches, self.place)) as batches:
+            with _interruptible() as interrupted, closing(prefetched(self.batches, self.cursor)) as batches:
                 compile_kernels(self.model, self.precision, self.device, t)
                 while self.progress < 1 and not interrupted():
                     writer.check()
@@ -219,7 +219,7 @@ class Trainer:
         learnt = sum(batch.num_learnt for batch in parts)
         total = 0.0
         for batch in parts:
-            self.place = batch.place
+            self.cursor = batch.cursor
             inputs, targets = batch.inputs.to(self.device), batch.targets.to(self.device)
             share = batch.num_learnt / learnt
             with autocast(self.precision, self.device), torch.set_grad_enabled(share > 0):
@@ -278,9 +278,9 @@ class Trainer:
         if times >= MOST_BAD_STEPS:
             raise InputError(f"{trouble} at step {step}, the {times}th time since step {checkpoint.step}; {advice}")
         self.went_back = (checkpoint.step, times)
-        place, tokens, seconds = self.place, self.tokens, self.seconds
+        cursor, tokens, seconds = self.cursor, self.tokens, self.seconds
         self.restore(checkpoint)
-        self.place, self.tokens, self.seconds = place, tokens, seconds  # past the batches that led here
+        self.cursor, self.tokens, self.seconds = cursor, tokens, seconds  # past the batches that led here
         self.state = None
         metrics.cut(self.step)
         return f"went back from step {step}: {trouble}"
@@ -333,7 +333,7 @@ class Trainer:
             "averaged_steps": self.averaged_steps,
             "usual_loss": None if math.isnan(self.usual_loss) else self.usual_loss,
             "best": self.best,
-            "place": self.place,
+            "place": self.cursor,
             "data": self.batches.fingerprint,
         }
         return Checkpoint(self.step, self.recipe.model, _copied(self.average or weights), _copied(training), progress)
@@ -374,7 +374,7 @@ class Trainer:
         self.averaged_steps = progress.get("averaged_steps", self.step)
         self.usual_loss = math.nan if progress["usual_loss"] is None else progress["usual_loss"]
         self.best = progress["best"] and tuple(progress["best"])
-        self.place = progress["place"]
+        self.cursor = progress["place"]
 
 
 def _taken(batches: Iterator[Batch], count: int) -> list[Batch]:
