@@ -134,6 +134,7 @@ class Ours:
     def _cema(self, batch: int, length: int) -> Callable[[], None]:
         torch.manual_seed(0)
         layer = ComplexEMA(self.config.model_dim, self.config.cema_ndim)
+        layer.init_weights()
         x = torch.randn(batch, length, self.config.model_dim, requires_grad=True)
         weight = torch.randn(batch, length, self.config.model_dim)
 

@@ -2,7 +2,6 @@
 
 from torch import Tensor, nn
 
-from ..config import ModelConfig
 from ..ops.boundaries import Boundaries
 from ..state import LayerState
 from .feed_forward import FeedForward
@@ -10,12 +9,16 @@ from .gated_attention import GatedAttention
 
 
 class Block(nn.Module):
-    """Gated attention and feed-forward with the two-hop residual: the second half adds to the block's input."""
+    """A mixer of tokens and a feed-forward network with the two-hop residual: the second adds to the block's input.
 
-    def __init__(self, config: ModelConfig, layer: int):
+    Args:
+        mixer: (x, entry state, boundaries) to x plus its branch, and the exit state.
+        feed_forward: (y, residual) to the residual plus its branch.
+    """
+
+    def __init__(self, mixer: GatedAttention, feed_forward: FeedForward):
         super().__init__()
-        self.mega = GatedAttention(config)
-        self.nffn = FeedForward(config, layer)
+        self.mega, self.nffn = mixer, feed_forward
 
     def forward(
         self, x: Tensor, state: LayerState | None = None, boundaries: Boundaries | None = None

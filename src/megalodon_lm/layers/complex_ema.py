@@ -25,12 +25,9 @@ class ComplexEMA(nn.Module):
         self.theta = nn.Parameter(torch.empty(dim, 1, 1))
         self.gamma = nn.Parameter(torch.empty(dim, ndim, 2))
         self.omega = nn.Parameter(torch.empty(dim, 1))
-        self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Draw the initial values anew; none on the meta device, as in layers.initialization."""
-        if self.theta.is_meta:
-            return
+    def init_weights(self) -> None:
+        """Draw the initial values."""
         dim = len(self.theta)
         nn.init.normal_(self.alpha, std=0.2)
         nn.init.normal_(self.delta, std=0.2)

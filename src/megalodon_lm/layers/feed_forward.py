@@ -4,32 +4,54 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import ModelConfig
 from ..ops import backend
-from .initialization import linear
+from .initialization import Initialiser
+from .linear import Linear
 from .norms import LayerNorm
 
 
 class FeedForward(nn.Module):
-    """fc2(silu(fc1(n)) * fc3(n)) with n = LayerNorm(y), or without the gate fc3, added to a residual from outside.
+    """fc2(silu(fc1(n)) * fc3(n)) with n = norm(y), or without the gate fc3, added to a residual from outside.
 
-    The optional per-feature scale `alpha` (rescale_nffn) starts at 0.1 * 0.5^layer.
+    Args:
+        norm: of the input.
+        dim: D.
+        hidden_dim: F.
+        gated: whether there is fc3.
+        scale: where the trainable per-feature scale `alpha` of the branch starts; None for no such scale.
+        init: draws the initial matrices.
+        hidden_dropout: on the hidden features.
+        dropout: on the branch.
     """
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(
+        self,
+        norm: LayerNorm,
+        dim: int,
+        hidden_dim: int,
+        gated: bool,
+        scale: float | None,
+        init: Initialiser,
+        hidden_dropout: float,
+        dropout: float,
+    ):
         super().__init__()
-        self.config = config
-        d, f, init = config.model_dim, config.ffn_hidden_dim, config.init_mode
-        self.norm = LayerNorm(d, config.norm_eps)
-        self.fc1 = linear(d, f, False, init)
-        self.fc2 = linear(f, d, False, init)
-        self.fc3 = linear(d, f, False, init) if config.swiglu else None
-        self.alpha = nn.Parameter(torch.full((d,), 0.1 * 0.5**layer)) if config.rescale_nffn else None
+        self.hidden_dropout, self.dropout, self.scale = hidden_dropout, dropout, scale
+        self.norm = norm
+        self.fc1 = Linear(dim, hidden_dim, False, init)
+        self.fc2 = Linear(hidden_dim, dim, False, init)
+        self.fc3 = Linear(dim, hidden_dim, False, init) if gated else None
+        self.alpha = None if scale is None else nn.Parameter(torch.empty(dim))
+
+    def init_weights(self) -> None:
+        """Set the scale of the branch."""
+        if self.alpha is not None and self.scale is not None:
+            nn.init.constant_(self.alpha, self.scale)
 
     def forward(self, y: Tensor, residual: Tensor) -> Tensor:
         """y, residual (B, L, D) to (B, L, D)."""
         n = self.norm(y)
         hidden = F.silu(self.fc1(n)) if self.fc3 is None else backend.silu_gate(self.fc1(n), self.fc3(n))
-        out = self.fc2(F.dropout(hidden, self.config.hidden_dropout, self.training))
-        out = F.dropout(out, self.config.dropout, self.training)
+        out = self.fc2(F.dropout(hidden, self.hidden_dropout, self.training))
+        out = F.dropout(out, self.dropout, self.training)
         return residual + (out if self.alpha is None else self.alpha * out)

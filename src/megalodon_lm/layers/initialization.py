@@ -1,44 +1,29 @@
-"""Initial values of the weights, as in the authors' code.
-
-Weights on the meta device are left alone: they are to be loaded, and drawing numbers there makes PyTorch import its
-compiler, which takes a second.
-"""
+"""Initial values of matrices, as in the authors' code. Layers are given one of these; see Megalodon.init_weights."""
 
 import math
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from ..config import InitMode
-from .linear import Linear
+
+Initialiser = Callable[[Tensor], object]  # fills a (fan_out, fan_in) weight in place
 
 
-def init_linear(weight: Tensor, mode: InitMode) -> None:
-    """Fill a (fan_out, fan_in) weight in place.
+def init_he(weight: Tensor) -> None:
+    """Normal with std 1/sqrt(3 fan_in)."""
+    nn.init.normal_(weight, std=1 / math.sqrt(3 * weight.shape[1]))
 
-    `he`: normal with std 1/sqrt(3 fan_in); `bert`: normal with std 0.02; `xavier`: Glorot uniform.
-    """
-    if weight.is_meta:
-        return
-    if mode == "he":
-        nn.init.normal_(weight, std=1 / math.sqrt(3 * weight.shape[1]))
-    elif mode == "bert":
-        nn.init.normal_(weight, std=0.02)
-    else:
-        nn.init.xavier_uniform_(weight)
+
+def init_bert(weight: Tensor) -> None:
+    """Normal with std 0.02."""
+    nn.init.normal_(weight, std=0.02)
 
 
 def init_embedding(weight: Tensor) -> None:
-    """Fill a (vocabulary, D) weight in place: truncated normal, std 1/sqrt(D), cut at 3 std."""
-    if weight.is_meta:
-        return
+    """Fill a (vocabulary, D) weight: truncated normal, std 1/sqrt(D), cut at 3 std."""
     std = 1 / math.sqrt(weight.shape[1])
     nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
 
 
-def linear(fan_in: int, fan_out: int, bias: bool, mode: InitMode) -> Linear:
-    """A linear layer with that initialisation and a zero bias."""
-    layer = Linear(fan_in, fan_out, bias)
-    init_linear(layer.weight, mode)
-    if bias:
-        nn.init.zeros_(layer.bias)
-    return layer
+INITIALISERS: dict[InitMode, Initialiser] = {"he": init_he, "bert": init_bert, "xavier": nn.init.xavier_uniform_}

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError
 from ..ops import backend
 from ..ops.boundaries import Boundaries
 from ..ops.timestep_norm import NormState
@@ -14,35 +15,49 @@ class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.zeros(dim))
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def init_weights(self) -> None:
+        """Scale by 1."""
+        nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return backend.rms_norm(x, self.weight, self.eps)
 
 
-class LayerNorm(nn.Module):
-    """(x - mean) / std * (weight + 1) + bias over the last dimension."""
+class AffineNorm(nn.Module):
+    """The parameters of a norm with scale and bias."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.zeros(dim))
-        self.bias = nn.Parameter(torch.zeros(dim))
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.bias = nn.Parameter(torch.empty(dim))
+
+    def init_weights(self) -> None:
+        """Scale by 1, shift by 0."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class LayerNorm(AffineNorm):
+    """(x - mean) / std * (weight + 1) + bias over the last dimension."""
 
     def forward(self, x: Tensor) -> Tensor:
         return backend.layer_norm(x, self.weight, self.bias, self.eps)
 
 
-class TimestepNorm(nn.Module):
-    """Cumulative group normalisation over time; see ops.timestep_norm."""
+class TimestepNorm(AffineNorm):
+    """Cumulative group normalisation over time, in groups of `group_dim` features; see ops.timestep_norm."""
 
-    def __init__(self, dim: int, num_groups: int, eps: float):
-        super().__init__()
-        self.num_groups, self.eps = num_groups, eps
-        self.weight = nn.Parameter(torch.zeros(dim))
-        self.bias = nn.Parameter(torch.zeros(dim))
+    def __init__(self, dim: int, group_dim: int, eps: float):
+        super().__init__(dim, eps)
+        self.group_dim = group_dim
 
     def forward(
         self, x: Tensor, state: NormState | None = None, boundaries: Boundaries | None = None
     ) -> tuple[Tensor, NormState]:
-        return backend.timestep_norm(x, self.weight, self.bias, self.num_groups, self.eps, state, boundaries)
+        num_groups, rest = divmod(x.shape[-1], self.group_dim)
+        if rest:
+            raise InputError(f"{x.shape[-1]} features are no whole groups of {self.group_dim}; shard by whole groups")
+        return backend.timestep_norm(x, self.weight, self.bias, num_groups, self.eps, state, boundaries)

@@ -107,8 +107,7 @@ def load_model(
     if known is not None and digest(config, held) != known:
         raise InputError(f"{path} was altered after it was written: its checksum does not match; copy it again")
     model.load_state_dict({n: t.to(device, dtype) for n, t in stored.items()}, assign=True)
-    if config.share_emb:
-        model.output.output.weight = model.embed.weight
+    model.tie_weights()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     as_stored = all(model.state_dict()[n].dtype == t.dtype for n, t in held.items())

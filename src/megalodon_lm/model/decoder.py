@@ -1,6 +1,5 @@
 """Megalodon, the language model: embedding, blocks, final norm and head."""
 
-import math
 import weakref
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
 from ..errors import InputError
-from ..layers.block import Block
 from ..layers.initialization import init_embedding
 from ..layers.linear import Linear
 from ..layers.norms import TimestepNorm
@@ -19,16 +17,15 @@ from ..ops.boundaries import Boundaries
 from ..ops.derived import forget
 from ..ops.timestep_norm import NormState
 from ..state import State
+from .assembly import build_block, build_embedding, build_timestep_norm
 
 
 class Head(nn.Module):
     """Final TimestepNorm, with a running state of its own, and the linear map to the vocabulary."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, norm: TimestepNorm, output: Linear):
         super().__init__()
-        self.final_norm = TimestepNorm(config.model_dim, config.norm_num_groups, config.norm_eps)
-        self.output = Linear(config.model_dim, config.vocab_size, bias=False)
-        init_embedding(self.output.weight)
+        self.final_norm, self.output = norm, output
 
 
 class Megalodon(nn.Module):
@@ -36,6 +33,9 @@ class Megalodon(nn.Module):
 
     `logits, state = model(tokens)`, then `logits, state = model(more, state)`: the pieces may have any length and give
     what the whole would give.
+
+    Its weights are drawn at once, but for a model built on the meta device: give that one memory (`to_empty`) and call
+    `init_weights`.
 
     Args:
         config: the architecture; see ModelConfig.named.
@@ -46,13 +46,25 @@ class Megalodon(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
-        # As from_pretrained: the constructor would draw values of its own.
-        self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.model_dim), freeze=False)
-        init_embedding(self.embed.weight)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
-        self.output = Head(config)
-        if config.share_emb:
+        self.embed = build_embedding(config)
+        self.layers = nn.ModuleList(build_block(config, i) for i in range(config.num_layers))
+        output = Linear(config.model_dim, config.vocab_size, False, None if config.share_emb else init_embedding)
+        self.output = Head(build_timestep_norm(config), output)
+        self.tie_weights()
+        if not self.embed.weight.is_meta:  # drawing there imports PyTorch's compiler, which takes a second
+            self.init_weights()
+
+    def tie_weights(self) -> None:
+        """Make a shared embedding the head's weight again, where loading or `to_empty` has parted them."""
+        if self.config.share_emb:
             self.output.output.weight = self.embed.weight
+
+    def init_weights(self) -> None:
+        """Draw all weights anew, layer by layer from the embedding to the head, so that a seed means one model."""
+        self.tie_weights()
+        for part in self.modules():
+            if part is not self and hasattr(part, "init_weights"):
+                part.init_weights()
 
     def forward(
         self,
@@ -113,16 +125,12 @@ class Megalodon(nn.Module):
     def _run(
         self, tokens: Tensor, state: State | None, starts: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, State]:
-        config = self.config
         batch, length = tokens.shape
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             forget(self.parameters())  # an optimiser may follow
         x = self.embed(tokens)
         if length == 0:
             return x, state or self._empty_state(batch, x)
-        if config.scale_emb:
-            x = x * math.sqrt(config.model_dim)
-        x = F.dropout(x, config.dropout, self.training)
         boundaries = None
         if starts is not None or (lengths is not None and bool((lengths < length).any())):
             boundaries = Boundaries(None if starts is None else starts.cpu(), lengths)

@@ -1,0 +1,25 @@
+"""Chunk attention as a part of a block: no parameters, only its choices."""
+
+from torch import Tensor, nn
+
+from ..ops import backend
+from ..ops.boundaries import Boundaries
+from ..ops.chunk_attention import KeyValueCache
+
+
+class ChunkAttention(nn.Module):
+    """Causal softmax attention inside chunks of `chunk_size` tokens, with rotary positions; see ops.chunk_attention."""
+
+    def __init__(self, chunk_size: int, rope_base: float, dropout: float, drop_keys: bool):
+        super().__init__()
+        self.chunk_size, self.rope_base = chunk_size, rope_base
+        self.dropout, self.drop_keys = dropout, drop_keys
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: KeyValueCache | None, boundaries: Boundaries | None
+    ) -> tuple[Tensor, KeyValueCache]:
+        """q, k (B, L, H, dk) and v (B, L, H, dv) to (B, L, H, dv), and the unfinished chunk at the exit."""
+        dropout = self.dropout if self.training else 0.0
+        return backend.chunk_attention(
+            q, k, v, self.chunk_size, self.rope_base, cache, boundaries, dropout, self.drop_keys
+        )
