@@ -1,6 +1,7 @@
 """Megalodon, the language model: embedding, blocks, final norm and head."""
 
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -63,8 +64,9 @@ class Megalodon(nn.Module):
         """Draw all weights anew, layer by layer from the embedding to the head, so that a seed means one model."""
         self.tie_weights()
         for part in self.modules():
-            if part is not self and hasattr(part, "init_weights"):
-                part.init_weights()
+            draw: Callable[[], None] | None = None if part is self else getattr(part, "init_weights", None)
+            if draw is not None:
+                draw()
 
     def forward(
         self,
