@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megalodon_lm.ops import chunk_attention, gates, norms, reference
+from megalodon_lm.ops import gates, norms, reference, rotary
 from megalodon_lm.ops.cpu import gates as native_gates
 from megalodon_lm.ops.cpu import norms as native_norms
 from megalodon_lm.ops.cpu import rotary as native_rope
@@ -52,7 +52,7 @@ CASES = {
 
 def implementation(name, native):
     modules = {**dict.fromkeys(("rms", "layer", "head"), (norms, native_norms)), "gate": (gates, native_gates),
-               "rope": (chunk_attention, native_rope)}  # fmt: skip
+               "rope": (rotary, native_rope)}  # fmt: skip
     m = modules[name][native]
     return {
         "rms": lambda x, w: [m.rms_norm(x, w, 1e-5)],
@@ -106,7 +106,7 @@ def test_gradcheck():
             run = implementation(name, False)
             assert torch.autograd.gradcheck(lambda *a: run(*a)[0], [t.clone().requires_grad_() for t in small])  # noqa: B023
     assert torch.autograd.gradcheck(
-        lambda x: chunk_attention.rope(x, SLOTS[:1, :3], 1e4, 80), draw((1, 3, 2, 16))[0].requires_grad_()
+        lambda x: rotary.rope(x, SLOTS[:1, :3], 1e4, 80), draw((1, 3, 2, 16))[0].requires_grad_()
     )
 
 

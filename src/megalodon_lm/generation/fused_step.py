@@ -11,12 +11,13 @@ from torch import Tensor
 from ..layers.block import Block
 from ..model.decoder import Megalodon
 from ..ops.cema import cema_coefficients
-from ..ops.chunk_attention import KeyValueCache, rotations
+from ..ops.chunk_attention import KeyValueCache
 from ..ops.cpu import decoding_kernels as kernels
 from ..ops.cpu.scalars import array_of
 from ..ops.cpu.simd import LANES, as_numpy
 from ..ops.cpu.team import num_threads
 from ..ops.derived import rounded
+from ..ops.rotary import rotations
 from ..ops.timestep_norm import NormState
 from ..state import LayerState, State
 

@@ -5,7 +5,6 @@ because values are wider than queries here, and the fused attention of PyTorch i
 """
 
 import math
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import Tensor
 from .bins import pack_into_bins
 from .boundaries import Boundaries, take
 from .finite import any_seen, finite_part, is_finite
+from .rotary import rope
 
 TILE_SIZE = 256
 
@@ -235,30 +235,3 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, dropout: float, dr
     if dropout and not drop_keys:
         weights = F.dropout(weights, dropout)
     return (weights @ v).transpose(1, 2)
-
-
-def rope(x: Tensor, slots: Tensor, base: float, highest: int) -> Tensor:
-    """Rotate adjacent pairs (2i, 2i+1) of the last dimension by slot * base^(-2i/d), in float32 or better.
-
-    Args:
-        x: (B, L, H, d), d even.
-        slots: (L,) or (B, L) int64 positions below `highest`.
-        base: of the frequencies.
-        highest: number of positions that may occur.
-
-    Returns:
-        The rotated tensor in the type of x.
-    """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = (t[slots].unsqueeze(-2) for t in rotations(highest, x.shape[-1], base, dtype, x.device))
-    even, odd = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
-
-
-@lru_cache(maxsize=16)
-def rotations(highest: int, dim: int, base: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of all positions, (highest, dim / 2)."""
-    with torch.inference_mode(False):
-        frequency = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-        angle = torch.arange(highest, dtype=torch.float64)[:, None] * frequency
-        return angle.cos().to(device, dtype), angle.sin().to(device, dtype)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..chunk_attention import rotations
+from ..rotary import rotations
 from .scalars import array_of, pair, paired
 from .simd import compiled, inner
 from .team import num_threads, share
@@ -15,7 +15,7 @@ _SIGNS = (np.float32(1), np.float32(-1))
 
 
 def rotate(x: Tensor, slots: Tensor, base: float, highest: int) -> Tensor:
-    """As megalodon_lm.ops.chunk_attention.rope, for float32 and bf16.
+    """As megalodon_lm.ops.rotary.rope, for float32 and bf16.
 
     Args:
         x: (B, L, H, d), d even.
