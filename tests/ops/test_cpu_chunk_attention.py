@@ -6,13 +6,14 @@ import torch
 from megalodon_lm.ops import reference
 from megalodon_lm.ops.boundaries import Boundaries
 from megalodon_lm.ops.chunk_attention import KeyValueCache
-from megalodon_lm.ops.chunk_attention import chunk_attention as portable
+from megalodon_lm.ops.chunk_attention import chunk_attention as op
 from megalodon_lm.ops.cpu import causal_attention, rotary, tiled_attention
 from megalodon_lm.ops.cpu import open_chunk as exits
 from megalodon_lm.ops.cpu.chunk_attention import chunk_attention
 
 from .cases import BOUNDARIES, assert_close, boundaries, gradients
 
+portable = op.portable
 B, H, DK, DV, C = 3, 2, 4, 6, 16
 WIDTHS = [(DK, DV), (32, 64)]  # the second ones go into the matrix tiles of processors that have them
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -118,7 +119,7 @@ def test_is_bitwise_repeatable(dtype):
 def test_under_autocast_computes_in_bf16():
     q, k, v, _, _ = case(20)
     with torch.autocast("cpu", torch.bfloat16):
-        out, leaving = chunk_attention(q, k, v, C, 1e4)
+        out, leaving = op(q, k, v, C, 1e4)
     assert out.dtype == leaving.keys.dtype == leaving.values.dtype == torch.bfloat16
 
 
@@ -149,7 +150,7 @@ def _total(dtype):
 def test_dropout_takes_the_portable_path():
     inputs = case(20)[:3]
     torch.manual_seed(0)
-    out, _ = chunk_attention(*inputs, C, 1e4, dropout=0.5)
+    out, _ = op(*inputs, C, 1e4, dropout=0.5)
     torch.manual_seed(0)
     expected, _ = portable(*inputs, C, 1e4, dropout=0.5)
     assert torch.equal(out, expected)

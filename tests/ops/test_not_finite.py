@@ -1,20 +1,17 @@
 """NaN and infinity reach what depends on them and nothing else: where the definition is finite, and only there."""
 
+import importlib
+import pkgutil
+
 import pytest
 import torch
 
-from megalodon_lm.ops import cema as portable_cema
-from megalodon_lm.ops import chunk_attention as portable_attention
-from megalodon_lm.ops import gates, norms, reference
-from megalodon_lm.ops import timestep_norm as portable_norm
+import megalodon_lm.ops
+from megalodon_lm.ops import reference
+from megalodon_lm.ops.backend import OPS
 from megalodon_lm.ops.cema import cema_coefficients
 from megalodon_lm.ops.chunk_attention import KeyValueCache
 from megalodon_lm.ops.cpu import causal_attention
-from megalodon_lm.ops.cpu import cema as native_cema
-from megalodon_lm.ops.cpu import chunk_attention as native_attention
-from megalodon_lm.ops.cpu import gates as native_gates
-from megalodon_lm.ops.cpu import norms as native_norms
-from megalodon_lm.ops.cpu import timestep_norm as native_norm
 from megalodon_lm.ops.timestep_norm import NormState
 
 from .cases import boundaries
@@ -65,29 +62,33 @@ def run_attention(op):
 
 
 HEADS = [(B, L, H, 16), (B, L, H, 16), (B, L, H, 32), (B, C, H, 16), (B, C, H, 32)]
-OPS = {
-    "cema": (run_cema, reference.cema, portable_cema.cema, native_cema.cema, cema_inputs()),
-    "timestep norm": (
-        run_norm, reference.timestep_norm, portable_norm.timestep_norm, native_norm.timestep_norm,
-        [*draw((B, L, D), (D,), (D,), (B, G)), draw((B, G))[0].square() + 0.1],
-    ),
-    "attention": (
-        run_attention, reference.chunk_attention, portable_attention.chunk_attention, native_attention.chunk_attention,
-        draw(*HEADS),
-    ),
-}  # fmt: skip
-TOKEN_OPS = {
-    "rms": (rms_definition, norms.rms_norm, native_norms.rms_norm, (1e-5,), draw((B, L, D), (D,))),
-    "layer": (layer_definition, norms.layer_norm, native_norms.layer_norm, (1e-5,), draw((B, L, D), (D,), (D,))),
-    "head": (
-        head_definition,
-        norms.head_rms_norm,
-        native_norms.head_rms_norm,
-        (1e-5,),
-        draw(HEADS[0], (H, 16), (H, 16)),
-    ),
-    "gate": (gate_definition, gates.silu_gate, native_gates.silu_gate, (), draw((B, L, D), (B, L, D))),
+OPS_WITH_STATE = {
+    "cema": (run_cema, cema_inputs()),
+    "timestep_norm": (run_norm, [*draw((B, L, D), (D,), (D,), (B, G)), draw((B, G))[0].square() + 0.1]),
+    "chunk_attention": (run_attention, draw(*HEADS)),
 }
+TOKEN_OPS = {
+    "rms_norm": (rms_definition, (1e-5,), draw((B, L, D), (D,))),
+    "layer_norm": (layer_definition, (1e-5,), draw((B, L, D), (D,), (D,))),
+    "head_rms_norm": (head_definition, (1e-5,), draw(HEADS[0], (H, 16), (H, 16))),
+    "silu_gate": (gate_definition, (), draw((B, L, D), (B, L, D))),
+}
+
+
+def native(op):
+    """The op, made sure that it runs natively."""
+
+    def run(*args):
+        assert op.implementation(*args) is not op.portable
+        return op(*args)
+
+    return run
+
+
+def test_every_op_of_the_table_is_held_to_it():
+    for file in pkgutil.iter_modules(megalodon_lm.ops.__path__, "megalodon_lm.ops."):
+        importlib.import_module(file.name)
+    assert set(OPS) == OPS_WITH_STATE.keys() | TOKEN_OPS.keys()
 
 
 def in_type(t, dtype):
@@ -119,27 +120,27 @@ def compare(fast, slow, inputs, dtype, all_of_a_type):
 
 
 @pytest.mark.parametrize("kind", ["none", "both"])
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", OPS_WITH_STATE)
 def test_portable(name, kind):
-    run, slow, fast, _, inputs = OPS[name]
-    where = boundaries(kind, B, L)
+    run, inputs = OPS_WITH_STATE[name]
+    where, fast, slow = boundaries(kind, B, L), OPS[name].portable, getattr(reference, name)
     compare(lambda *a: run(fast)(where, *a), lambda *a: run(slow)(where, *a), inputs, torch.float64, True)
 
 
 @pytest.mark.parametrize("kind", ["none", "both"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", OPS_WITH_STATE)
 def test_native(name, kind, dtype, monkeypatch):
     monkeypatch.setattr(causal_attention, "FEW_QUERIES", 4)
-    run, slow, _, fast, inputs = OPS[name]
-    where = boundaries(kind, B, L)
-    compare(lambda *a: run(fast)(where, *a), lambda *a: run(slow)(where, *a), inputs, dtype, name == "attention")
+    run, inputs = OPS_WITH_STATE[name]
+    where, fast, slow = boundaries(kind, B, L), native(OPS[name]), getattr(reference, name)
+    compare(lambda *a: run(fast)(where, *a), lambda *a: run(slow)(where, *a), inputs, dtype, name == "chunk_attention")
 
 
-@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("natively", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", TOKEN_OPS)
-def test_ops_of_single_tokens(name, dtype, native):
-    definition, portable, compiled, rest, inputs = TOKEN_OPS[name]
-    fast = compiled if native else portable
+def test_ops_of_single_tokens(name, dtype, natively):
+    definition, rest, inputs = TOKEN_OPS[name]
+    fast = native(OPS[name]) if natively else OPS[name].portable
     compare(lambda *a: [fast(*a, *rest)], lambda *a: definition(*a), inputs, dtype, True)

@@ -19,19 +19,19 @@ def draw(*shapes):
 
 def attention(where):
     inputs = draw((1, LENGTH, 1, 64), (1, LENGTH, 1, 64), (1, LENGTH, 1, 128))
-    out, cache = chunk_attention(*inputs, CHUNK, 1e4, None, where)
+    out, cache = chunk_attention.portable(*inputs, CHUNK, 1e4, None, where)
     return inputs, (out, cache.keys, cache.values)
 
 
 def average(where):
     parameters = draw((DIM, 16, 1), (DIM, 16, 1), (DIM, 1, 1), (DIM, 16, 2))
     inputs = draw((1, LENGTH, DIM), (DIM,))
-    return inputs + parameters, cema(inputs[0], *cema_coefficients(*parameters), inputs[1], None, where)
+    return inputs + parameters, cema.portable(inputs[0], *cema_coefficients(*parameters), inputs[1], None, where)
 
 
 def norm(where):
     inputs = draw((1, LENGTH, DIM), (DIM,), (DIM,))
-    y, state = timestep_norm(*inputs, 4, 1e-5, None, where)
+    y, state = timestep_norm.portable(*inputs, 4, 1e-5, None, where)
     return inputs, (y, state.mean, state.var)
 
 

@@ -2,9 +2,8 @@
 
 from torch import Tensor, nn
 
-from ..ops import backend
 from ..ops.boundaries import Boundaries
-from ..ops.chunk_attention import KeyValueCache
+from ..ops.chunk_attention import KeyValueCache, chunk_attention
 
 
 class ChunkAttention(nn.Module):
@@ -20,6 +19,4 @@ class ChunkAttention(nn.Module):
     ) -> tuple[Tensor, KeyValueCache]:
         """q, k (B, L, H, dk) and v (B, L, H, dv) to (B, L, H, dv), and the unfinished chunk at the exit."""
         dropout = self.dropout if self.training else 0.0
-        return backend.chunk_attention(
-            q, k, v, self.chunk_size, self.rope_base, cache, boundaries, dropout, self.drop_keys
-        )
+        return chunk_attention(q, k, v, self.chunk_size, self.rope_base, cache, boundaries, dropout, self.drop_keys)

@@ -5,9 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..ops import backend
 from ..ops.boundaries import Boundaries
-from ..ops.cema import cema_coefficients
+from ..ops.cema import cema, cema_coefficients
 from ..ops.derived import derived
 
 
@@ -44,4 +43,4 @@ class ComplexEMA(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x (B, L, D) and the entry state (B, D, N, 2) to y (B, L, D) and the exit state."""
         p, q, g = derived(cema_coefficients, self.alpha, self.delta, self.theta, self.gamma)
-        return backend.cema(x, p, q, g, self.omega.squeeze(-1), state, boundaries)
+        return cema(x, p, q, g, self.omega.squeeze(-1), state, boundaries)

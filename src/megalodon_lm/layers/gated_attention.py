@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..ops import backend
 from ..ops.boundaries import Boundaries
+from ..ops.gates import silu_gate
+from ..ops.norms import head_rms_norm
 from ..state import LayerState
 from .chunk_attention import ChunkAttention
 from .complex_ema import ComplexEMA
@@ -90,7 +91,7 @@ class GatedAttention(nn.Module):
         if len(set(held)) > 1:
             raise InputError("wz, wv and wr hold {}, {} and {:g} heads; shard them alike".format(*held))
         attention, cache_out = self.attention(*self._queries_and_keys(z), v, cache_in, boundaries)
-        gated = backend.silu_gate(r, attention.flatten(-2))
+        gated = silu_gate(r, attention.flatten(-2))
         gated = F.dropout(gated, self.hidden_dropout, self.training)
         h = self.wh1(mx) + self.wh2(gated)
         return x + F.dropout(h, self.dropout, self.training), LayerState(norm_out, cema_out, cache_out)
@@ -100,7 +101,7 @@ class GatedAttention(nn.Module):
         gamma = self.gamma.to(torch.promote_types(self.gamma.dtype, torch.float32))  # 1 + 0.003 would be 1 in bf16
         scales = ((gamma + 1) / math.sqrt(self.z_head_dim)).view(2, *z.shape[-2:])
         shifts = self.beta.view_as(scales)
-        q, k = (backend.head_rms_norm(z, *maps, self.eps) for maps in zip(scales, shifts, strict=True))
+        q, k = (head_rms_norm(z, *maps, self.eps) for maps in zip(scales, shifts, strict=True))
         return q, k
 
 

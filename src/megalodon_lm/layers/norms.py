@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..ops import backend
 from ..ops.boundaries import Boundaries
-from ..ops.timestep_norm import NormState
+from ..ops.norms import layer_norm, rms_norm
+from ..ops.timestep_norm import NormState, timestep_norm
 
 
 class RMSNorm(nn.Module):
@@ -22,7 +22,7 @@ class RMSNorm(nn.Module):
         nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return backend.rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class AffineNorm(nn.Module):
@@ -44,7 +44,7 @@ class LayerNorm(AffineNorm):
     """(x - mean) / std * (weight + 1) + bias over the last dimension."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return backend.layer_norm(x, self.weight, self.bias, self.eps)
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class TimestepNorm(AffineNorm):
@@ -60,4 +60,4 @@ class TimestepNorm(AffineNorm):
         num_groups, rest = divmod(x.shape[-1], self.group_dim)
         if rest:
             raise InputError(f"{x.shape[-1]} features are no whole groups of {self.group_dim}; shard by whole groups")
-        return backend.timestep_norm(x, self.weight, self.bias, num_groups, self.eps, state, boundaries)
+        return timestep_norm(x, self.weight, self.bias, num_groups, self.eps, state, boundaries)

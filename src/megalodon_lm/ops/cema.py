@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from .backend import op
 from .boundaries import Boundaries, cut_into_blocks
 from .finite import any_seen, finite_part, is_finite
 
@@ -37,6 +38,7 @@ def cema_coefficients(alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor
     return p, q, g
 
 
+@op()
 def cema(
     x: Tensor,
     p: Tensor,

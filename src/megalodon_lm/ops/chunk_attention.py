@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backend import op
 from .bins import pack_into_bins
 from .boundaries import Boundaries, take
 from .finite import any_seen, finite_part, is_finite
@@ -31,6 +32,7 @@ class KeyValueCache(NamedTuple):
     fill: Tensor
 
 
+@op(rounded=3)
 def chunk_attention(
     q: Tensor,
     k: Tensor,
@@ -111,10 +113,10 @@ def _chunk_attention(
     """chunk_attention, but a value that is not finite may reach tokens that do not see it."""
     batch, length = q.shape[:2]
     fill = torch.zeros(batch, dtype=torch.int64) if cache is None else cache.fill
-    if boundaries is None and bool((fill == fill[0]).all()):
+    if boundaries is None and (cache is None or bool((fill == fill[0]).all())):
         places = slots[0].to(q.device)
         q, k = rope(q, places, rope_base, chunk_size), rope(k, places, rope_base, chunk_size)
-        return _even(q, k, v, chunk_size, cache, int(fill[0]), dropout, drop_keys)
+        return _even(q, k, v, chunk_size, cache, 0 if cache is None else int(fill[0]), dropout, drop_keys)
 
     boundaries = boundaries or Boundaries()
     places = slots.clamp(min=0).to(q.device)

@@ -4,7 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backend import op
 
+
+@op()
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype | None = None) -> Tensor:
     """x / rms(x) * (weight + 1).
 
@@ -18,6 +21,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype | Non
     return F.rms_norm(x.to(dtype), x.shape[-1:], weight.to(dtype) + 1, eps).to(out_dtype or x.dtype)
 
 
+@op()
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype | None = None) -> Tensor:
     """(x - mean(x)) / std(x) * (weight + 1) + bias; arguments as in rms_norm."""
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -25,6 +29,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: t
     return normed.to(out_dtype or x.dtype)
 
 
+@op()
 def head_rms_norm(z: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """Divide each head's features by their root mean square, then one affine map each.
 

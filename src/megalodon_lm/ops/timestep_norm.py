@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .backend import op
 from .boundaries import Boundaries, cut_into_blocks
 
 BLOCK_SIZE = 64
@@ -22,6 +23,7 @@ class NormState(NamedTuple):
     var: Tensor
 
 
+@op()
 def timestep_norm(
     x: Tensor,
     weight: Tensor,

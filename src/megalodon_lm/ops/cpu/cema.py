@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import cema as portable
+from ..backend import implements
 from ..boundaries import Boundaries
 from ..derived import derived
 from . import cema_kernels as kernels
@@ -16,6 +18,11 @@ from .simd import as_numpy
 from .team import run_on_team
 
 
+def _fits(x: Tensor, p: Tensor, *_: Any, **__: Any) -> bool:
+    return p.dtype == torch.float32
+
+
+@implements(portable.cema, "cpu", _fits)
 def cema(
     x: Tensor,
     p: Tensor,

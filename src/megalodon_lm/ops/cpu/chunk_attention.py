@@ -1,9 +1,12 @@
 """Chunk attention on the CPU: the same function as the portable one, out of operators of compiled code."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import chunk_attention as portable
+from ..backend import implements
 from ..boundaries import Boundaries
 from ..chunk_attention import KeyValueCache
 from .causal_attention import causal_attention
@@ -11,6 +14,21 @@ from .open_chunk import open_chunk
 from .rotary import rotate
 
 
+def _fits(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_size: int,
+    rope_base: float,
+    cache: Any = None,
+    boundaries: Any = None,
+    dropout: float = 0.0,
+    drop_keys: bool = False,
+) -> bool:
+    return not dropout and q.dtype == k.dtype == v.dtype
+
+
+@implements(portable.chunk_attention, "cpu", _fits)
 def chunk_attention(
     q: Tensor,
     k: Tensor,
@@ -22,11 +40,7 @@ def chunk_attention(
     dropout: float = 0.0,
     drop_keys: bool = False,
 ) -> tuple[Tensor, KeyValueCache]:
-    """As megalodon_lm.ops.chunk_attention.chunk_attention; other types than float32 and bf16, and dropout, go there."""
-    if torch.is_autocast_enabled("cpu"):
-        q, k, v = (t.to(torch.get_autocast_dtype("cpu")) for t in (q, k, v))
-    if dropout or q.dtype not in (torch.float32, torch.bfloat16) or not q.dtype == k.dtype == v.dtype:
-        return portable.chunk_attention(q, k, v, chunk_size, rope_base, cache, boundaries, dropout, drop_keys)
+    """As megalodon_lm.ops.chunk_attention.chunk_attention; for q, k and v of one type, without dropout."""
     batch, length = q.shape[:2]
     if cache is None:
         keys, values, fill = None, None, torch.zeros(batch, dtype=torch.int64)

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import gates as portable
+from ..backend import implements
 from . import elementwise_kernels as kernels
 from .simd import LANES, as_numpy
 from .team import run_on_team
@@ -12,11 +14,11 @@ from .team import run_on_team
 _STRETCH = 256 * LANES
 
 
-def fits(x: Tensor) -> bool:
-    """Whether the kernels take this many elements."""
-    return x.numel() % LANES == 0
+def _fits(gate: Tensor, x: Tensor) -> bool:
+    return gate.dtype == x.dtype and x.numel() % LANES == 0
 
 
+@implements(portable.silu_gate, "cpu", _fits)
 def silu_gate(gate: Tensor, x: Tensor) -> Tensor:
     """As megalodon_lm.ops.gates.silu_gate, for float32 or bf16."""
     keep = torch.is_grad_enabled() and (gate.requires_grad or x.requires_grad)

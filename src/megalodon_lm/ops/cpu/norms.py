@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import norms as portable
+from ..backend import implements
 from . import elementwise_kernels as kernels
 from .simd import LANES, as_numpy
 from .team import run_on_team
@@ -12,21 +14,23 @@ from .team import run_on_team
 STRETCH = 64  # tokens whose gradients to the weights are summed together, whatever the number of threads
 
 
-def fits(x: Tensor) -> bool:
-    """Whether the kernels take this width."""
+def _fits(x: Tensor, *_: Any, **__: Any) -> bool:
     return x.shape[-1] % LANES == 0
 
 
+@implements(portable.rms_norm, "cpu", _fits)
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype | None = None) -> Tensor:
     """As megalodon_lm.ops.norms.rms_norm, for x in float32 or bf16."""
     return _norm(x, weight.float() + 1, torch.zeros_like(weight), False, eps, out_dtype)
 
 
+@implements(portable.head_rms_norm, "cpu", _fits)
 def head_rms_norm(z: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """As megalodon_lm.ops.norms.head_rms_norm, for z in float32 or bf16."""
     return _norm(z, scale, shift, False, eps, z.dtype)
 
 
+@implements(portable.layer_norm, "cpu", _fits)
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype | None = None) -> Tensor:
     """As megalodon_lm.ops.norms.layer_norm, for x in float32 or bf16."""
     return _norm(x, weight.float() + 1, bias, True, eps, out_dtype)

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import timestep_norm as portable
+from ..backend import implements
 from ..boundaries import Boundaries
 from ..timestep_norm import NormState, empty_norm_state
 from . import timestep_norm_kernels as kernels
@@ -12,6 +14,7 @@ from .simd import as_numpy
 from .team import run_on_team
 
 
+@implements(portable.timestep_norm, "cpu")
 def timestep_norm(
     x: Tensor,
     weight: Tensor,
