@@ -1,5 +1,9 @@
 """Matrix products of bf16 blocks by AMX, the tile registers of some Intel processors, inside compiled kernels.
 
+A kernel takes `tiles`, which says by its type what it is compiled for: PROCESSOR for the processor's own, EMULATED for
+plain code that does the same anywhere (emulated_tiles), so that tests need no such processor. `enter_tiles` makes of it
+what the functions here take.
+
 A product is made in blocks of 32 x 32 sums in float32, kept in four tiles while `accumulate` adds the product of
 32 x 32 elements of A, as they lie in memory, with 32 x 32 of B, packed: a packed block holds two tiles, its left 16
 columns and its right ones, each of 16 rows of 16 words, and word (i, j) of a tile is the pair B[2 i, j], B[2 i + 1, j].
@@ -17,20 +21,19 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from . import emulated_tiles
+from .emulated_tiles import TILE
 from .simd import inner
 
 BLOCK = 32  # rows, columns and depth
-LINE = 64  # bytes of a cache line: tiles are read fastest from its start
-BLOCK_WORDS = BLOCK * BLOCK // 2  # 32-bit words of a packed block
 _SUMS, _LEFT, _RIGHT = 0, 4, 6  # first tile of each use
-_TILE = 16  # rows of a tile, and words of a row
 _BYTE, _INT = ir.IntType(8), ir.IntType(64)
 _POINTER = _BYTE.as_pointer()
 
-CONFIG = np.zeros(64, np.uint8)  # all eight tiles whole
-CONFIG[0] = 1  # palette
-CONFIG[16:32:2] = 64  # bytes of a row
-CONFIG[48:56] = _TILE
+PROCESSOR = np.zeros(64, np.uint8)  # what ldtilecfg takes: all eight tiles whole
+PROCESSOR[0] = 1  # palette
+PROCESSOR[16:32:2] = 64  # bytes of a row
+PROCESSOR[48:56] = TILE
 
 
 def _call(builder: Any, name: str, *operands: Any) -> None:
@@ -38,70 +41,120 @@ def _call(builder: Any, name: str, *operands: Any) -> None:
     builder.call(cgutils.get_or_insert_function(builder.module, function, f"llvm.x86.{name}"), operands)
 
 
-def _address(context: Any, builder: Any, kind: Any, array: Any, offset: Any) -> Any:
+def address_of(context: Any, builder: Any, kind: Any, array: Any, offset: Any) -> Any:
+    """Emits a pointer to an element of a flat array."""
     data = context.make_array(kind)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [offset]), _POINTER)
 
 
-def _bytes(builder: Any, kind: Any, count: Any) -> Any:
-    return builder.mul(count, _INT(kind.dtype.bitwidth // 8))
+class _Instructions:
+    """Emits tile instructions, or calls of what stands in for them, as the type of `tiles` says."""
+
+    def __init__(self, context: Any, builder: Any, kind: Any, tiles: Any):
+        self.context, self.builder, self.kind, self.tiles = context, builder, kind, tiles
+        self.emulated = kind.dtype == types.uint32
+
+    def _emulate(self, function: Any, tiles: tuple[int, ...], kinds: tuple[Any, ...] = (), *operands: Any) -> None:
+        signature = types.void(self.kind, *[types.intp] * len(tiles), *kinds)
+        values = (self.tiles, *map(_INT, tiles), *operands)
+        self.context.compile_internal(self.builder, function, signature, values)
+
+    def zero(self, tile: int) -> None:
+        if self.emulated:
+            self._emulate(emulated_tiles.zero, (tile,))
+        else:
+            _call(self.builder, "tilezero", _BYTE(tile))
+
+    def move(self, name: str, tile: int, kind: Any, array: Any, at: Any, stride: Any) -> None:
+        """`load` or `store` 16 rows of 64 bytes from element `at`, `stride` elements from one to the next."""
+        if self.emulated:
+            function = getattr(emulated_tiles, name)
+            self._emulate(function, (tile,), (kind, types.intp, types.intp), array, at, stride)
+        else:
+            instruction = {"load": "tileloadd64", "store": "tilestored64"}[name]
+            step = self.builder.mul(stride, _INT(kind.dtype.bitwidth // 8))
+            _call(self.builder, instruction, _BYTE(tile), address_of(self.context, self.builder, kind, array, at), step)
+
+    def multiply(self, sums: int, left: int, right: int) -> None:
+        if self.emulated:
+            self._emulate(emulated_tiles.multiply, (sums, left, right))
+        else:
+            _call(self.builder, "tdpbf16ps", *map(_BYTE, (sums, left, right)))
 
 
 def _configuration(name: str) -> Any:
     @intrinsic
-    def run(typingctx: Any, array: Any) -> Any:
+    def run(typingctx: Any, tiles: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            _call(builder, name, _address(context, builder, signature.args[0], args[0], _INT(0)))
+            if tiles.dtype == types.uint8:
+                _call(builder, name, address_of(context, builder, signature.args[0], args[0], _INT(0)))
             return context.get_dummy_value()
 
-        return types.void(array), codegen
+        return types.void(tiles), codegen
 
     return run
 
 
-save_configuration = _configuration("sttilecfg")
-configure = _configuration("ldtilecfg")
+_save_configuration = _configuration("sttilecfg")
+_configure = _configuration("ldtilecfg")
+
+
+@inner
+def enter_tiles(tiles: Any) -> Any:
+    """Set this thread's tiles up; gives what `leave_tiles` takes to leave them as they were: oneDNN uses them too."""
+    own = np.empty_like(tiles)
+    _save_configuration(own)
+    _configure(tiles)
+    return own
+
+
+@inner
+def leave_tiles(own: Any) -> None:
+    """Undo `enter_tiles`."""
+    _configure(own)
 
 
 @intrinsic
-def clear(typingctx: Any) -> Any:
+def clear(typingctx: Any, tiles: Any) -> Any:
     """Set the 32 x 32 sums to zero."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        instructions = _Instructions(context, builder, signature.args[0], args[0])
         for tile in range(4):
-            _call(builder, "tilezero", _BYTE(_SUMS + tile))
+            instructions.zero(_SUMS + tile)
         return context.get_dummy_value()
 
-    return types.void(), codegen
+    return types.void(tiles), codegen
 
 
 def _move_sums(name: str) -> Any:
     @intrinsic
-    def run(typingctx: Any, c: Any, at: Any, stride: Any) -> Any:
+    def run(typingctx: Any, tiles: Any, c: Any, at: Any, stride: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            kind = signature.args[0]
-            array, at, stride = args
+            tiles, array, at, stride = args
+            instructions = _Instructions(context, builder, signature.args[0], tiles)
             for tile in range(4):
-                down, right = builder.mul(stride, _INT(_TILE * (tile // 2))), _INT(_TILE * (tile % 2))
-                address = _address(context, builder, kind, array, builder.add(at, builder.add(down, right)))
-                _call(builder, name, _BYTE(_SUMS + tile), address, _bytes(builder, kind, stride))
+                down, right = builder.mul(stride, _INT(TILE * (tile // 2))), _INT(TILE * (tile % 2))
+                start = builder.add(at, builder.add(down, right))
+                instructions.move(name, _SUMS + tile, signature.args[1], array, start, stride)
             return context.get_dummy_value()
 
-        return types.void(c, types.intp, types.intp), codegen
+        return types.void(tiles, c, types.intp, types.intp), codegen
 
     return run
 
 
 # From and to a float32 array, 32 rows of 32, `stride` elements from one to the next.
-load_sums = _move_sums("tileloadd64")
-store_sums = _move_sums("tilestored64")
+load_sums = _move_sums("load")
+store_sums = _move_sums("store")
 
 
 @intrinsic
-def accumulate(typingctx: Any, a: Any, a_at: Any, stride: Any, b: Any, b_at: Any) -> Any:
+def accumulate(typingctx: Any, tiles: Any, a: Any, a_at: Any, stride: Any, b: Any, b_at: Any) -> Any:
     """Add to the sums the product of 32 rows of A, 32 elements each, with a packed block of B.
 
     Args:
+        tiles: from `enter_tiles`.
         a: flat uint16 (bf16) array.
         a_at, stride: first element, and elements from one row to the next.
         b: flat uint32 array of packed blocks.
@@ -109,80 +162,23 @@ def accumulate(typingctx: Any, a: Any, a_at: Any, stride: Any, b: Any, b_at: Any
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        a, a_at, stride, b, b_at = args
-        kind_a, _, _, kind_b, _ = signature.args
+        tiles, a, a_at, stride, b, b_at = args
+        kind, kind_a, _, _, kind_b, _ = signature.args
+        instructions = _Instructions(context, builder, kind, tiles)
         for half in range(2):
-            row = builder.add(a_at, builder.mul(stride, _INT(_TILE * half)))
-            left = _address(context, builder, kind_a, a, row)
-            right = _address(context, builder, kind_b, b, builder.add(b_at, _INT(half * _TILE * _TILE)))
-            _call(builder, "tileloadd64", _BYTE(_LEFT + half), left, _bytes(builder, kind_a, stride))
-            _call(builder, "tileloadd64", _BYTE(_RIGHT + half), right, _INT(4 * _TILE))
+            row = builder.add(a_at, builder.mul(stride, _INT(TILE * half)))
+            block = builder.add(b_at, _INT(half * TILE * TILE))
+            instructions.move("load", _LEFT + half, kind_a, a, row, stride)
+            instructions.move("load", _RIGHT + half, kind_b, b, block, _INT(TILE))
         for tile in range(4):
-            _call(builder, "tdpbf16ps", _BYTE(_SUMS + tile), _BYTE(_LEFT + tile // 2), _BYTE(_RIGHT + tile % 2))
+            instructions.multiply(_SUMS + tile, _LEFT + tile // 2, _RIGHT + tile % 2)
         return context.get_dummy_value()
 
-    return types.void(a, types.intp, types.intp, b, types.intp), codegen
-
-
-@intrinsic
-def store_pairs(typingctx: Any, b: Any, b_at: Any, rows: Any, upper: Any, lower: Any) -> Any:
-    """Pack 16 columns of two rows, which start at `upper` and `lower` of a uint16 array, into 16 words of B."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        b, b_at, rows, *starts = args
-        kind_b, _, kind_rows, _, _ = signature.args
-        halves, words = (ir.VectorType(ir.IntType(bits), _TILE) for bits in (16, 32))
-        addresses = (
-            builder.bitcast(_address(context, builder, kind_rows, rows, at), halves.as_pointer()) for at in starts
-        )
-        first, second = (builder.zext(builder.load(address, align=2), words) for address in addresses)
-        both = builder.or_(first, builder.shl(second, ir.Constant(words, [16] * _TILE)))
-        builder.store(both, builder.bitcast(_address(context, builder, kind_b, b, b_at), words.as_pointer()), align=4)
-        return context.get_dummy_value()
-
-    return types.void(b, types.intp, rows, types.intp, types.intp), codegen
+    return types.void(tiles, a, types.intp, types.intp, b, types.intp), codegen
 
 
 @inner
-def scratch(words: int) -> Any:
-    """An array of so many 32-bit words from the start of a cache line."""
-    memory = np.empty(words + LINE // 4, np.uint32)
-    skip = (-memory.ctypes.data) % LINE // 4
-    return memory[skip : skip + words]
-
-
-@inner
-def pack_transposed(words: Any, width: int, packed: Any, to: int, step: int) -> None:
-    """Pack the transpose of 32 rows of `width` elements: one block for each 32 columns, `step` words apart."""
-    for i in range(width // 2):
-        at = to + i // _TILE * step + i % _TILE * _TILE
-        for j in range(_TILE):
-            packed[at + j] = words[j * width // 2 + i]
-        for j in range(_TILE):
-            packed[at + _TILE * _TILE + j] = words[(j + _TILE) * width // 2 + i]
-
-
-@inner
-def pack(rows: Any, at: int, stride: int, width: int, packed: Any, to: int, step: int) -> None:
-    """Pack 32 rows of `width` elements: one block for each 32 columns, `step` words apart."""
-    for i in range(_TILE):
-        upper, lower = at + 2 * i * stride, at + (2 * i + 1) * stride
-        for c in range(0, width, _TILE):
-            tile = to + c // BLOCK * step + c % BLOCK * _TILE + i * _TILE
-            store_pairs(packed, tile, rows, upper + c, lower + c)
-
-
-@inner
-def multiply(a: Any, at: int, stride: int, b: Any, b_at: int, step: int, blocks: int) -> None:
+def multiply(tiles: Any, a: Any, at: int, stride: int, b: Any, b_at: int, step: int, blocks: int) -> None:
     """Add the product of 32 rows of A, `blocks` blocks wide, with as many packed blocks, `step` words apart."""
     for i in range(blocks):
-        accumulate(a, at + i * BLOCK, stride, b, b_at + i * step)
-
-
-@inner
-def enter_tiles() -> Any:
-    """Set this thread's tiles up; gives what `configure` takes to leave them as they were, for oneDNN uses them too."""
-    before = np.empty(LINE, np.uint8)
-    save_configuration(before)
-    configure(CONFIG)
-    return before
+        accumulate(tiles, a, at + i * BLOCK, stride, b, b_at + i * step)

@@ -9,13 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import amx_attention_kernels as kernels
-from .amx import BLOCK, BLOCK_WORDS
+from .amx import BLOCK, PROCESSOR
+from .amx_backward import KEY_BLOCKS, Exchange, Queries, attend_backward
+from .amx_blocks import BLOCK_WORDS, Group, Operands, Result
+from .amx_forward import Packed, attend
 from .processor import multiplies_tiles
 from .scalars import array_of
 from .team import num_threads
 
-_KEY_BLOCKS = 8  # of a tile of keys in backward
+tiles = PROCESSOR  # those that kernels are compiled for
 
 
 def fits(q: Tensor, v: Tensor) -> bool:
@@ -28,8 +30,19 @@ def _words(count: int) -> np.ndarray:
     return torch.empty(count, dtype=torch.int32).numpy().view(np.uint32)
 
 
-def _blocks(length: int) -> int:
-    return -(-length // BLOCK)
+def _blocks(lengths: np.ndarray) -> int:
+    """Blocks of the longest."""
+    return -(-int(lengths.max()) // BLOCK)
+
+
+def _operands(*given: Tensor) -> Operands:
+    return Operands(*map(array_of, given))
+
+
+def _sums_of(group: Group, length: int, heads: int, sums: np.ndarray) -> np.ndarray:
+    """The part (H, n) of a group in the flat sums of all."""
+    n = group.end - group.begin
+    return sums[heads * (group.row * length + group.begin) :][: heads * n].reshape(heads, n)
 
 
 def forward(
@@ -45,17 +58,13 @@ def forward(
 ) -> None:
     """As tiled_attention.forward."""
     length, heads = q.shape[1:3]
-    piece = [array_of(t) for t in (q, k, v)]
-    cache = [array_of(given if cached is None else cached) for given, cached in ((k, keys), (v, values))]
+    given = _operands(q, k, v, k if keys is None else keys, v if values is None else values)
     slots_of, sums_of, target = array_of(slots), array_of(sums), array_of(out)
-    longest = _blocks(int((groups[:, 2] - groups[:, 1] + groups[:, 3]).max()))
-    packed = [_words(heads * longest * BLOCK * t.shape[3] // 2) for t in (k, v)]
-    for row, begin, end, before in groups.tolist():
-        logs = sums_of[heads * (row * length + begin) :][: heads * (end - begin)].reshape(heads, end - begin)
-        group = (row, begin, end, before)
-        kernels.attend(
-            num_threads(), *piece, *cache, group, *packed, slots_of[row, begin:end], target, logs
-        )  # fmt: skip
+    longest = _blocks(groups[:, 2] - groups[:, 1] + groups[:, 3])
+    packed = Packed(*(_words(heads * longest * BLOCK * t.shape[3] // 2) for t in (k, v)))
+    for group in (Group(*row) for row in groups.tolist()):
+        result = Result(target, _sums_of(group, length, heads, sums_of))
+        attend(num_threads(), tiles, given, group, slots_of[group.row, group.begin : group.end], packed, result)
 
 
 def backward(
@@ -77,23 +86,20 @@ def backward(
 ) -> None:
     """As tiled_attention.backward."""
     length, heads, dk, dv = *q.shape[1:], v.shape[3]
-    piece = tuple(array_of(t) for t in (q, k, v))
-    grads = tuple(array_of(t) for t in (grad_q, grad_k, grad_v))
-    cache, grad_cache = piece[1:], grads[1:]
-    if keys is not None and values is not None:
-        cache = (array_of(keys), array_of(values))
-        grad_cache = (array_of(grad_keys), array_of(grad_values))
+    if keys is None or values is None:
+        keys, values, grad_keys, grad_values = k, v, grad_k, grad_v
+    given, grads = _operands(q, k, v, keys, values), _operands(grad_q, grad_k, grad_v, grad_keys, grad_values)
     incoming, output, sums_of = array_of(grad), array_of(out), array_of(sums)
-    longest = _blocks(int((groups[:, 2] - groups[:, 1]).max()))
-    packed = tuple(_words(heads * longest * BLOCK * d // 2) for d in (dk, dv, dk, dv))
-    rows = tuple(_words(heads * longest * BLOCK).view(np.float32) for _ in range(2))
-    turned = _words(heads * dk * _KEY_BLOCKS * BLOCK // 2).view(np.uint16)
-    packed_scores = _words(heads * longest * _KEY_BLOCKS * BLOCK_WORDS)
-    for row, begin, end, before in groups.tolist():
-        logs = sums_of[heads * (row * length + begin) :][: heads * (end - begin)].reshape(heads, end - begin)
-        sums_q = torch.zeros(heads * _blocks(end - begin) * BLOCK * dk).numpy()
-        last = ends[row, begin:end] - begin
-        kernels.attend_backward(
-            num_threads(), incoming, output, piece, cache, (row, begin, end, before), last, logs, packed, rows,
-            _KEY_BLOCKS, turned, packed_scores, sums_q, grads, grad_cache,
+    blocks = heads * _blocks(groups[:, 2] - groups[:, 1])  # of queries
+    packed = (_words(blocks * BLOCK * d // 2) for d in (dk, dv, dk, dv))
+    queries = Queries(*packed, *(_words(blocks * BLOCK).view(np.float32) for _ in range(2)))
+    turned = _words(heads * dk * KEY_BLOCKS * BLOCK // 2).view(np.uint16)
+    scores = _words(blocks * KEY_BLOCKS * BLOCK_WORDS)
+    for group in (Group(*row) for row in groups.tolist()):
+        n = group.end - group.begin
+        exchange = Exchange(turned, scores, torch.zeros(heads * -(-n // BLOCK) * BLOCK * dk).numpy())
+        result = Result(output, _sums_of(group, length, heads, sums_of))
+        last = ends[group.row, group.begin : group.end] - group.begin
+        attend_backward(
+            num_threads(), tiles, incoming, given, group, last, result, queries, exchange, grads
         )  # fmt: skip

@@ -1,0 +1,129 @@
+"""Rows of a group in and out of the packed blocks that AMX multiplies; see amx.
+
+A group has n queries and, with those of the cache before it, m keys, of H heads. Queries, keys and values are taken in
+blocks of 32, the last one filled with zeros.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from .amx import BLOCK, address_of
+from .emulated_tiles import TILE
+from .simd import LANES, inner, load, splat, store
+
+LINE = 64  # bytes of a cache line: tiles are read fastest from its start
+BLOCK_WORDS = BLOCK * BLOCK // 2  # 32-bit words of a packed block
+
+
+class Group(NamedTuple):
+    """Tokens begin..end of a row, and how many keys of the entry cache come before them."""
+
+    row: int
+    begin: int
+    end: int
+    before: int
+
+
+class Operands(NamedTuple):
+    """What attention takes, or the gradients of that: (B, L, H, d) of the piece, (B, c, H, d) of the entry cache."""
+
+    q: Any
+    k: Any
+    v: Any
+    keys: Any
+    values: Any
+
+
+class Result(NamedTuple):
+    """What attention gives: (B, L, H, dv), and of a group (H, n) logarithms of the sums of the exponentials."""
+
+    out: Any
+    sums: Any
+
+
+@inner
+def num_blocks(length: int) -> int:
+    """Blocks of so many rows."""
+    return -(-length // BLOCK)
+
+
+@intrinsic
+def store_pairs(typingctx: Any, b: Any, b_at: Any, rows: Any, upper: Any, lower: Any) -> Any:
+    """Pack 16 columns of two rows, which start at `upper` and `lower` of a uint16 array, into 16 words of B."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        b, b_at, rows, *starts = args
+        kind_b, _, kind_rows, _, _ = signature.args
+        halves, words = (ir.VectorType(ir.IntType(bits), TILE) for bits in (16, 32))
+        addresses = (
+            builder.bitcast(address_of(context, builder, kind_rows, rows, at), halves.as_pointer()) for at in starts
+        )
+        first, second = (builder.zext(builder.load(address, align=2), words) for address in addresses)
+        both = builder.or_(first, builder.shl(second, ir.Constant(words, [16] * TILE)))
+        builder.store(both, builder.bitcast(address_of(context, builder, kind_b, b, b_at), words.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(b, types.intp, rows, types.intp, types.intp), codegen
+
+
+@inner
+def scratch(words: int) -> Any:
+    """An array of so many 32-bit words from the start of a cache line."""
+    memory = np.empty(words + LINE // 4, np.uint32)
+    skip = (-memory.ctypes.data) % LINE // 4
+    return memory[skip : skip + words]
+
+
+@inner
+def pack_transposed(words: Any, width: int, packed: Any, to: int, step: int) -> None:
+    """Pack the transpose of 32 rows of `width` elements: one block for each 32 columns, `step` words apart."""
+    for i in range(width // 2):
+        at = to + i // TILE * step + i % TILE * TILE
+        for j in range(TILE):
+            packed[at + j] = words[j * width // 2 + i]
+        for j in range(TILE):
+            packed[at + TILE * TILE + j] = words[(j + TILE) * width // 2 + i]
+
+
+@inner
+def pack(rows: Any, at: int, stride: int, width: int, packed: Any, to: int, step: int) -> None:
+    """Pack 32 rows of `width` elements: one block for each 32 columns, `step` words apart."""
+    for i in range(TILE):
+        upper, lower = at + 2 * i * stride, at + (2 * i + 1) * stride
+        for c in range(0, width, TILE):
+            tile = to + c // BLOCK * step + c % BLOCK * TILE + i * TILE
+            store_pairs(packed, tile, rows, upper + c, lower + c)
+
+
+@inner
+def read_rows(cached: Any, piece: Any, group: Any, h: int, start: int, rows: Any) -> None:
+    """Rows start..start + 32 of a head, from the cache (B, c, H, d) at first, then from the piece (B, L, H, d)."""
+    row, begin, end, before = group
+    width = piece.shape[3]
+    count = before + end - begin
+    for r in range(BLOCK):
+        key, to = start + r, r * width
+        if key < before:
+            for i in range(width):
+                rows[to + i] = cached[row, key, h, i]
+        elif key < count:
+            for i in range(width):
+                rows[to + i] = piece[row, begin + key - before, h, i]
+        else:
+            for i in range(width):
+                rows[to + i] = 0
+
+
+@inner
+def write_rows(sums: Any, scale: Any, columns: int, cached: Any, piece: Any, group: Any, h: int, start: int) -> None:
+    """Write 32 x 32 sums, scaled by rows, to 32 columns of the rows that `read_rows` reads."""
+    row, begin, end, before = group
+    for r in range(min(BLOCK, before + end - begin - start)):
+        key = start + r
+        target = cached[row, key, h] if key < before else piece[row, begin + key - before, h]
+        for i in range(0, BLOCK, LANES):
+            store(target, columns + i, load(sums, r * BLOCK + i) * splat(scale[r]))

@@ -1,0 +1,129 @@
+"""Attention in matrix tiles, with emulated ones everywhere and with those of the processor where it has some."""
+
+import numpy as np
+import pytest
+import torch
+
+from megalodon_lm.ops import reference
+from megalodon_lm.ops.chunk_attention import chunk_attention as portable
+from megalodon_lm.ops.cpu import amx, amx_attention, causal_attention
+from megalodon_lm.ops.cpu.amx_blocks import BLOCK_WORDS, pack, pack_transposed
+from megalodon_lm.ops.cpu.chunk_attention import chunk_attention
+from megalodon_lm.ops.cpu.emulated_tiles import EMULATED
+from megalodon_lm.ops.cpu.processor import multiplies_tiles
+from megalodon_lm.ops.cpu.scalars import array_of
+from megalodon_lm.ops.cpu.simd import compiled
+
+from .cases import BOUNDARIES, boundaries, gradients
+from .test_cpu_chunk_attention import B, H, case, compare, run
+from .test_not_finite import run_attention
+from .test_not_finite import spoilt as spoil
+
+TILES = {"emulated": EMULATED} | ({"processor": amx.PROCESSOR} if multiplies_tiles() else {})
+
+
+@pytest.fixture(params=TILES)
+def tiles(request, monkeypatch):
+    use(TILES[request.param], monkeypatch)
+    return TILES[request.param]
+
+
+def use(tiles, monkeypatch):
+    monkeypatch.setattr(amx_attention, "multiplies_tiles", lambda: True)
+    monkeypatch.setattr(amx_attention, "tiles", tiles)
+    monkeypatch.setattr(causal_attention, "FEW_QUERIES", 0)
+
+
+@compiled
+def product(tiles, a, packed, step, blocks, c):
+    """c += the product of a (32, 32 blocks) with packed blocks."""
+    own = amx.enter_tiles(tiles)
+    amx.clear(own)
+    amx.store_sums(own, c[32 * 32 :], 0, 32)
+    amx.load_sums(own, c, 0, 32)
+    amx.multiply(own, a, 0, 32 * blocks, packed, 0, step, blocks)
+    amx.store_sums(own, c, 0, 32)
+    amx.leave_tiles(own)
+
+
+@compiled
+def pack_rows(rows, width, blocks, packed):
+    for i in range(blocks):
+        pack(rows, i * 32 * width, width, width, packed, i * BLOCK_WORDS, blocks * BLOCK_WORDS)
+
+
+@compiled
+def pack_columns(words, width, packed):
+    pack_transposed(words, width, packed, 0, BLOCK_WORDS)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_product_of_tiles_is_a_matrix_product(tiles, transposed):
+    g = torch.Generator().manual_seed(0)
+    blocks = 3
+    a, b = (torch.randn(s, generator=g).bfloat16() for s in ((32, 32 * blocks), (32 * blocks, 32)))
+    c = torch.cat([torch.randn(32, 32, generator=g), torch.ones(32, 32)])
+    expected = c[:32].double() + a.double() @ b.double()
+    packed = np.empty(blocks * BLOCK_WORDS, np.uint32)
+    if transposed:
+        pack_columns(array_of(b.T.contiguous()).reshape(-1).view(np.uint32), 32 * blocks, packed)
+    else:
+        pack_rows(array_of(b).reshape(-1), 32, blocks, packed)
+    product(tiles, array_of(a).reshape(-1), packed, BLOCK_WORDS, blocks, array_of(c).reshape(-1))
+    torch.testing.assert_close(c[:32].double(), expected, rtol=1e-5, atol=1e-5)
+    assert not c[32:].any()
+
+
+SAMPLE = [("none", 7, 16, (5, 5, 5)), ("both", 50, 40, (3, 39, 0)), ("documents", 40, 90, (0, 0, 0))]
+GRID = [
+    (kind, length, chunk_size, fill)
+    for kind in BOUNDARIES
+    for length in (1, 33, 70)
+    for chunk_size, fill in ((16, (5, 5, 5)), (40, (3, 39, 0)), (90, (0, 0, 0)))
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "length", "chunk_size", "fill"), SAMPLE + [pytest.param(*c, marks=pytest.mark.slow) for c in GRID]
+)
+def test_equals_reference_with_all_gradients(tiles, kind, length, chunk_size, fill, monkeypatch):
+    monkeypatch.setattr(causal_attention, "MERGED_KEYS", 36)
+    inputs = case(length, torch.bfloat16, chunk_size, 32, 64)
+    compare(boundaries(kind, B, length), torch.tensor(fill), inputs, chunk_size)
+
+
+@pytest.mark.parametrize("kind", ["none", "both"])
+def test_long_chunks_equal_the_portable_path(tiles, kind):
+    """Several tiles of keys, queries that come after more than one of them, and queries wider than values."""
+    fill, size = torch.tensor([17, 300, 599]), 600
+    compare(boundaries(kind, B, 350), fill, case(350, torch.bfloat16, size, 64, 32), size, portable)
+
+
+@pytest.mark.skipif(not multiplies_tiles(), reason="the processor has no tiles to compare with")
+def test_processor_and_emulation_agree(monkeypatch):
+    found = []
+    for tiles in (EMULATED, amx.PROCESSOR):
+        use(tiles, monkeypatch)
+        call = run(chunk_attention, boundaries("both", B, 350), torch.tensor([17, 300, 599]), 600)
+        outputs, grads = gradients(call, case(350, torch.bfloat16, 600, 64, 32))
+        found.append(outputs + grads)
+    for a, b in zip(*found, strict=True):  # they may add in another order: the last bit of bf16, seldom
+        torch.testing.assert_close(a, b, rtol=2**-6, atol=1e-4)
+        assert (a != b).double().mean() < 0.02
+
+
+@pytest.mark.parametrize("kind", ["none", "both"])
+def test_nan_and_infinity_reach_what_depends_on_them(tiles, kind):
+    b, length, size = 2, 18, 8
+    g = torch.Generator().manual_seed(0)
+    shapes = [(b, length, H, 32), (b, length, H, 32), (b, length, H, 64), (b, size, H, 32), (b, size, H, 64)]
+    inputs = [torch.randn(s, generator=g) * 0.5 for s in shapes]
+    where = boundaries(kind, b, length)
+    for seed in range(2 * len(inputs)):
+        given = [t.bfloat16() for t in spoil(inputs, seed)]
+        with torch.no_grad():
+            found = run_attention(chunk_attention)(where, *given)
+            expected = run_attention(reference.chunk_attention)(where, *(t.double() for t in given))
+        for i, (a, e) in enumerate(zip(found, expected, strict=True)):
+            wrong = torch.isfinite(a) != torch.isfinite(e)
+            assert not wrong.any(), (seed, i, wrong.nonzero()[:5], a[wrong][:5], e[wrong][:5])
