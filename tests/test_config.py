@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megalodon_lm import Megalodon, ModelConfig, State
+from megalodon_lm import Megalodon, ModelConfig
 from megalodon_lm.config import SIZES
 
 PUBLISHED = {
@@ -153,16 +153,3 @@ def test_flops_of_attention_are_the_mean_over_a_chunk():
     short, long = (ModelConfig.named("tiny", chunk_size=c) for c in (2, 102))
     difference = long.flops_per_token() - short.flops_per_token()
     assert difference == 2 * short.num_layers * 50 * (short.z_dim + short.value_dim)
-
-
-@pytest.mark.parametrize("name", ["tiny", "small", "paper7B"])
-@pytest.mark.parametrize(("batch", "dtype"), [(1, torch.float32), (2, torch.bfloat16)])
-def test_state_bytes(name, batch, dtype):
-    config = ModelConfig.named(name)
-    state = State.empty(config, batch, "meta", dtype)
-    assert state.nbytes == config.state_bytes(batch, dtype.itemsize)
-
-
-def test_state_bytes_of_a_state_that_has_read(tiny):
-    _, state = tiny(torch.zeros(3, 100, dtype=torch.int64))
-    assert state.nbytes == tiny.config.state_bytes(3)

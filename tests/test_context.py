@@ -7,7 +7,7 @@ from megalodon_lm import ByteTokenizer, Megalodon, ModelConfig
 from megalodon_lm.generation import context as context_module
 from megalodon_lm.generation.context import Context, unit_length
 from megalodon_lm.generation.generator import Generator
-from megalodon_lm.state import StateFile
+from megalodon_lm.state_file import StateFile
 
 from .reading import GREEDY, SEEDED, TEXT, in_blocks, written
 
@@ -71,7 +71,7 @@ def test_pieces_and_chunks_of_any_lengths(chunk, piece, one_thread, tmp_path, mo
         first = generator.read(in_blocks(text[:at], 17))
         first.save(tmp_path / "book.state", generator.tokenizer)
         file = StateFile.read(tmp_path / "book.state")
-        assert file.state.layers[0].attention.keys.shape[1] == 0
+        assert file.tensors["layers.0.attention.keys"].shape[1] == 0
         assert len(file.tokens) <= unit_length(generator.model.config)
         context = Context.load(tmp_path / "book.state", generator.model, generator.tokenizer)
         assert (context.scored, context.nats) == (first.scored, first.nats)

@@ -22,7 +22,7 @@ from megalodon_lm.generation.context import Context, bookmark_bytes, describe, u
 from megalodon_lm.generation.decoding import Decoder
 from megalodon_lm.generation.generator import Generator
 from megalodon_lm.generation.sampling import Sampling, sample
-from megalodon_lm.state import OLDER_FORMAT, StateFile
+from megalodon_lm.state_file import OLDER_FORMAT, StateFile
 from megalodon_lm.training.recipe import Recipe
 from megalodon_lm.training.trainer import Trainer
 
@@ -74,7 +74,7 @@ from megalodon_lm import ByteTokenizer, Megalodon
 from megalodon_lm.generation.context import Context
 from megalodon_lm.generation.generator import Generator
 from megalodon_lm.generation.sampling import Sampling
-from megalodon_lm.state import StateFile
+from megalodon_lm.state_file import StateFile
 generator = Generator(Megalodon.load("model").eval(), ByteTokenizer())
 context = Context.load("book.state", generator.model, generator.tokenizer)
 generator.read(Path("rest.txt"), context)
@@ -244,13 +244,15 @@ def test_writing_nothing_is_allowed_and_reading_nothing_is_not(generator):
 def test_size_of_a_bookmark_is_known_beforehand(name, tmp_path):
     """That of the 7B too: a real state of its configuration, in bf16, with a full chunk of tokens to read again."""
     config = ModelConfig.named(name)
-    state = State.empty(config, 1, dtype=torch.bfloat16)  # its cache is never touched, so it takes no memory
+    with torch.device("meta"):
+        model = Megalodon(config)
+    state = model.empty_state(1, "cpu", torch.bfloat16)  # its cache is never touched, so it takes no memory
     waiting = torch.zeros(unit_length(config), dtype=torch.int64)
-    StateFile(state, "fingerprint", waiting).write(tmp_path / "a.state")
+    StateFile(state.used(), "fingerprint", waiting).write(tmp_path / "a.state")
     file = StateFile.read(tmp_path / "a.state")
-    assert file.state.nbytes + file.tokens.nbytes == bookmark_bytes(config)
+    assert sum(t.nbytes for t in (*file.tensors.values(), file.tokens)) == bookmark_bytes(model)
     names = 100 * len(state.tensors()) + 2000
-    assert bookmark_bytes(config) < (tmp_path / "a.state").stat().st_size < bookmark_bytes(config) + names
+    assert bookmark_bytes(model) < (tmp_path / "a.state").stat().st_size < bookmark_bytes(model) + names
 
 
 def test_bad_bookmarks_are_refused_by_name(generator, tmp_path):
@@ -312,7 +314,7 @@ def test_a_bookmark_of_the_older_format_goes_on(generator, tmp_path, monkeypatch
     notes = {"tokenizer": generator.tokenizer.fingerprint, "scored": "4096", "nats": repr(context.nats)}
     monkeypatch.setattr("megalodon_lm.state.FORMAT", OLDER_FORMAT)
     rest = torch.from_numpy(tokens[4096:])
-    StateFile(context._state, generator.model.sampled_fingerprint(), rest, notes).write(tmp_path / "old.state")
+    StateFile(context._state.used(), generator.model.sampled_fingerprint(), rest, notes).write(tmp_path / "old.state")
     monkeypatch.undo()
     loaded = Context.load(tmp_path / "old.state", generator.model, generator.tokenizer)
     whole = generator.read(TEXT)
@@ -350,7 +352,7 @@ def test_a_context_and_a_state_say_in_a_line_what_they_are(generator):
         r"chunks of 64>",
         repr(state),
     )
-    empty = State.cat([State.empty(generator.model.config)] * 2 + [state])
+    empty = State.cat([generator.model.empty_state()] * 2 + [state])
     assert "3 rows at position 0, 1,001" in repr(empty)
 
 

@@ -11,8 +11,8 @@ import megalodon_lm
 
 PACKAGE = Path(__file__).parent.parent / "src" / "megalodon_lm"
 ROWS = [
-    "errors", "files", "tables", "plots", "config", "ops", "state", "layers", "model", "parallel", "baselines", "data",
-    "training", "generation", "evaluation", "benchmark", "hub", "serving", "cli",
+    "errors", "files", "tables", "plots", "config", "ops", "state_spec", "state_file", "state", "layers", "model",
+    "parallel", "baselines", "data", "training", "generation", "evaluation", "benchmark", "hub", "serving", "cli",
     "__main__",
 ]  # fmt: skip
 

@@ -2,6 +2,8 @@ import copy
 import gc
 import os
 import pickle
+import weakref
+from typing import ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from megalodon_lm import Megalodon, ModelConfig, State
 from megalodon_lm.errors import InputError
 from megalodon_lm.generation.decoding import Decoder
-from megalodon_lm.state import is_cache
+from megalodon_lm.state_spec import declare
 
 
 def tokens(batch, length, seed=0):
@@ -75,7 +77,7 @@ def test_reading_on_leaves_the_state_as_it_was(tiny, state, length, grad):
 def test_clone_is_independent_and_keeps_the_gradient(tiny):
     _, state = tiny(tokens(1, 10))
     clone = state.clone()
-    assert clone.layers[0].cema.requires_grad
+    assert clone.parts["layers"][0].cema.requires_grad
     for name, t in clone.tensors().items():
         assert t.data_ptr() != state.tensors()[name].data_ptr(), name
 
@@ -84,7 +86,7 @@ def test_split_and_cat_are_inverse(state):
     assert same(State.cat(state.split()), state)
     with pytest.raises(ValueError, match="at least one"):
         State.cat([])
-    other = State.empty(ModelConfig.named("tiny", chunk_size=32))
+    other = Megalodon(ModelConfig.named("tiny", chunk_size=32)).empty_state()
     with pytest.raises(ValueError, match="different models"):
         State.cat([state, other])
 
@@ -104,20 +106,92 @@ def test_detach_cuts_the_gradient(tiny, detach):
         assert grad.abs().sum(-1).all()
 
 
-def test_to_changes_only_the_cache(state):
+def test_to_changes_only_the_cache(tiny, state):
     moved = state.to(dtype=torch.bfloat16)
-    assert moved.nbytes == ModelConfig.named("tiny").state_bytes(3, 2)
+    assert moved.nbytes == tiny.state_bytes(3, torch.bfloat16)
     for name, t in moved.tensors().items():
         before = state.tensors()[name].dtype
-        assert t.dtype == (torch.bfloat16 if is_cache(name) else before)
+        assert t.dtype == (torch.bfloat16 if name.endswith(("keys", "values")) else before)
     types = {name: t.dtype for name, t in state.tensors().items()}
     assert {t for n, t in types.items() if n.endswith(("mean", "var"))} == {torch.float64}
     assert {t for n, t in types.items() if n.endswith(("count", "fill", "position"))} == {torch.int64}
     assert {t for n, t in types.items() if n.endswith("cema")} == {torch.float32}
     on_meta = state.to("meta")
-    assert on_meta.layers[0].cema.is_meta
+    assert on_meta.parts["layers"][0].cema.is_meta
     assert not on_meta.position.is_meta
-    assert not on_meta.layers[0].attention.fill.is_meta
+    assert not on_meta.parts["layers"][0].attention.fill.is_meta
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "paper7B"])
+@pytest.mark.parametrize(("batch", "dtype"), [(1, torch.float32), (2, torch.bfloat16)])
+def test_size_is_known_beforehand(name, batch, dtype):
+    """Computed: statistics, CEMA's states as pairs of float32, a chunk of keys and values, and the counts."""
+    with torch.device("meta"):
+        model = Megalodon(c := ModelConfig.named(name))
+    norm = 8 + 2 * 8 * c.norm_num_groups
+    cache = c.chunk_size * (c.z_dim + c.value_dim) * dtype.itemsize + 8
+    expected = batch * (c.num_layers * (norm + c.model_dim * c.cema_ndim * 2 * 4 + cache) + norm + 8)
+    assert model.state_bytes(batch, dtype) == model.empty_state(batch, dtype=dtype).nbytes == expected
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_what_is_read_is_what_the_layers_declare(tiny, precision):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        _, read = tiny(tokens(3, 100))
+    empty = tiny.empty_state(3, dtype=precision)
+    assert read.nbytes == tiny.state_bytes(3, precision)
+    found, expected = ({n: (t.shape, t.dtype, t.device) for n, t in s.tensors().items()} for s in (read, empty))
+    assert list(found.items()) == list(expected.items())
+
+
+class Memory(NamedTuple):
+    recent: torch.Tensor
+    older: torch.Tensor
+    seen: torch.Tensor
+    older_seen: torch.Tensor
+
+
+class OtherModel(torch.nn.Linear):
+    """What a State needs of a model, with layers of its own: two caches filled to different places, and a matrix."""
+
+    summary = "another model"
+    count = declare(dtype=torch.int64, on_cpu=True)
+    memory = Memory(declare(6, 2, fill="seen"), declare(3, fill="older_seen"), count, count)
+    state_spec: ClassVar = {"mixers": (memory, {"matrix": declare(2, 2, dtype=torch.float32)}, ()), "position": count}
+
+    def fingerprint(self):
+        return "other"
+
+
+def test_a_state_knows_no_layer(tmp_path):
+    """Everything follows from what the layers of a model declare."""
+    model = OtherModel(1, 1)
+    rng = torch.Generator().manual_seed(0)
+    spec, count = model.state_spec, torch.tensor
+    memory = Memory(torch.rand(2, 6, 2, generator=rng), torch.rand(2, 3, generator=rng), count([4, 1]), count([0, 1]))
+    for cache, fill in ((memory.recent, memory.seen), (memory.older, memory.older_seen)):
+        for row in range(2):
+            cache[row, fill[row] :] = 0
+    parts = {"mixers": (memory, {"matrix": torch.rand(2, 2, 2)}, ()), "position": count([9, 7])}
+    state = State(parts, spec, weakref.ref(model))
+    assert list(state.tensors()) == [
+        "mixers.0.recent", "mixers.0.older", "mixers.0.seen", "mixers.0.older_seen", "mixers.1.matrix", "position"
+    ]  # fmt: skip
+    assert {n: t.shape[1] for n, t in state.used().items() if t.dim() > 1 and "matrix" not in n} == {
+        "mixers.0.recent": 4, "mixers.0.older": 1
+    }  # fmt: skip
+    state.save(tmp_path / "other.state")
+    loaded = State.load(tmp_path / "other.state", model)
+    assert same(loaded, state)
+    assert isinstance(loaded.parts["mixers"][0], Memory)
+    assert same(State.cat(state.split()), state)
+    moved = state.to("meta", torch.bfloat16)
+    assert {n for n, t in moved.tensors().items() if t.dtype == torch.bfloat16} == {"mixers.0.recent", "mixers.0.older"}
+    assert {n.split(".")[-1] for n, t in moved.tensors().items() if not t.is_meta} == {"seen", "older_seen", "position"}
+    with pytest.raises(InputError, match=r"another model: mixers\.1\.matrix has shape \(1,\) a row"):
+        State.from_tensors({**state.used(), "mixers.1.matrix": torch.zeros(2, 1)}, model)
+    with pytest.raises(InputError, match=r"mixers\.1\.matrix has shape None"):
+        State.from_tensors({n: t for n, t in state.used().items() if "matrix" not in n}, model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -257,7 +331,7 @@ def test_a_state_of_another_model_of_the_same_shape_is_refused(tiny, state):
 
 
 def test_the_joined_state_knows_the_model_that_one_of_them_knows(tiny, state, tmp_path):
-    State.cat([State.empty(tiny.config), state]).save(tmp_path / "a.state")
+    State.cat([tiny.empty_state(), state]).save(tmp_path / "a.state")
     assert State.load(tmp_path / "a.state", tiny).batch_size == 4
 
 

@@ -164,18 +164,6 @@ class ModelConfig:
         forward = 2 * (self.num_layers * (linear + attention + cema) + self.vocab_size * d)
         return round(forward * (3 if backward else 1))
 
-    def state_bytes(self, batch: int = 1, cache_bytes: int = 4) -> int:
-        """Size of the State in memory.
-
-        Args:
-            batch: rows.
-            cache_bytes: bytes of a cached key or value: 4 for float32, 2 for bf16.
-        """
-        norm = 8 + 2 * 8 * self.norm_num_groups
-        cema = self.model_dim * self.cema_ndim * 2 * 4
-        cache = self.chunk_size * (self.z_dim + self.value_dim) * cache_bytes + 8
-        return batch * (self.num_layers * (norm + cema + cache) + norm + 8)
-
 
 def _require(holds: bool, field: str, value: Any, rule: str) -> None:
     if not holds:

@@ -81,7 +81,7 @@ class Generate(Quiet):
         for path in self._bookmarks():
             check_writable(path, BOOKMARK)
         model, tokenizer = load_trained(self.model, self.device)
-        check_memory(self.samples * model.config.state_bytes(), self.device, "these samples", "lower --samples")
+        check_memory(model.state_bytes(self.samples), self.device, "these samples", "lower --samples")
         generator = Generator(model, tokenizer, self.precision)
         context = generator.context(self.state)
         if self.prompt_file is not None:

@@ -78,16 +78,21 @@ def _config(name: str) -> "ModelConfig":  # type: ignore[name-defined]  # noqa: 
 
 def _figures(config: "ModelConfig") -> dict[str, int]:  # type: ignore[name-defined]  # noqa: F821
     """Counts and bytes; memory for training is weights, gradients and two moments in float32, without activations."""
-    from ..generation.context import bookmark_bytes
+    import torch
 
+    from ..generation.context import bookmark_bytes
+    from ..model.decoder import Megalodon
+
+    with torch.device("meta"):
+        model = Megalodon(config)
     parameters = config.num_parameters
     return {
         "parameters": parameters,
         "flops_per_token": config.flops_per_token(),
         "training_flops_per_token": config.flops_per_token(backward=True),
-        "state_bytes": config.state_bytes(),
-        "state_bytes_bf16_cache": config.state_bytes(cache_bytes=2),
-        "bookmark_bytes": bookmark_bytes(config),
+        "state_bytes": model.state_bytes(),
+        "state_bytes_bf16_cache": model.state_bytes(dtype=torch.bfloat16),
+        "bookmark_bytes": bookmark_bytes(model),
         "weight_bytes_float32": 4 * parameters,
         "weight_bytes_bf16": 2 * parameters,
         "training_bytes_without_activations": 16 * parameters,

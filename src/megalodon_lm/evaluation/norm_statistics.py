@@ -77,7 +77,8 @@ class WindowedNorms:
             return state
         recent = None
         for part in self._recent.split(min(self.unit, PIECE), dim=1):
-            _, recent = self.model.features(part.to(state.norm.mean.device), recent)
+            _, recent = self.model.features(part.to(state.device), recent)
         assert recent is not None
-        layers = (old._replace(norm=new.norm) for old, new in zip(state.layers, recent.layers, strict=True))
-        return replace(state, layers=tuple(layers), norm=recent.norm)
+        pairs = zip(state.parts["layers"], recent.parts["layers"], strict=True)
+        layers = tuple(old._replace(norm=new.norm) for old, new in pairs)
+        return replace(state, parts={**state.parts, "layers": layers, "norm": recent.parts["norm"]})

@@ -21,7 +21,9 @@ from ..data.tokenizer import Tokenizer
 from ..errors import InputError
 from ..files import BOOKMARK, check_writable
 from ..model.decoder import Megalodon
-from ..state import State, StateFile, from_tensors, is_cache
+from ..state import State
+from ..state_file import StateFile
+from ..state_spec import named
 from ..training.loss import check_loss, token_losses
 from ..training.precision import Precision, autocast, choose_precision
 
@@ -54,12 +56,12 @@ class Context:
         self.unit, self.piece = unit_length(model.config), piece_length(model.config)
         self.scored, self.nats = 0, 0.0
         self._waiting = np.zeros(0, np.int64)
-        self._begin_at(State.empty(model.config, 1, self.device, self._cache_dtype))
+        self._begin_at(model.empty_state(dtype=self._cache_dtype))
 
     def _begin_at(self, state: State) -> None:
         """Take a state at the end of a chunk for that of all that was read."""
         self._state = state
-        self._anchor = from_tensors({n: t.clone() if is_cache(n) else t for n, t in state.used().items()})
+        self._anchor = state.used()
         self._losses = self.scored, self.nats
         self._since: list[np.ndarray] = []
         self._finished = _Finished()
@@ -93,7 +95,7 @@ class Context:
     def nbytes(self) -> int:
         """Bytes it takes in memory, however much was read."""
         tokens = self._waiting.nbytes + sum(piece.nbytes for piece in self._since)
-        return self._state.nbytes + self._anchor.nbytes + tokens
+        return self._state.nbytes + sum(t.nbytes for t in self._anchor.values()) + tokens
 
     def read(self, tokens: np.ndarray) -> None:
         """Read on.
@@ -189,7 +191,7 @@ class Context:
         file = StateFile.read(path)
         if not file.is_bookmark:
             raise InputError(f"{path} is a bare state and no bookmark; load it with State.load")
-        state = file.state_for(model, path)
+        state = State.of_file(file, model, path)
         if file.notes["tokenizer"] != tokenizer.fingerprint:
             raise InputError(f"{path} was read with another tokenizer; read the text again with this one")
         context = cls(model, precision)
@@ -214,13 +216,13 @@ class _Finished:
         return None if state is None or self._logits is None else (self._logits, state)
 
 
-def bookmark_bytes(config: ModelConfig) -> int:
+def bookmark_bytes(model: Megalodon) -> int:
     """Size of the largest bookmark of a model; the file adds a few kilobytes of names.
 
     The attention cache is not in it: the tokens of the unfinished chunk are there to make it anew.
     """
-    tensors = State.empty(config, 1, "meta").tensors().items()
-    return sum(t.nbytes for name, t in tensors if not is_cache(name)) + 8 * unit_length(config)
+    kept = sum(leaf.nbytes(torch.float32) for _, leaf in named(model.state_spec) if not leaf.fill)
+    return kept + 8 * unit_length(model.config)
 
 
 def describe(path: str | Path) -> dict[str, str | int | float]:
@@ -232,14 +234,14 @@ def describe(path: str | Path) -> dict[str, str | int | float]:
     file = StateFile.read(path)
     notes = dict(file.notes)
     scored, nats = int(notes.pop("scored", 0)), float(notes.pop("nats", 0))
-    positions = [int(p) + len(file.tokens) for p in file.state.position]
+    positions = [place + len(file.tokens) for place in file.position]
     return {
         "kind": "bookmark" if file.is_bookmark else "bare state",
         "rows": len(positions),
         "position": positions[0] if len(set(positions)) == 1 else ", ".join(map(str, positions)),
         "bytes": Path(path).stat().st_size,
         "tokens to read again": len(file.tokens),
-        "layers": len(file.state.layers),
+        "layers": len({name.split(".")[1] for name in file.tensors if name.startswith("layers.")}),
         "model": file.fingerprint,
         **notes,
         **({"nats per token": nats / scored} if scored else {}),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..layers.block import Block
+from ..layers.gated_attention import GatedAttentionState
 from ..model.decoder import Megalodon
 from ..ops.cema import cema_coefficients
 from ..ops.chunk_attention import KeyValueCache
@@ -19,7 +20,7 @@ from ..ops.cpu.team import num_threads
 from ..ops.derived import rounded
 from ..ops.rotary import rotations
 from ..ops.timestep_norm import NormState
-from ..state import LayerState, State
+from ..state import State
 
 
 def fits(model: Megalodon) -> bool:
@@ -58,13 +59,13 @@ class FusedStep:
         self.room = self._room(rows)
         cos, sin = (as_numpy(t) for t in rotations(c.chunk_size, c.z_dim // heads, c.rope_base, torch.float32, _CPU))
         self.layers = []
-        for block, layer in zip(model.layers, state.layers, strict=True):
+        for block, layer in zip(model.layers, state.parts["layers"], strict=True):
             assert isinstance(block, Block)
             self.layers.append((self._weights(block, cos, sin), self._layer_state(layer)))
         final = model.output.final_norm
         output = model.output.output.weight
         self.head = (_scale_and_bias(final), (self._matrix(output), np.zeros(len(output), np.float32)))
-        self.norm = _norm_state(state.norm)
+        self.norm = _norm_state(state.parts["norm"])
 
     def step(self, tokens: Tensor) -> Tensor:
         """Read one token a row.
@@ -97,8 +98,10 @@ class FusedStep:
             pairs = torch.from_numpy(h).view(rows, dim, 2, padded)[..., : self.config.cema_ndim].transpose(2, 3)
             cached = (torch.from_numpy(t).view(self.dtype).view(rows, size, heads, -1) for t in cache)
             keys, values = (torch.where(used, t, 0) for t in cached)
-            layers.append(LayerState(_exported(count, mean, var), pairs.clone(), KeyValueCache(keys, values, slots)))
-        return State(tuple(layers), _exported(*self.norm), self.position.clone(), weakref.ref(self.model))
+            norm, open_chunk = _exported(count, mean, var), KeyValueCache(keys, values, slots)
+            layers.append(GatedAttentionState(norm, pairs.clone(), open_chunk))
+        parts = {"layers": tuple(layers), "norm": _exported(*self.norm), "position": self.position.clone()}
+        return State(parts, self.model.state_spec, weakref.ref(self.model))
 
     def _room(self, rows: int) -> tuple[np.ndarray, ...]:
         """Memory for one layer's step; see kernels.layer."""
@@ -134,7 +137,7 @@ class FusedStep:
             unscaled if ffn.alpha is None else _vector(ffn.alpha),
         )
 
-    def _layer_state(self, layer: LayerState) -> tuple[np.ndarray, ...]:
+    def _layer_state(self, layer: GatedAttentionState) -> tuple[np.ndarray, ...]:
         h = _pad(layer.cema.detach().float().transpose(2, 3)).clone(memory_format=torch.contiguous_format)
         keys, values, fill = layer.attention
         cached = (

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from ..ops.boundaries import Boundaries
-from ..state import LayerState
+from ..state_spec import Tree
 from .feed_forward import FeedForward
 from .gated_attention import GatedAttention
 
@@ -20,9 +20,14 @@ class Block(nn.Module):
         super().__init__()
         self.mega, self.nffn = mixer, feed_forward
 
+    @property
+    def state_spec(self) -> Tree:
+        """That of the mixer."""
+        return self.mega.state_spec
+
     def forward(
-        self, x: Tensor, state: LayerState | None = None, boundaries: Boundaries | None = None
-    ) -> tuple[Tensor, LayerState]:
-        """x (B, L, D) to (B, L, D), and the layer's exit state."""
+        self, x: Tensor, state: Tree | None = None, boundaries: Boundaries | None = None
+    ) -> tuple[Tensor, Tree]:
+        """x (B, L, D) to (B, L, D), and the mixer's exit state."""
         y, state = self.mega(x, state, boundaries)
         return self.nffn(y, x), state

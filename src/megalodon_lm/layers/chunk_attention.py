@@ -1,9 +1,11 @@
 """Chunk attention as a part of a block: no parameters, only its choices."""
 
+import torch
 from torch import Tensor, nn
 
 from ..ops.boundaries import Boundaries
 from ..ops.chunk_attention import KeyValueCache, chunk_attention
+from ..state_spec import declare
 
 
 class ChunkAttention(nn.Module):
@@ -13,6 +15,11 @@ class ChunkAttention(nn.Module):
         super().__init__()
         self.chunk_size, self.rope_base = chunk_size, rope_base
         self.dropout, self.drop_keys = dropout, drop_keys
+
+    def state_spec(self, num_heads: int, z_head_dim: int, value_head_dim: int) -> KeyValueCache:
+        """The unfinished chunk: a cache."""
+        keys, values = (declare(self.chunk_size, num_heads, dim, fill="fill") for dim in (z_head_dim, value_head_dim))
+        return KeyValueCache(keys, values, declare(dtype=torch.int64, on_cpu=True))
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, cache: KeyValueCache | None, boundaries: Boundaries | None

@@ -1,6 +1,7 @@
 """The CEMA layer: parameters of the complex exponential moving average, and their initial values."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from ..ops.boundaries import Boundaries
 from ..ops.cema import cema, cema_coefficients
 from ..ops.derived import derived
+from ..state_spec import declare
 
 
 class ComplexEMA(nn.Module):
@@ -37,6 +39,11 @@ class ComplexEMA(nn.Module):
             nn.init.normal_(self.gamma)
             self.gamma[..., 1] = 0
         nn.init.trunc_normal_(self.omega, std=0.25, a=-1, b=1)
+
+    @property
+    def state_spec(self) -> Any:
+        """(D, N, 2): complex states as real pairs, float32 or better."""
+        return declare(*self.gamma.shape, dtype=torch.float32)
 
     def forward(
         self, x: Tensor, state: Tensor | None = None, boundaries: Boundaries | None = None

@@ -1,6 +1,7 @@
 """Moving average gated attention: the token-mixing half of a block."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,14 +9,23 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..ops.boundaries import Boundaries
+from ..ops.chunk_attention import KeyValueCache
 from ..ops.gates import silu_gate
 from ..ops.norms import head_rms_norm
-from ..state import LayerState
+from ..ops.timestep_norm import NormState
 from .chunk_attention import ChunkAttention
 from .complex_ema import ComplexEMA
 from .initialization import Initialiser
 from .linear import Linear
 from .norms import RMSNorm, TimestepNorm
+
+
+class GatedAttentionState(NamedTuple):
+    """What it carries: running norm statistics, CEMA states (B, D, N, 2), and the unfinished chunk."""
+
+    norm: NormState
+    cema: Tensor
+    attention: KeyValueCache
 
 
 class GatedAttention(nn.Module):
@@ -75,10 +85,17 @@ class GatedAttention(nn.Module):
         nn.init.zeros_(self.gamma)
         nn.init.zeros_(self.beta)
 
+    @property
+    def state_spec(self) -> GatedAttentionState:
+        """Of its parts."""
+        heads = len(self.wz.weight) // self.z_head_dim
+        cache = self.attention.state_spec(heads, self.z_head_dim, self.value_head_dim)
+        return GatedAttentionState(self.timenorm.state_spec, self.cema.state_spec, cache)
+
     def forward(
-        self, x: Tensor, state: LayerState | None = None, boundaries: Boundaries | None = None
-    ) -> tuple[Tensor, LayerState]:
-        """x (B, L, D) to y (B, L, D), and the layer's exit state."""
+        self, x: Tensor, state: GatedAttentionState | None = None, boundaries: Boundaries | None = None
+    ) -> tuple[Tensor, GatedAttentionState]:
+        """x (B, L, D) to y (B, L, D), and the exit state."""
         norm_in, cema_in, cache_in = (None, None, None) if state is None else state
         tn, norm_out = self.timenorm(x, norm_in, boundaries)
         average, cema_out = self.cema(tn, cema_in, boundaries)
@@ -94,7 +111,7 @@ class GatedAttention(nn.Module):
         gated = silu_gate(r, attention.flatten(-2))
         gated = F.dropout(gated, self.hidden_dropout, self.training)
         h = self.wh1(mx) + self.wh2(gated)
-        return x + F.dropout(h, self.dropout, self.training), LayerState(norm_out, cema_out, cache_out)
+        return x + F.dropout(h, self.dropout, self.training), GatedAttentionState(norm_out, cema_out, cache_out)
 
     def _queries_and_keys(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Normalise z (B, L, H, Z/H) per head, with one affine map each: two tensors of that shape."""

@@ -7,6 +7,7 @@ from ..errors import InputError
 from ..ops.boundaries import Boundaries
 from ..ops.norms import layer_norm, rms_norm
 from ..ops.timestep_norm import NormState, timestep_norm
+from ..state_spec import declare
 
 
 class RMSNorm(nn.Module):
@@ -53,6 +54,13 @@ class TimestepNorm(AffineNorm):
     def __init__(self, dim: int, group_dim: int, eps: float):
         super().__init__(dim, eps)
         self.group_dim = group_dim
+
+    @property
+    def state_spec(self) -> NormState:
+        """Running statistics."""
+        groups = len(self.weight) // self.group_dim
+        mean, var = (declare(groups, dtype=torch.float64) for _ in range(2))
+        return NormState(declare(dtype=torch.int64), mean, var)
 
     def forward(
         self, x: Tensor, state: NormState | None = None, boundaries: Boundaries | None = None

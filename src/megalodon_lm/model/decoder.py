@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -16,8 +17,10 @@ from ..layers.linear import Linear
 from ..layers.norms import TimestepNorm
 from ..ops.boundaries import Boundaries
 from ..ops.derived import forget
+from ..ops.device import check_memory
 from ..ops.timestep_norm import NormState
 from ..state import State
+from ..state_spec import Tree, declare, named, tree_map
 from .assembly import build_block, build_embedding, build_timestep_norm
 
 
@@ -27,6 +30,11 @@ class Head(nn.Module):
     def __init__(self, norm: TimestepNorm, output: Linear):
         super().__init__()
         self.final_norm, self.output = norm, output
+
+    @property
+    def state_spec(self) -> NormState:
+        """That of the final norm."""
+        return self.final_norm.state_spec
 
 
 class Megalodon(nn.Module):
@@ -132,27 +140,54 @@ class Megalodon(nn.Module):
             forget(self.parameters())  # an optimiser may follow
         x = self.embed(tokens)
         if length == 0:
-            return x, state or self._empty_state(batch, x)
+            return x, state or self.empty_state(batch, x.device, x.dtype)
         boundaries = None
         if starts is not None or (lengths is not None and bool((lengths < length).any())):
             boundaries = Boundaries(None if starts is None else starts.cpu(), lengths)
         layers = []
         for i, block in enumerate(self.layers):
-            entry = None if state is None else state.layers[i]
+            entry = None if state is None else state.parts["layers"][i]
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x, leaving = checkpoint(block, x, entry, boundaries, use_reentrant=False)
             else:
                 x, leaving = block(x, entry, boundaries)
             layers.append(leaving)
-        norm_entry: NormState | None = None if state is None else state.norm
+        norm_entry: NormState | None = None if state is None else state.parts["norm"]
         x, norm = self.output.final_norm(x, norm_entry, boundaries)
         position = torch.zeros(batch, dtype=torch.int64) if state is None else state.position
         position = (boundaries or Boundaries()).exit_position(position, length)
-        return x, State(tuple(layers), norm, position, weakref.ref(self))
+        parts = {"layers": tuple(layers), "norm": norm, "position": position}
+        return x, State(parts, self.state_spec, weakref.ref(self))
 
-    def _empty_state(self, batch: int, x: Tensor) -> State:
-        state = State.empty(self.config, batch, x.device, x.dtype)
-        return State(state.layers, state.norm, state.position, weakref.ref(self))
+    @cached_property
+    def state_spec(self) -> Tree:
+        """What the layers carry, and the position in the document."""
+        layers = tuple(block.state_spec for block in self.layers)
+        position = declare(dtype=torch.int64, on_cpu=True)
+        return {"layers": layers, "norm": self.output.state_spec, "position": position}
+
+    def empty_state(
+        self, batch: int = 1, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> State:
+        """The state before the first token.
+
+        Args:
+            batch: rows.
+            device: of what is not always on the CPU; that of the weights by default.
+            dtype: of the cached keys and values, that of the weights by default; CEMA states are float32 or better.
+
+        Raises:
+            InputError: more than the memory of the device.
+        """
+        place = self.embed.weight.device if device is None else device
+        remedy = f"chunk_size = {self.config.chunk_size} decides its size"
+        check_memory(self.state_bytes(batch, dtype), place, f"a state of {batch} rows", remedy)
+        parts = tree_map(lambda leaf: leaf.empty(batch, place, dtype or self.embed.weight.dtype), self.state_spec)
+        return State(parts, self.state_spec, weakref.ref(self))
+
+    def state_bytes(self, batch: int = 1, dtype: torch.dtype | None = None) -> int:
+        """Size in memory of a State of this model, as empty_state makes it."""
+        return batch * sum(leaf.nbytes(dtype or self.embed.weight.dtype) for _, leaf in named(self.state_spec))
 
     def check_tokens(self, tokens: Tensor) -> None:
         """Refuse what is not a batch of tokens of this model; on the CPU also their values.

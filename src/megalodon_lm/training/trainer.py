@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..files import write_atomically
 from ..model.decoder import Megalodon
 from ..ops.device import check_memory, choose_device
-from ..state import State, filled_up, from_tensors
+from ..state import State
 from .checkpoint import Checkpoint, checkpoints, export, newest, prefixed, step_of, under
 from .checkpoint_writer import CheckpointWriter
 from .compiling import compile_blocks, compile_kernels
@@ -79,9 +79,11 @@ class Trainer:
         self.recipe, self.device = recipe, choose_device(device)
         t = recipe.training
         recipe.check()  # also what was changed since it was read
+        with torch.device("meta"):
+            state_bytes = Megalodon(recipe.model).state_bytes(t.batch_size)
         activations = 4 * t.batch_size * t.length * recipe.model.model_dim  # of one of many
         check_memory(
-            16 * recipe.model.num_parameters + t.batch_size * recipe.model.state_bytes() + activations,
+            16 * recipe.model.num_parameters + state_bytes + activations,
             self.device, "this training", "lower the sizes in [model], training.batch_size or training.length",
         )  # fmt: skip
         with ExitStack() as undo:
@@ -362,9 +364,7 @@ class Trainer:
                     for key, value in moments.items()
                 }
         carried = under("state", checkpoint.training)
-        self.state = (
-            filled_up(from_tensors(carried), self.recipe.model).to(self.device) if carried and t.carry_state else None
-        )
+        self.state = State.from_tensors(carried, self.model).to(self.device) if carried and t.carry_state else None
         torch.set_rng_state(checkpoint.training["random"])
         if self.device.type == "cuda" and "random_cuda" in checkpoint.training:
             torch.cuda.set_rng_state(checkpoint.training["random_cuda"], self.device)
