@@ -32,6 +32,15 @@ def _by_heads(piece: Tensor, cached: Tensor | None, group: Group) -> Tensor:
     return torch.cat([cached[row, :before].transpose(0, 1), tokens], 1)
 
 
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b for each head. In one call PyTorch is faster in float32, and slower in bf16, where it copies."""
+    if a.dtype == torch.float32:
+        torch.bmm(a, b, out=out)
+        return
+    for h in range(len(a)):
+        torch.mm(a[h], b[h], out=out[h])
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -65,11 +74,9 @@ def forward(
             stop = min(start + size, end - begin)
             high = before + stop
             scores = scratch[: heads * (stop - start) * high].view(heads, stop - start, high)
-            for h in range(heads):
-                torch.mm(qs[h, start:stop], ks[h, :high].T, out=scores[h])
+            _multiply(qs[:, start:stop], ks[:, :high].mT, scores)
             kernels.softmax(threads, array_of(scores), slots_of[row, begin:end], before, start, logs)
-            for h in range(heads):
-                torch.mm(scores[h], vs[h, :high], out=out[row, begin + start : begin + stop, h])
+            _multiply(scores, vs[:, :high], out[row, begin + start : begin + stop].transpose(0, 1))
 
 
 def backward(
@@ -120,14 +127,13 @@ def backward(
             query = max(start - before, 0)
             shape = (heads, stop - start, n - query)
             weights, scores = (t[: shape[0] * shape[1] * shape[2]].view(shape) for t in scratch)
-            for h in range(heads):
-                torch.mm(ks[h, start:stop], qs[h, query:].T, out=weights[h])
-                torch.mm(vs[h, start:stop], gs[h, query:].T, out=scores[h])
+            _multiply(ks[:, start:stop], qs[:, query:].mT, weights)
+            _multiply(vs[:, start:stop], gs[:, query:].mT, scores)
             tile = (array_of(weights), array_of(scores), last, before, start, query, logs, deltas)
             kernels.weight_gradients(threads, *tile)
+            _multiply(weights, gs[:, query:], dv[:, start:stop])
+            _multiply(scores, qs[:, query:], dk[:, start:stop])
             for h in range(heads):
-                torch.mm(weights[h], gs[h, query:], out=dv[h, start:stop])
-                torch.mm(scores[h], qs[h, query:], out=dk[h, start:stop])
                 dq[h, query:] += scores[h].T @ ks[h, start:stop]
         grad_q[row, begin:end] = dq.transpose(0, 1)
         if before:
