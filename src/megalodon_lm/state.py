@@ -6,7 +6,6 @@ month, and the result is the same: `logits, state = model(tokens, state)`.
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,19 +38,19 @@ class StatefulModel(Protocol):
         """The weights."""
 
 
-@dataclass(frozen=True, eq=False)
 class State:
     """The state of B sequences after some tokens.
 
-    Attributes:
+    It is no dataclass: in those, as in other plain containers, FSDP2's mixed precision rounds what a module is given.
+
+    Args:
         parts: tree of named parts down to tensors, whose first dimension are the B rows; see state_spec.
         spec: what the layers of the model say of each tensor.
         model: weak reference to the model that made it; None once moved to another process.
     """
 
-    parts: Tree
-    spec: Tree
-    model: "weakref.ref[StatefulModel] | None" = None
+    def __init__(self, parts: Tree, spec: Tree, model: "weakref.ref[StatefulModel] | None" = None):
+        self.parts, self.spec, self.model = parts, spec, model
 
     @property
     def position(self) -> Tensor:
@@ -172,7 +171,7 @@ class State:
         def move(t: Tensor, leaf: TensorSpec) -> Tensor:
             return t if leaf.on_cpu else t.to(device=device, dtype=dtype if leaf.dtype is None else None)
 
-        return replace(self, parts=tree_map(move, self.parts, self.spec))
+        return State(tree_map(move, self.parts, self.spec), self.spec, self.model)
 
     def check(self, model: StatefulModel, batch: int) -> None:
         """Refuse a state that another model made, or that has another number of rows.

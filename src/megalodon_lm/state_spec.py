@@ -16,6 +16,13 @@ Tree = Any
 """Nested dicts, tuples and NamedTuples of tensors, or of what a layer says of them."""
 
 
+class Sealed:
+    """The entry state of a module, in an object that wrappers of modules do not look into; see State."""
+
+    def __init__(self, tree: Tree):
+        self.tree = tree
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """One tensor of a state, for each of its rows. All zeros is the state of nothing.

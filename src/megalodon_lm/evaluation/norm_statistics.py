@@ -7,7 +7,7 @@ recent statistics, at the cost of reading most tokens several times.
 """
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -81,4 +81,4 @@ class WindowedNorms:
         assert recent is not None
         pairs = zip(state.parts["layers"], recent.parts["layers"], strict=True)
         layers = tuple(old._replace(norm=new.norm) for old, new in pairs)
-        return replace(state, parts={**state.parts, "layers": layers, "norm": recent.parts["norm"]})
+        return State({**state.parts, "layers": layers, "norm": recent.parts["norm"]}, state.spec, state.model)

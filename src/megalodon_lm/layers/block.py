@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from ..ops.boundaries import Boundaries
-from ..state_spec import Tree
+from ..state_spec import Sealed, Tree
 from .feed_forward import FeedForward
 from .gated_attention import GatedAttention
 
@@ -26,8 +26,8 @@ class Block(nn.Module):
         return self.mega.state_spec
 
     def forward(
-        self, x: Tensor, state: Tree | None = None, boundaries: Boundaries | None = None
+        self, x: Tensor, state: Sealed | None = None, boundaries: Boundaries | None = None
     ) -> tuple[Tensor, Tree]:
-        """x (B, L, D) to (B, L, D), and the mixer's exit state."""
-        y, state = self.mega(x, state, boundaries)
-        return self.nffn(y, x), state
+        """x (B, L, D) and the mixer's entry state to (B, L, D) and its exit state."""
+        y, leaving = self.mega(x, None if state is None else state.tree, boundaries)
+        return self.nffn(y, x), leaving

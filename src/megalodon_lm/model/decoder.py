@@ -20,7 +20,7 @@ from ..ops.derived import forget
 from ..ops.device import check_memory
 from ..ops.timestep_norm import NormState
 from ..state import State
-from ..state_spec import Tree, declare, named, tree_map
+from ..state_spec import Sealed, Tree, declare, named, tree_map
 from .assembly import build_block, build_embedding, build_timestep_norm
 
 
@@ -117,14 +117,16 @@ class Megalodon(nn.Module):
         mask: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """As forward, but the normalised (B, L, D) input of the head instead of logits."""
-        self.check_tokens(tokens)
+        if not torch.compiler.is_compiling():  # a graph cannot depend on values
+            self.check_tokens(tokens)
         self._check(tokens, state, document_starts, mask)
         batch, length = tokens.shape
         if mask is None:
             return self._run(tokens, state, document_starts, None)
         # Padding moves to the end of each row, where causality hides it, and back afterwards.
         lengths = mask.sum(1).cpu()
-        width = int(lengths.max()) if batch and length else 0
+        fixed = torch.compiler.is_compiling()  # a graph has one width
+        width = length if fixed else int(lengths.max()) if batch and length else 0
         order = (~mask).to(torch.int8).argsort(dim=1, stable=True)
         packed_starts = None if document_starts is None else document_starts.gather(1, order)[:, :width]
         hidden, state = self._run(tokens.gather(1, order)[:, :width], state, packed_starts, lengths)
@@ -142,11 +144,11 @@ class Megalodon(nn.Module):
         if length == 0:
             return x, state or self.empty_state(batch, x.device, x.dtype)
         boundaries = None
-        if starts is not None or (lengths is not None and bool((lengths < length).any())):
+        if starts is not None or (lengths is not None and _shorter(lengths, length)):
             boundaries = Boundaries(None if starts is None else starts.cpu(), lengths)
         layers = []
         for i, block in enumerate(self.layers):
-            entry = None if state is None else state.parts["layers"][i]
+            entry = None if state is None else Sealed(state.parts["layers"][i])
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x, leaving = checkpoint(block, x, entry, boundaries, use_reentrant=False)
             else:
@@ -257,3 +259,8 @@ class Megalodon(nn.Module):
         from .checkpoint import load_model
 
         return load_model(cls, folder, device, dtype)
+
+
+def _shorter(lengths: Tensor, length: int) -> bool:
+    """Whether there is padding; in a graph, where nobody looks, there may be."""
+    return torch.compiler.is_compiling() or bool((lengths < length).any())

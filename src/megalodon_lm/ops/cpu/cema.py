@@ -39,8 +39,8 @@ def cema(
     tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, p, q, g, omega, state))
     operator = tracked or torch.compiler.is_compiling()
     if length == 1 and not operator:
-        return step(x, p, q, g, omega, state, starts, lengths)
-    entry = p.new_zeros(batch, dim, p.shape[1], 2) if state is None else state
+        return step(x, p, q, g, omega.clone(), state, starts, lengths)
+    entry = p.new_zeros(batch, dim, p.shape[1], 2) if state is None else state.to(p.dtype)
     coefficients, direct = derived(pack, p, q, g), F.pad(omega, (0, -dim % WIDTH)).reshape(-1, WIDTH).contiguous()
     run = cema_forward if operator else _forward
     y, leaving, _ = run(x.contiguous(), coefficients, direct, entry.contiguous(), starts, lengths, tracked)

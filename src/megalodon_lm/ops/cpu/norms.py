@@ -37,7 +37,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: t
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, centred: bool, eps: float, out_dtype: torch.dtype | None) -> Tensor:
-    x, weight, bias = x.contiguous(), weight.float().contiguous(), bias.float().contiguous()
+    x, weight = x.contiguous(), weight.float().contiguous()
+    bias = bias.float().clone(memory_format=torch.contiguous_format)
     arguments = (x, weight, bias, centred, eps, out_dtype or x.dtype)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in arguments[:3])
     return (norm_forward if keep or torch.compiler.is_compiling() else _forward)(*arguments)[0]

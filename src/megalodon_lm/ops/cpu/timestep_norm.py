@@ -32,7 +32,10 @@ def timestep_norm(
     lengths = torch.full((batch,), length) if boundaries is None or boundaries.lengths is None else boundaries.lengths
     where = boundaries or Boundaries()
     counts = (where.since_start(entry.count, length) + 1).contiguous()
-    inputs = tuple(t.contiguous() for t in (x.float(), weight.float() + 1, bias.float(), entry.mean, entry.var))
+    bias = bias.float().clone()
+    inputs = tuple(
+        t.contiguous() for t in (x.float(), weight.float() + 1, bias, entry.mean.double(), entry.var.double())
+    )
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     run = timestep_norm_forward if keep or torch.compiler.is_compiling() else _forward
     y, mean, var, _ = run(*inputs, counts, lengths.contiguous(), num_groups, eps, out_dtype, keep)
