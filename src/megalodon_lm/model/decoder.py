@@ -2,7 +2,6 @@
 
 import weakref
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -59,6 +58,9 @@ class Megalodon(nn.Module):
         self.layers = nn.ModuleList(build_block(config, i) for i in range(config.num_layers))
         output = Linear(config.model_dim, config.vocab_size, False, None if config.share_emb else init_embedding)
         self.output = Head(build_timestep_norm(config), output)
+        layers = tuple(block.state_spec for block in self.layers)
+        position = declare(dtype=torch.int64, on_cpu=True)  # in the document
+        self.state_spec: Tree = {"layers": layers, "norm": self.output.state_spec, "position": position}
         self.tie_weights()
         if not self.embed.weight.is_meta:  # drawing there imports PyTorch's compiler, which takes a second
             self.init_weights()
@@ -160,13 +162,6 @@ class Megalodon(nn.Module):
         position = (boundaries or Boundaries()).exit_position(position, length)
         parts = {"layers": tuple(layers), "norm": norm, "position": position}
         return x, State(parts, self.state_spec, weakref.ref(self))
-
-    @cached_property
-    def state_spec(self) -> Tree:
-        """What the layers carry, and the position in the document."""
-        layers = tuple(block.state_spec for block in self.layers)
-        position = declare(dtype=torch.int64, on_cpu=True)
-        return {"layers": layers, "norm": self.output.state_spec, "position": position}
 
     def empty_state(
         self, batch: int = 1, device: torch.device | str | None = None, dtype: torch.dtype | None = None

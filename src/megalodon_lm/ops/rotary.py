@@ -19,7 +19,8 @@ def rope(x: Tensor, slots: Tensor, base: float, highest: int) -> Tensor:
         The rotated tensor in the type of x.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = (t[slots].unsqueeze(-2) for t in rotations(highest, x.shape[-1], base, dtype, x.device))
+    turns = rotations.__wrapped__ if torch.compiler.is_compiling() else rotations  # a graph cannot look up what is kept
+    cos, sin = (t[slots].unsqueeze(-2) for t in turns(highest, x.shape[-1], base, dtype, x.device))
     even, odd = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
 

@@ -1,0 +1,62 @@
+"""A model in one graph: torch.compile(fullgraph=True) computes what the model does, forward and backward."""
+
+import pytest
+import torch
+
+from megalodon_lm.ops.backend import set_backend
+
+from .test_cut_invariant import CHUNK, build
+
+
+def run(model, compiled, tokens, state, starts, mask):
+    """Outputs, and the gradients of the weights and of the entry state."""
+    entry = [t for t in state.tensors().values() if t.is_floating_point()] if state is not None else []
+    for t in entry:
+        t.requires_grad_()
+    logits, leaving = compiled(tokens, state, document_starts=starts, mask=mask)
+    if mask is not None:
+        logits = logits * mask[..., None]
+    outputs = {"logits": logits, **leaving.tensors()}
+    loss = sum(t.square().mean() for t in outputs.values() if t.is_floating_point())
+    grads = torch.autograd.grad(loss, [*model.parameters(), *entry], allow_unused=True)
+    return [*outputs.values(), *grads]
+
+
+def compare(backend, packed, compiler, tolerance):
+    set_backend(backend)
+    model = build(torch.float32, num_layers=1)
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 30, (2, 3 * CHUNK - 1), generator=g)
+    state = starts = mask = None
+    if packed:
+        state = model(tokens[:, : CHUNK + 5])[1].detach()
+        starts, mask = torch.rand(tokens.shape, generator=g) < 0.1, torch.rand(tokens.shape, generator=g) < 0.9
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
+    found, expected = (run(model, m, tokens, state, starts, mask) for m in (compiled, model))
+    for f, e in zip(found, expected, strict=True):
+        assert (f is None) == (e is None)
+        if f is not None:
+            torch.testing.assert_close(f, e, atol=tolerance, rtol=tolerance)
+
+
+CASES = [("auto", False), ("auto", True), ("portable", False)]
+
+
+@pytest.fixture(autouse=True)
+def _afterwards():
+    yield
+    set_backend("auto")
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(("backend", "packed"), CASES)
+def test_one_graph_computes_what_the_model_does(backend, packed):
+    """With nothing, and with an entry state, documents that start inside, and padding."""
+    compare(backend, packed, "aot_eager", 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "packed"), CASES)
+def test_compiled_code_computes_what_the_model_does(backend, packed):
+    compare(backend, packed, "inductor", 1e-4)
