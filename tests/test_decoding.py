@@ -9,6 +9,7 @@ import torch
 
 from megalodon_lm import Megalodon, ModelConfig
 from megalodon_lm.generation.decoding import Decoder
+from megalodon_lm.generation.decoding_weights import prepare
 from megalodon_lm.generation.fused_step import FusedStep
 from megalodon_lm.generation.stream import read
 from megalodon_lm.ops import backend
@@ -248,11 +249,55 @@ print(steps(20_000) - before)
     assert int(out.stdout) < 2048  # KiB
 
 
-def test_reading_and_steps_share_one_rounded_copy_of_each_matrix(tiny):
-    tokens = torch.zeros(1, 5, dtype=torch.int64)
+def test_weights_are_prepared_once_for_reading_and_all_steps_until_one_changes(tiny):
+    """One copy of all that is as large as a matrix, or that takes more than a conversion to make."""
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        _, state = tiny(tokens)
-    steps = [FusedStep(tiny, state, torch.bfloat16) for _ in range(2)]
+        tiny(torch.zeros(1, 5, dtype=torch.int64))
+    first, second = (prepare(tiny, torch.bfloat16).layers[0] for _ in range(2))
     with torch.inference_mode():
-        read = rounded(tiny.layers[0].mega.wv.weight, torch.bfloat16).data_ptr()
-    assert {step.layers[0][0][2][0][0].ctypes.data for step in steps} == {read}
+        read = rounded(tiny.layers[0].mega.wv.weight, torch.bfloat16)
+    assert first.wv.weight.ctypes.data == second.wv.weight.ctypes.data == read.data_ptr()
+    for one, other in zip((*first.cema, *first.heads, *first.timenorm), (*second.cema, *second.heads, *second.timenorm),
+                          strict=True):  # fmt: skip
+        assert one.ctypes.data == other.ctypes.data
+    with torch.no_grad():
+        tiny.layers[0].mega.wv.weight.add_(1)
+        tiny.layers[0].mega.cema.gamma.add_(1)
+    third = prepare(tiny, torch.bfloat16).layers[0]
+    assert (third.wv.weight != first.wv.weight).any()
+    assert (third.cema.g != first.cema.g).any()
+    assert third.wz.weight.ctypes.data == first.wz.weight.ctypes.data
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_that_enters_leaves_its_neighbours_bitwise_alone(dtype):
+    model = model_of(CONFIGS["long chunks"])
+    states = [read(model, tokens_of(1, n, n))[1] for n in (10, 300, 64, 500)]
+    more = tokens_of(4, 40, 1)
+    alone = [FusedStep(model, state, dtype) for state in states]
+    expected = [steps(one, more[row : row + 1]) for row, one in enumerate(alone)]
+    running = FusedStep(model, State.cat(states[:3]), dtype)
+    before = steps(running, more[:3, :20])
+    running.rows.enter(states[3], 1)
+    after = steps(running, torch.cat([more[:1, 20:], more[3:, :20], more[2:3, 20:]]))
+    for row in range(3):
+        assert torch.equal(before[row : row + 1], expected[row][:, :20])
+    assert torch.equal(after[:1], expected[0][:, 20:])
+    assert torch.equal(after[1:2], expected[3][:, :20])
+    assert torch.equal(after[2:], expected[2][:, 20:])
+
+
+@pytest.mark.parametrize("part", ["mega.wv", "mega.rmsnorm", "nffn", ""])
+def test_a_part_of_another_kind_is_computed_by_the_model(part):
+    """A subclass may do anything else, such as add an adapter: here it is taken at its word."""
+    model = model_of(CONFIGS["swiglu"])
+    _, state = read(model, tokens_of(2, 20))
+    more = tokens_of(2, 10, 1)
+    native = Decoder(model, state, "float32")
+    assert native.fused
+    changed = model.layers[1].get_submodule(part)
+    kind = type(changed)
+    changed.__class__ = type("Other", (kind,), {"forward": lambda self, *args: kind.forward(self, *args)})
+    decoder = Decoder(model, state, "float32")
+    assert not decoder.fused
+    torch.testing.assert_close(steps(decoder, more), steps(native, more), atol=2e-4, rtol=2e-4)

@@ -1,5 +1,7 @@
 """Decoder: one token after another, from any state."""
 
+from typing import TYPE_CHECKING, Literal
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,9 @@ from ..model.decoder import Megalodon
 from ..ops import backend
 from ..state import State
 from ..training.precision import Precision, autocast, choose_precision
+
+if TYPE_CHECKING:
+    from .fused_step import FusedStep
 
 
 class Decoder:
@@ -29,19 +34,21 @@ class Decoder:
         self.precision = choose_precision(precision, self.device)
         state.check(model, state.batch_size)
         self.rows = state.position.shape
-        self._state = state
-        self._fused = None
-        if backend.runs_natively(model.embed.weight):
-            from . import fused_step
+        self._stepper = self._make_stepper(state)
 
-            if fused_step.fits(model):
-                dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-                self._fused = fused_step.FusedStep(model, state, dtype)
+    def _make_stepper(self, state: State) -> "FusedStep | _ModelStep":
+        if backend.runs_natively(self.model.embed.weight):
+            from .decoding_weights import fits
+            from .fused_step import FusedStep
+
+            if fits(self.model):
+                return FusedStep(self.model, state, torch.bfloat16 if self.precision == "bf16" else torch.float32)
+        return _ModelStep(self.model, state, self.precision)
 
     @property
     def fused(self) -> bool:
         """Whether compiled steps run."""
-        return self._fused is not None
+        return not isinstance(self._stepper, _ModelStep)
 
     @torch.no_grad()  # not inference mode: its states could never be trained on
     def step(self, tokens: Tensor) -> Tensor:
@@ -58,13 +65,24 @@ class Decoder:
         """
         if tokens.shape != self.rows:
             raise InputError(f"the decoder has {self.rows[0]} rows but the tokens are {tuple(tokens.shape)}")
-        if self._fused is None:
-            with autocast(self.precision, self.device):
-                logits, self._state = self.model(tokens[:, None], self._state)
-            return logits[:, 0]
         self.model.check_tokens(tokens[:, None])
-        return self._fused.step(tokens)
+        return self._stepper.step(tokens)
 
     def state(self) -> State:
         """The state after the last step, to be saved, forked or read on from."""
-        return self._state if self._fused is None else self._fused.state()
+        return self._stepper.state()
+
+
+class _ModelStep:
+    """Steps that the model itself takes, on any device and of any parts."""
+
+    def __init__(self, model: Megalodon, state: State, precision: Literal["bf16", "float32"]):
+        self._model, self._state, self._precision = model, state, precision
+
+    def step(self, tokens: Tensor) -> Tensor:
+        with autocast(self._precision, tokens.device):
+            logits, self._state = self._model(tokens[:, None], self._state)
+        return logits[:, 0]
+
+    def state(self) -> State:
+        return self._state

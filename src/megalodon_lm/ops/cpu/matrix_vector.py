@@ -3,7 +3,7 @@
 At a handful of rows such a product is bound by reading the weights, and a library's matrix product packs them first.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,6 +11,13 @@ from .simd import add_product, inner, load, splat, total
 from .team import share
 
 FEATURES = 4  # outputs of a task
+
+
+class Matrix(NamedTuple):
+    """A weight (F, K) float32 or bf16, K a multiple of 16, and its bias (F,) float32; all flat."""
+
+    weight: np.ndarray
+    bias: np.ndarray
 
 
 @inner
@@ -66,18 +73,18 @@ def _four_rows(x: Any, at: int, weight: Any, start: int, width: int) -> Any:
 
 
 @inner
-def _product(first: int, last: int, x: Any, rows: int, width: int, weight: Any, bias: Any, y: Any) -> None:
+def _product(first: int, last: int, x: Any, rows: int, matrix: Any, y: Any) -> None:
     """Groups first..last of FEATURES outputs of y = x weight^T + bias; the sum of an output has one order for all rows.
 
     Args:
-        x: (B, K) float32, K a multiple of 16.
+        x: (B, K) float32.
         rows: B.
-        width: K.
-        weight: (F, K) float32 or bf16.
-        bias: (F,) float32.
+        matrix: Matrix.
         y: (B, F) float32, out.
     """
+    weight, bias = matrix.weight, matrix.bias
     outputs = len(bias)
+    width = len(weight) // outputs
     for feature in range(first * FEATURES, min(last * FEATURES, outputs)):
         start = feature * width
         for b in range(0, rows - 3, 4):
@@ -92,19 +99,19 @@ def _product(first: int, last: int, x: Any, rows: int, width: int, weight: Any, 
 @inner
 def _product_list(first: int, last: int, rows: int, some: Any) -> None:
     at = 0
-    for x, width, weight, bias, y in some:
-        groups = -(-len(bias) // FEATURES)
+    for x, matrix, y in some:
+        groups = -(-len(matrix.bias) // FEATURES)
         low, high = max(first - at, 0), min(last - at, groups)
         if low < high:
-            _product(low, high, x, rows, width, weight, bias, y)
+            _product(low, high, x, rows, matrix, y)
         at += groups
 
 
 @inner
 def products(threads: int, rows: int, a: Any, b: Any, c: Any, d: Any) -> None:
-    """Four products as one list of tasks, each (x, width, weight, bias, y) as in `_product`; without a bias, none."""
+    """Four products as one list of tasks, each (x, matrix, y) as in `_product`; without a bias, none."""
     some = (a, b, c, d)
     tasks = 0
     for product in some:
-        tasks += -(-len(product[3]) // FEATURES)
+        tasks += -(-len(product[1].bias) // FEATURES)
     share(_product_list, threads, tasks, (rows, some))

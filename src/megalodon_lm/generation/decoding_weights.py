@@ -1,0 +1,144 @@
+"""What steps of one token make of a model's weights: made once, shared by all streams, kept until a weight changes.
+
+Each part is kept by itself, as ops.derived does it, so that reading and all steps share one copy of it. Weights in
+another form, such as packed ones, are other forms of Matrix.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers.block import Block
+from ..layers.complex_ema import ComplexEMA
+from ..layers.feed_forward import FeedForward
+from ..layers.gated_attention import GatedAttention
+from ..layers.linear import Linear
+from ..layers.norms import LayerNorm, RMSNorm, TimestepNorm
+from ..model.decoder import Head, Megalodon
+from ..ops.cema import cema_coefficients
+from ..ops.chunk_attention import rotations
+from ..ops.cpu.decoding_kernels import Affine, Average, Heads, HeadWeights, LayerWeights, Sizes
+from ..ops.cpu.matrix_vector import Matrix
+from ..ops.cpu.simd import LANES, as_numpy
+from ..ops.derived import derived, rounded
+
+_CPU = torch.device("cpu")
+_BLOCK = {
+    "": Block,
+    "mega": GatedAttention, "mega.timenorm": TimestepNorm, "mega.cema": ComplexEMA, "mega.rmsnorm": RMSNorm,
+    "mega.wv": Linear, "mega.wz": Linear, "mega.wr": Linear, "mega.wh1": Linear, "mega.wh2": Linear,
+    "nffn": FeedForward, "nffn.norm": LayerNorm, "nffn.fc1": Linear, "nffn.fc2": Linear,
+}  # fmt: skip
+_HEAD = {"": Head, "final_norm": TimestepNorm, "output": Linear}
+
+
+class DecodingWeights(NamedTuple):
+    """Weights of a model, prepared for steps of one token."""
+
+    sizes: Sizes
+    layers: list[LayerWeights]
+    head: HeadWeights
+
+
+def fits(model: Megalodon) -> bool:
+    """Whether compiled steps can run this model: made of the parts that they know, in widths that are multiples of 16,
+    float32 or bf16 on the CPU, without dropout."""
+    c, sizes = model.config, _sizes(model)
+    widths = (sizes.model_dim, sizes.hidden_dim, sizes.z_head_dim, sizes.value_head_dim)
+    plain = all(p.device.type == "cpu" and p.dtype in (torch.float32, torch.bfloat16) for p in model.parameters())
+    known = _parts(model.output) == _HEAD and all(
+        _parts(block) in (_BLOCK, _BLOCK | {"nffn.fc3": Linear}) for block in model.layers
+    )
+    dropped = model.training and any((c.dropout, c.hidden_dropout, c.attention_dropout))
+    return plain and known and not dropped and all(width % LANES == 0 for width in widths)
+
+
+def _parts(module: nn.Module) -> dict[str, type]:
+    return {name: type(part) for name, part in module.named_modules()}
+
+
+@torch.no_grad()
+def prepare(model: Megalodon, dtype: torch.dtype) -> DecodingWeights:
+    """The weights of a model that `fits`.
+
+    Args:
+        model: later changes of its weights do not show in what was made, and may.
+        dtype: of the weights in products, float32 or bf16.
+    """
+    sizes = _sizes(model)
+    table = rotations(sizes.chunk_size, sizes.z_head_dim, model.config.rope_base, torch.float32, _CPU)
+    cos, sin = (as_numpy(t) for t in table)
+    layers = [_layer(block, sizes, dtype, cos, sin) for block in model.layers]
+    head = HeadWeights(_affine(model.output.final_norm), _matrix(model.output.output, dtype))
+    return DecodingWeights(sizes, layers, head)
+
+
+def _sizes(model: Megalodon) -> Sizes:
+    c = model.config
+    heads = c.num_heads
+    return Sizes(
+        c.model_dim, c.norm_num_groups, c.cema_ndim + -c.cema_ndim % LANES, heads, c.z_dim // heads,
+        c.value_dim // heads, c.ffn_hidden_dim, c.chunk_size,
+    )  # fmt: skip
+
+
+def _layer(block: Any, sizes: Sizes, dtype: torch.dtype, cos: np.ndarray, sin: np.ndarray) -> LayerWeights:
+    mega, ffn = block.mega, block.nffn
+    cema, width = mega.cema, sizes.model_dim
+    fc1 = _matrix(ffn.fc1, dtype)
+    scale = derived(_head_scale, mega.gamma, arguments=(sizes.z_head_dim,))
+    p, q, g = derived(_coefficients, cema.alpha, cema.delta, cema.theta, cema.gamma)
+    return LayerWeights(
+        timenorm=_affine(mega.timenorm),
+        cema=Average(as_numpy(p), as_numpy(q), as_numpy(g), _vector(cema.omega)),
+        rmsnorm=Affine(as_numpy(derived(_scale, mega.rmsnorm.weight)), np.zeros(width, np.float32)),
+        wv=_matrix(mega.wv, dtype),
+        wz=_matrix(mega.wz, dtype),
+        wr=_matrix(mega.wr, dtype),
+        wh1=_matrix(mega.wh1, dtype),
+        wh2=_matrix(mega.wh2, dtype),
+        heads=Heads(as_numpy(scale), _vector(mega.beta), cos, sin),
+        ffn_norm=_affine(ffn.norm),
+        fc1=fc1,
+        fc3=Matrix(fc1.weight, fc1.bias[:0]) if ffn.fc3 is None else _matrix(ffn.fc3, dtype),
+        fc2=_matrix(ffn.fc2, dtype),
+        alpha=np.ones(width, np.float32) if ffn.alpha is None else _vector(ffn.alpha),
+    )
+
+
+def _matrix(linear: Linear, dtype: torch.dtype) -> Matrix:
+    weight = as_numpy(rounded(linear.weight, dtype).contiguous())
+    bias = np.zeros(len(linear.weight), np.float32) if linear.bias is None else _vector(linear.bias)
+    return Matrix(weight, bias)
+
+
+def _affine(norm: TimestepNorm | LayerNorm) -> Affine:
+    return Affine(as_numpy(derived(_scale, norm.weight)), _vector(norm.bias))
+
+
+def _vector(t: Tensor) -> np.ndarray:
+    return as_numpy(rounded(t, torch.float32).contiguous())
+
+
+def _scale(weight: Tensor) -> Tensor:
+    """1 + 0.003 would be 1 in bf16."""
+    return weight.float() + 1
+
+
+def _head_scale(gamma: Tensor, width: int) -> Tensor:
+    return (gamma.float() + 1) / math.sqrt(width)
+
+
+def _coefficients(alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor) -> tuple[Tensor, ...]:
+    """p, q and g of CEMA as the kernel takes them; see Average."""
+    p, q, g = cema_coefficients(alpha, delta, theta, gamma)
+    return tuple(_pad(t).contiguous() for t in (p, *(torch.view_as_real(t).transpose(1, 2) for t in (q, g))))
+
+
+def _pad(t: Tensor) -> Tensor:
+    """The last dimension filled with zeros up to a multiple of LANES."""
+    return F.pad(t, (0, -t.shape[-1] % LANES))
