@@ -29,7 +29,12 @@ class FusedStep:
         self.weights = prepare(model, dtype)
         self.rows = DecodingRows(model, self.weights.sizes, state.batch_size, dtype)
         self.rows.enter(state)
-        self._scratch = kernels.Scratch.make(state.batch_size, self.weights.sizes)
+        self._sizes = kernels.plain(self.weights.sizes)
+        scratch = kernels.Scratch.make(state.batch_size, self.weights.sizes)
+        self._scratch = kernels.plain(scratch)
+        layers = zip(self.weights.layers, self.rows.layers, strict=True)
+        self._layers = [(kernels.plain(weights), kernels.plain(rows)) for weights, rows in layers]
+        self._head = kernels.plain((self.weights.head, self.rows.norm, scratch.normed, scratch.ones))
         self._x = np.zeros(state.batch_size * model.config.model_dim, np.float32)
         self._logits = torch.zeros(state.batch_size, model.config.vocab_size)
 
@@ -42,14 +47,14 @@ class FusedStep:
         Returns:
             logits (B, vocabulary) float32 of the next token, overwritten by the next step.
         """
-        c, rows = self.model.config, self.rows
+        c = self.model.config
         x = self.model.embed.weight.detach()[tokens].float().view(-1)
         self._x[:] = (x * math.sqrt(c.model_dim) if c.scale_emb else x).numpy()
-        common = (num_threads(), len(tokens), self.weights.sizes, c.norm_eps, self._x)
-        for weights, layer in zip(self.weights.layers, rows.layers, strict=True):
-            kernels.layer(*common, weights, layer, self._scratch)
-        kernels.head(*common, self.weights.head, rows.norm, self._scratch, as_numpy(self._logits))
-        rows.position += 1
+        common = (num_threads(), len(tokens), self._sizes, c.norm_eps, self._x)
+        for weights, rows in self._layers:
+            kernels.layer(*common, weights, rows, self._scratch)
+        kernels.head(*common, *self._head, as_numpy(self._logits))
+        self.rows.position += 1
         return self._logits
 
     def state(self) -> State:

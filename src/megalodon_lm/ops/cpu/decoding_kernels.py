@@ -3,6 +3,9 @@
 What belongs to the model (weights), to the rows (state) and to nobody (scratch) comes in tuples of its own. The state
 is changed in place and nothing is allocated. Activations are float32; weights and the attention cache are float32 or
 bf16. All arrays are flat, rows first; they may have room for more rows than take the step. Widths are multiples of 16.
+
+Named tuples take Numba three times as long to let in as plain ones, so they come as `plain` makes them, and get their
+names back inside, where these cost nothing.
 """
 
 from typing import Any, NamedTuple
@@ -17,6 +20,11 @@ from .team import share
 from .timestep_norm_kernels import forward_on_team as timestep_norm
 
 _FEW = 1 << 14  # operations that are not worth waking another thread for
+
+
+def plain(part: Any) -> Any:
+    """Arrays and numbers in named tuples, as `layer` and `head` take them."""
+    return tuple(map(plain, part)) if isinstance(part, tuple) else part
 
 
 class Sizes(NamedTuple):
@@ -176,14 +184,12 @@ def _time_norm(
     threads: int, rows: int, sizes: Any, eps: float, x: Any, affine: Any, state: Any, ones: Any, y: Any
 ) -> None:
     """TimestepNorm of one token a row; what a backward pass would need is not kept."""
+    scale, shift = affine
+    count, mean, var = state
     for i in range(rows):
-        state.count[i] += 1
-    shape = (1, sizes.model_dim, sizes.num_groups, False)
-    nothing = state.var
-    args = (
-        x, shape, affine.scale, affine.shift, eps, state.mean, state.var, state.count, ones,
-        y, state.mean, state.var, nothing,
-    )  # fmt: skip
+        count[i] += 1
+    shape, nothing = (1, sizes.model_dim, sizes.num_groups, False), var
+    args = (x, shape, scale, shift, eps, mean, var, count, ones, y, mean, var, nothing)
     timestep_norm(threads, rows * sizes.num_groups, args)
 
 
@@ -201,49 +207,42 @@ def layer(threads: int, rows: int, sizes: Any, eps: float, x: Any, weights: Any,
         state: LayerRows.
         scratch: Scratch.
     """
-    dim, heads, size = sizes.model_dim, sizes.num_heads, sizes.chunk_size
+    sizes, weights, state, scratch = Sizes(*sizes), LayerWeights(*weights), LayerRows(*state), Scratch(*scratch)
+    dim, ndim, heads, value_dim = sizes.model_dim, sizes.cema_ndim, sizes.num_heads, sizes.value_head_dim
     few = 1 if rows * dim < _FEW else threads
-    normed, mixed, y, fill = scratch.normed, scratch.mixed, scratch.y, state.fill
+    normed, mixed, y, saved = scratch.normed, scratch.mixed, scratch.y, scratch.saved
 
     _time_norm(few, rows, sizes, eps, x, weights.timenorm, state.norm, scratch.ones, normed)
-    average = weights.cema
-    share(
-        _moving_average,
-        1 if rows * dim * sizes.cema_ndim < _FEW else threads,
-        rows * dim,
-        (normed, dim, sizes.cema_ndim, average.p, average.q, average.g, average.omega, state.cema, y),
-    )
-    norm = weights.rmsnorm
-    norm_forward_on_team(few, rows, (y, dim, norm.scale, norm.shift, False, eps, mixed, scratch.saved))
+    some = 1 if rows * dim * ndim < _FEW else threads
+    share(_moving_average, some, rows * dim, (normed, dim, ndim, *weights.cema, state.cema, y))
+    norm_forward_on_team(few, rows, (y, dim, *weights.rmsnorm, False, eps, mixed, saved))
 
     v, z, gate, skip = scratch.v, scratch.z, scratch.gate, scratch.skip
     products(
         threads, rows,
         (normed, weights.wv, v), (mixed, weights.wz, z), (mixed, weights.wr, gate), (mixed, weights.wh1, skip),
     )  # fmt: skip
-    maps, queries, keys, values = weights.heads, scratch.queries, state.keys, state.values
-    shape = (size, heads, sizes.z_head_dim, sizes.value_head_dim)
-    table = (maps.scale, maps.shift, maps.cos, maps.sin)
-    share(enter_cache, few, rows, (z, v, *table, shape, eps, fill, queries, keys, values))
+    queries, keys, values, fill = scratch.queries, state.keys, state.values, state.fill
+    shape = (sizes.chunk_size, heads, sizes.z_head_dim, value_dim)
+    share(enter_cache, few, rows, (z, v, *weights.heads, shape, eps, fill, queries, keys, values))
     longest = 0
     for i in range(rows):
         longest = max(longest, fill[i])
     splits = longest // SPLIT + 1
-    summary, partial = scratch.summary, scratch.partial
+    summary, partial, attention = scratch.summary, scratch.partial, scratch.attention
     args = (splits, queries, keys, values, fill, shape, scratch.scores, summary, partial)
     share(attend, threads, rows * splits, args)
-    share(combine, few, rows * heads, (splits, heads, sizes.value_head_dim, summary, partial, gate, scratch.attention))
+    share(combine, few, rows * heads, (splits, heads, value_dim, summary, partial, gate, attention))
     for i in range(rows):
-        fill[i] = (fill[i] + 1) % size
+        fill[i] = (fill[i] + 1) % sizes.chunk_size
 
-    idle = (normed, Matrix(weights.wh2.weight, weights.wh2.bias[:0]), y)
-    products(threads, rows, (scratch.attention, weights.wh2, y), idle, idle, idle)
+    idle = (normed, (weights.wh2[0], weights.wh2[1][:0]), y)
+    products(threads, rows, (attention, weights.wh2, y), idle, idle, idle)
     _add(x, skip, y, rows * dim)
-    norm = weights.ffn_norm
-    norm_forward_on_team(few, rows, (y, dim, norm.scale, norm.shift, True, eps, normed, scratch.saved))
+    norm_forward_on_team(few, rows, (y, dim, *weights.ffn_norm, True, eps, normed, saved))
     a, b = scratch.hidden, scratch.hidden_gated
     products(threads, rows, (normed, weights.fc1, a), (normed, weights.fc3, b), idle, idle)
-    if len(weights.fc3.bias):
+    if len(weights.fc3[1]):
         gate_forward_on_team(few, rows, (sizes.hidden_dim, a, b, a))
     else:
         silu(a, 0, a, 0, rows * sizes.hidden_dim)
@@ -254,11 +253,13 @@ def layer(threads: int, rows: int, sizes: Any, eps: float, x: Any, weights: Any,
 
 @compiled
 def head(
-    threads: int, rows: int, sizes: Any, eps: float, x: Any, weights: Any, state: Any, scratch: Any, logits: Any
-) -> None:
+    threads: int, rows: int, sizes: Any, eps: float, x: Any, weights: Any, state: Any, normed: Any, ones: Any,
+    logits: Any,
+) -> None:  # fmt: skip
     """The residual stream x (B, D) to logits (B, vocabulary) float32; as `layer`, of HeadWeights and Statistics."""
+    sizes, weights = Sizes(*sizes), HeadWeights(*weights)
+    matrix, bias = weights.output
     few = 1 if rows * sizes.model_dim < _FEW else threads
-    normed, output = scratch.normed, weights.output
-    _time_norm(few, rows, sizes, eps, x, weights.final_norm, state, scratch.ones, normed)
-    idle = (normed, Matrix(output.weight, output.bias[:0]), logits)
-    products(threads, rows, (normed, output, logits), idle, idle, idle)
+    _time_norm(few, rows, sizes, eps, x, weights.final_norm, state, ones, normed)
+    idle = (normed, (matrix, bias[:0]), logits)
+    products(threads, rows, (normed, (matrix, bias), logits), idle, idle, idle)

@@ -82,7 +82,7 @@ def _product(first: int, last: int, x: Any, rows: int, matrix: Any, y: Any) -> N
         matrix: Matrix.
         y: (B, F) float32, out.
     """
-    weight, bias = matrix.weight, matrix.bias
+    weight, bias = matrix
     outputs = len(bias)
     width = len(weight) // outputs
     for feature in range(first * FEATURES, min(last * FEATURES, outputs)):
@@ -100,7 +100,7 @@ def _product(first: int, last: int, x: Any, rows: int, matrix: Any, y: Any) -> N
 def _product_list(first: int, last: int, rows: int, some: Any) -> None:
     at = 0
     for x, matrix, y in some:
-        groups = -(-len(matrix.bias) // FEATURES)
+        groups = -(-len(matrix[1]) // FEATURES)
         low, high = max(first - at, 0), min(last - at, groups)
         if low < high:
             _product(low, high, x, rows, matrix, y)
@@ -113,5 +113,5 @@ def products(threads: int, rows: int, a: Any, b: Any, c: Any, d: Any) -> None:
     some = (a, b, c, d)
     tasks = 0
     for product in some:
-        tasks += -(-len(product[1].bias) // FEATURES)
+        tasks += -(-len(product[1][1]) // FEATURES)
     share(_product_list, threads, tasks, (rows, some))
