@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from megalodon_lm import Megalodon, ModelConfig
+from megalodon_lm import Megalodon, ModelConfig, State
 from megalodon_lm.generation.decoding import Decoder
 from megalodon_lm.generation.decoding_weights import prepare
 from megalodon_lm.generation.fused_step import FusedStep
@@ -230,7 +230,7 @@ def test_bad_tokens_and_states_are_refused(fused):
 def test_memory_does_not_grow_with_steps():
     code = """
 import resource, torch
-from megalodon_lm import Megalodon, ModelConfig
+from megalodon_lm import Megalodon, ModelConfig, State
 from megalodon_lm.generation.decoding import Decoder
 from megalodon_lm.generation.fused_step import FusedStep
 from megalodon_lm.generation.stream import read

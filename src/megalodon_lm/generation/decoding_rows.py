@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..layers.gated_attention import GatedAttentionState
 from ..model.decoder import Megalodon
 from ..ops.chunk_attention import KeyValueCache
 from ..ops.cpu.decoding_kernels import LayerRows, Sizes, Statistics
 from ..ops.cpu.simd import as_numpy
 from ..ops.timestep_norm import NormState
-from ..state import LayerState, State
+from ..state import State, StatefulModel
 
 
 class DecodingRows:
@@ -25,7 +26,8 @@ class DecodingRows:
     """
 
     def __init__(self, model: Megalodon, sizes: Sizes, num_rows: int, dtype: torch.dtype):
-        self._model, self._config = weakref.ref(model), model.config
+        self._model: weakref.ref[StatefulModel] = weakref.ref(model)
+        self._spec = model.state_spec
         self.num_rows = num_rows
         self.position = torch.zeros(num_rows, dtype=torch.int64)
         self._layers = [_empty_layer(sizes, num_rows, dtype) for _ in model.layers]
@@ -37,25 +39,27 @@ class DecodingRows:
     def enter(self, state: State, first: int = 0) -> None:
         """Copy the rows of a state into the slots from `first` on."""
         slots = slice(first, first + state.batch_size)
-        for rows, layer in zip(self._layers, state.layers, strict=True):
+        for rows, layer in zip(self._layers, state.parts["layers"], strict=True):
             _enter_norm(rows.norm, layer.norm, slots)
-            rows.cema[slots, ..., : self._config.cema_ndim] = layer.cema.transpose(2, 3)
+            rows.cema[slots, ..., : layer.cema.shape[2]] = layer.cema.transpose(2, 3)
             rows.fill[slots] = layer.attention.fill
             used = int(layer.attention.fill.max()) if state.batch_size else 0
             rows.keys[slots, :used] = layer.attention.keys[:, :used]
             rows.values[slots, :used] = layer.attention.values[:, :used]
-        _enter_norm(self._norm, state.norm, slots)
+        _enter_norm(self._norm, state.parts["norm"], slots)
         self.position[slots] = state.position
 
     def state(self) -> State:
         """A copy of all, as the model takes it."""
         layers = []
-        for rows in self._layers:
+        for rows, spec in zip(self._layers, self._spec["layers"], strict=True):
             used = (torch.arange(rows.keys.shape[1]) < rows.fill[:, None])[..., None, None]
             keys, values = (torch.where(used, t, 0) for t in (rows.keys, rows.values))
-            cema = rows.cema[..., : self._config.cema_ndim].transpose(2, 3).contiguous()
-            layers.append(LayerState(_norm_state(rows.norm), cema, KeyValueCache(keys, values, rows.fill.clone())))
-        return State(tuple(layers), _norm_state(self._norm), self.position.clone(), self._model)
+            cema = rows.cema[..., : spec.cema.shape[1]].transpose(2, 3).clone(memory_format=torch.contiguous_format)
+            cache = KeyValueCache(keys, values, rows.fill.clone())
+            layers.append(GatedAttentionState(_norm_state(rows.norm), cema, cache))
+        parts = {"layers": tuple(layers), "norm": _norm_state(self._norm), "position": self.position.clone()}
+        return State(parts, self._spec, self._model)
 
 
 def _empty_layer(sizes: Sizes, num_rows: int, dtype: torch.dtype) -> LayerRows:

@@ -13,51 +13,68 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers.block import Block
+from ..layers.chunk_attention import ChunkAttention
 from ..layers.complex_ema import ComplexEMA
+from ..layers.embedding import Embedding
 from ..layers.feed_forward import FeedForward
 from ..layers.gated_attention import GatedAttention
 from ..layers.linear import Linear
-from ..layers.norms import LayerNorm, RMSNorm, TimestepNorm
+from ..layers.norms import AffineNorm, LayerNorm, RMSNorm, TimestepNorm
 from ..model.decoder import Head, Megalodon
 from ..ops.cema import cema_coefficients
-from ..ops.chunk_attention import rotations
 from ..ops.cpu.decoding_kernels import Affine, Average, Heads, HeadWeights, LayerWeights, Sizes
 from ..ops.cpu.matrix_vector import Matrix
 from ..ops.cpu.simd import LANES, as_numpy
 from ..ops.derived import derived, rounded
+from ..ops.rotary import rotations
 
-_CPU = torch.device("cpu")
 _BLOCK = {
     "": Block,
     "mega": GatedAttention, "mega.timenorm": TimestepNorm, "mega.cema": ComplexEMA, "mega.rmsnorm": RMSNorm,
+    "mega.attention": ChunkAttention,
     "mega.wv": Linear, "mega.wz": Linear, "mega.wr": Linear, "mega.wh1": Linear, "mega.wh2": Linear,
     "nffn": FeedForward, "nffn.norm": LayerNorm, "nffn.fc1": Linear, "nffn.fc2": Linear,
 }  # fmt: skip
+_BLOCKS = (_BLOCK, _BLOCK | {"nffn.fc3": Linear})
 _HEAD = {"": Head, "final_norm": TimestepNorm, "output": Linear}
+_CPU = torch.device("cpu")
 
 
 class DecodingWeights(NamedTuple):
     """Weights of a model, prepared for steps of one token."""
 
     sizes: Sizes
+    eps: float
+    """Of all norms."""
     layers: list[LayerWeights]
     head: HeadWeights
 
 
 def fits(model: Megalodon) -> bool:
-    """Whether compiled steps can run this model: made of the parts that they know, in widths that are multiples of 16,
-    float32 or bf16 on the CPU, without dropout."""
-    c, sizes = model.config, _sizes(model)
-    widths = (sizes.model_dim, sizes.hidden_dim, sizes.z_head_dim, sizes.value_head_dim)
+    """Whether compiled steps can run a model.
+
+    It is made of the very parts that they know, all blocks of the same widths, these multiples of 16, and without
+    dropout; its weights are float32 or bf16 on the CPU.
+    """
+    parts = list(model.modules())
+    dropped = model.training and any(getattr(part, name, 0) for part in parts for name in ("dropout", "hidden_dropout"))
     plain = all(p.device.type == "cpu" and p.dtype in (torch.float32, torch.bfloat16) for p in model.parameters())
-    known = _parts(model.output) == _HEAD and all(
-        _parts(block) in (_BLOCK, _BLOCK | {"nffn.fc3": Linear}) for block in model.layers
+    known = type(model.embed) is Embedding and _kinds(model.output) == _HEAD
+    blocks: list[Any] = list(model.layers)
+    if dropped or not plain or not known or not all(_kinds(block) in _BLOCKS for block in blocks):
+        return False
+    sizes = _sizes(blocks[0])
+    widths = (sizes.model_dim, sizes.hidden_dim, sizes.z_head_dim, sizes.value_head_dim)
+    alike = (
+        {_sizes(block) for block in blocks},
+        {block.mega.attention.rope_base for block in blocks},
+        {part.group_dim for part in parts if isinstance(part, TimestepNorm)},
+        {part.eps for part in parts if hasattr(part, "eps")},
     )
-    dropped = model.training and any((c.dropout, c.hidden_dropout, c.attention_dropout))
-    return plain and known and not dropped and all(width % LANES == 0 for width in widths)
+    return all(width % LANES == 0 for width in widths) and all(len(values) == 1 for values in alike)
 
 
-def _parts(module: nn.Module) -> dict[str, type]:
+def _kinds(module: nn.Module) -> dict[str, type]:
     return {name: type(part) for name, part in module.named_modules()}
 
 
@@ -66,24 +83,31 @@ def prepare(model: Megalodon, dtype: torch.dtype) -> DecodingWeights:
     """The weights of a model that `fits`.
 
     Args:
-        model: later changes of its weights do not show in what was made, and may.
+        model: later changes of its weights may or may not show in what was made.
         dtype: of the weights in products, float32 or bf16.
     """
-    sizes = _sizes(model)
-    table = rotations(sizes.chunk_size, sizes.z_head_dim, model.config.rope_base, torch.float32, _CPU)
+    first: Any = model.layers[0]
+    sizes, attention = _sizes(first), first.mega.attention
+    table = rotations(sizes.chunk_size, sizes.z_head_dim, attention.rope_base, torch.float32, _CPU)
     cos, sin = (as_numpy(t) for t in table)
     layers = [_layer(block, sizes, dtype, cos, sin) for block in model.layers]
     head = HeadWeights(_affine(model.output.final_norm), _matrix(model.output.output, dtype))
-    return DecodingWeights(sizes, layers, head)
+    return DecodingWeights(sizes, model.output.final_norm.eps, layers, head)
 
 
-def _sizes(model: Megalodon) -> Sizes:
-    c = model.config
-    heads = c.num_heads
+def _sizes(block: Any) -> Sizes:
+    mega, hidden_dim = block.mega, len(block.nffn.fc1.weight)
+    dim, ndim, _ = mega.cema.gamma.shape
     return Sizes(
-        c.model_dim, c.norm_num_groups, c.cema_ndim + -c.cema_ndim % LANES, heads, c.z_dim // heads,
-        c.value_dim // heads, c.ffn_hidden_dim, c.chunk_size,
-    )  # fmt: skip
+        model_dim=dim,
+        num_groups=dim // mega.timenorm.group_dim,
+        cema_ndim=ndim + -ndim % LANES,
+        num_heads=len(mega.wz.weight) // mega.z_head_dim,
+        z_head_dim=mega.z_head_dim,
+        value_head_dim=mega.value_head_dim,
+        hidden_dim=hidden_dim,
+        chunk_size=mega.attention.chunk_size,
+    )
 
 
 def _layer(block: Any, sizes: Sizes, dtype: torch.dtype, cos: np.ndarray, sin: np.ndarray) -> LayerWeights:
@@ -116,7 +140,7 @@ def _matrix(linear: Linear, dtype: torch.dtype) -> Matrix:
     return Matrix(weight, bias)
 
 
-def _affine(norm: TimestepNorm | LayerNorm) -> Affine:
+def _affine(norm: AffineNorm) -> Affine:
     return Affine(as_numpy(derived(_scale, norm.weight)), _vector(norm.bias))
 
 

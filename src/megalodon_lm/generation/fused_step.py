@@ -35,8 +35,8 @@ class FusedStep:
         layers = zip(self.weights.layers, self.rows.layers, strict=True)
         self._layers = [(kernels.plain(weights), kernels.plain(rows)) for weights, rows in layers]
         self._head = kernels.plain((self.weights.head, self.rows.norm, scratch.normed, scratch.ones))
-        self._x = np.zeros(state.batch_size * model.config.model_dim, np.float32)
-        self._logits = torch.zeros(state.batch_size, model.config.vocab_size)
+        self._x = np.zeros(state.batch_size * self.weights.sizes.model_dim, np.float32)
+        self._logits = torch.zeros(state.batch_size, len(model.output.output.weight))
 
     def step(self, tokens: Tensor) -> Tensor:
         """Read one token a row.
@@ -47,10 +47,10 @@ class FusedStep:
         Returns:
             logits (B, vocabulary) float32 of the next token, overwritten by the next step.
         """
-        c = self.model.config
-        x = self.model.embed.weight.detach()[tokens].float().view(-1)
-        self._x[:] = (x * math.sqrt(c.model_dim) if c.scale_emb else x).numpy()
-        common = (num_threads(), len(tokens), self._sizes, c.norm_eps, self._x)
+        embed = self.model.embed
+        x = embed.weight.detach()[tokens].float().view(-1)
+        self._x[:] = (x * math.sqrt(embed.embedding_dim) if embed.scaled else x).numpy()
+        common = (num_threads(), len(tokens), self._sizes, self.weights.eps, self._x)
         for weights, rows in self._layers:
             kernels.layer(*common, weights, rows, self._scratch)
         kernels.head(*common, *self._head, as_numpy(self._logits))
