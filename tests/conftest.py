@@ -4,8 +4,15 @@ import pytest
 import torch
 
 from megalodon_lm import ByteTokenizer, Generator, Megalodon, ModelConfig
+from megalodon_lm.ops import backend
 
 torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _no_kernel_falls_back_unseen():
+    yield
+    assert not any(backend._failures.values())
 
 
 @pytest.fixture(scope="session")

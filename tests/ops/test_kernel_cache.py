@@ -14,7 +14,10 @@ from megalodon_lm.ops.cpu import kernel_cache, simd
 def nowhere(tmp_path, monkeypatch):
     """No folder that lasts can be written: below a file there is none, even for the administrator."""
     (tmp_path / "file").touch()
-    monkeypatch.setattr(kernel_cache, "_lasting", lambda: iter([tmp_path / "file" / "kernels"]))
+    monkeypatch.setattr(kernel_cache, "__file__", str(tmp_path / "file" / "kernel_cache.py"))
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / "file"))
+    monkeypatch.setattr(kernel_cache.config, "CACHE_DIR", str(tmp_path / "file" / "chosen"))
     monkeypatch.setattr(kernel_cache.tempfile, "tempdir", str(tmp_path / "tmp"))
     for cached in (kernel_cache.folder, kernel_cache._say_not_kept):
         cached.cache_clear()

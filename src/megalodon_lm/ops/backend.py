@@ -2,13 +2,15 @@
 
 An op is imported from the file of its portable function. On a device that has a home, the implementation registered
 there runs if it fits the tensors, elsewhere the portable function. A home is loaded when an op first meets a tensor of
-its device, file by file: ops/cpu/cema.py holds what ops/cema.py defines.
+its device, file by file: ops/cpu/cema.py holds what ops/cema.py defines. If it does not work on this machine, one line
+in the log says so, and the portable functions run.
 """
 
 import functools
 import importlib
 import importlib.util
 import inspect
+import logging
 import os
 from collections.abc import Callable
 from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar, get_args
@@ -24,11 +26,18 @@ R = TypeVar("R")
 
 
 class Home(NamedTuple):
-    """The folder of the implementations for one kind of device, their name in reports, and the types they take."""
+    """The folder of the implementations for one kind of device, their name in reports, and the types they take.
+
+    Its package may have a function `try_out`, which raises KernelError where no implementation can work.
+    """
 
     folder: str
     title: str
     dtypes: tuple[torch.dtype, ...]
+
+
+class KernelError(RuntimeError):
+    """A kernel that cannot be made on this machine; says which and why in one line."""
 
 
 class Implementation(NamedTuple):
@@ -42,6 +51,8 @@ HOMES = {"cpu": Home("cpu", "native CPU kernels", (torch.float32, torch.bfloat16
 OPS: dict[str, "Op[..., Any]"] = {}
 
 _chosen: Backend = "auto"
+_failures: dict[str, str | None] = {}  # of the homes tried so far: why they cannot be used, None where they can
+_log = logging.getLogger("megalodon_lm")
 
 
 def set_backend(name: Backend) -> None:
@@ -63,14 +74,14 @@ set_backend(os.environ.get("MEGALODON_BACKEND", "auto"))  # type: ignore[arg-typ
 
 def runs_natively(x: Tensor) -> bool:
     """Whether implementations for its device take tensors of this type, by the present choice."""
-    home = HOMES.get(x.device.type)
-    return _chosen == "auto" and home is not None and x.dtype in home.dtypes
+    device = x.device.type
+    return _chosen == "auto" and device in HOMES and x.dtype in HOMES[device].dtypes and _usable(device)
 
 
 def describe(device: torch.device) -> str:
     """One line for reports: the implementation in use on a device."""
     home = HOMES.get(device.type)
-    if _chosen != "auto" or home is None:
+    if _chosen != "auto" or home is None or not _usable(device.type):
         return f"portable PyTorch on {device}"
     return f"{home.title} on {torch.get_num_threads()} threads" if device.type == "cpu" else home.title
 
@@ -100,24 +111,34 @@ class Op(Generic[P, R]):
         if not torch.is_autocast_enabled(device):
             if self.typed:
                 kwargs.setdefault("out_dtype", x.dtype)
-            return self.implementation(*args, **kwargs)(*args, **kwargs)
+            return self._run(device, args, kwargs)
         dtype = torch.get_autocast_dtype(device)
         if self.typed:
             kwargs.setdefault("out_dtype", dtype)
         given: Any = args
         if self.rounded:
             given = (*(t.to(dtype) for t in given[: self.rounded]), *given[self.rounded :])
+        if torch.compiler.is_compiling():
+            with torch.autocast(device, enabled=False):
+                return self._run(device, given, kwargs)
         torch.set_autocast_enabled(device, False)  # torch.autocast takes as long as a small op
         try:
-            return self.implementation(*given, **kwargs)(*given, **kwargs)
+            return self._run(device, given, kwargs)
         finally:
             torch.set_autocast_enabled(device, True)
+
+    def _run(self, device: str, args: Any, kwargs: Any) -> R:
+        try:
+            return self.implementation(*args, **kwargs)(*args, **kwargs)
+        except KernelError as error:
+            give_up(device, error)
+            return self.portable(*args, **kwargs)
 
     def implementation(self, *args: P.args, **kwargs: P.kwargs) -> Callable[P, R]:
         """The function that runs for these arguments."""
         x: Any = args[0]
         device = x.device.type
-        if _chosen == "auto" and _load(self.name, device) and x.dtype in HOMES[device].dtypes:
+        if _chosen == "auto" and device in HOMES and x.dtype in HOMES[device].dtypes and _load(self.name, device):
             run, fits = self.implementations[device]
             if fits(*args, **kwargs):
                 return run
@@ -158,12 +179,33 @@ def implements(
 def _load(name: str, device: str) -> bool:
     """Whether an op has an implementation for a kind of device; the first call loads it."""
     implementations = OPS[name].implementations
-    if device not in implementations and device in HOMES:
-        package, _, file = OPS[name].portable.__module__.rpartition(".")
-        module = f"{package}.{HOMES[device].folder}.{file}"
+    if _usable(device) and device not in implementations:
+        module = f"{_package(device)}.{OPS[name].portable.__module__.rpartition('.')[2]}"
         if importlib.util.find_spec(module):
             importlib.import_module(module)
-    return device in implementations
+    return _usable(device) and device in implementations
+
+
+def _usable(device: str) -> bool:
+    """Whether the home of a kind of device works on this machine; the first call tries it."""
+    if device not in _failures:
+        _failures[device] = None
+        try:
+            getattr(importlib.import_module(_package(device)), "try_out", lambda: None)()
+        except (ImportError, OSError, KernelError) as error:
+            give_up(device, error)
+    return _failures[device] is None
+
+
+def _package(device: str) -> str:
+    return f"{__name__.rpartition('.')[0]}.{HOMES[device].folder}"
+
+
+def give_up(device: str, error: Exception) -> None:
+    """Use no implementation for a kind of device any more, and say why in one line."""
+    if _failures.get(device) is None:
+        _failures[device] = str(error)
+        _log.warning("%s are not used, portable PyTorch runs, several times slower: %s", HOMES[device].title, error)
 
 
 # What torch.compiler.assume_constant_result sets, which imports the compiler: no graph has to trace the loading.

@@ -6,6 +6,7 @@ its products and sums fuse. bf16 arrays travel as uint16, since NumPy has no suc
 """
 
 import operator
+import textwrap
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from numba.core.typing.templates import signature as typing_signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 from torch import Tensor
 
+from ..backend import KernelError
 from .kernel_cache import keep
 from .processor import rounds_to_bf16
 
@@ -38,10 +40,29 @@ def _compile(function: Any = None, **options: Any) -> Any:
     return keep(njit(**options)(function))
 
 
+def _compile_entry(function: Any = None, **options: Any) -> Any:
+    if function is None:
+        return partial(_compile_entry, **options)
+    dispatcher = _compile(function, **options)
+    attempt = dispatcher.compile
+
+    def compile_or_say(signature: Any) -> Any:
+        try:
+            return attempt(signature)
+        except Exception as error:
+            why = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+            name = f"{function.__module__}.{function.__name__}"
+            raise KernelError(f"{name} cannot be compiled, MEGALODON_BACKEND=portable avoids it: {why}") from error
+
+    dispatcher.compile = compile_or_say
+    return dispatcher
+
+
 # Decorators, to which options of Numba can be added. Both compile for use outside the interpreter lock and keep the
-# result on disk. `compiled` functions are called from Python; they allocate nothing, so that arrays need no reference
-# counts. `inner` ones are called by compiled code alone, which spares the entry from Python.
-compiled: Any = partial(_compile, **_OPTIONS, _nrt=False)
+# result on disk. `compiled` functions are called from Python, and raise KernelError if they cannot be compiled; they
+# allocate nothing, so that arrays need no reference counts. `inner` ones are called by compiled code alone, which
+# spares the entry from Python.
+compiled: Any = partial(_compile_entry, **_OPTIONS, _nrt=False)
 inner: Any = partial(_compile, **_OPTIONS, _nrt=True, no_cpython_wrapper=True)
 
 
