@@ -57,6 +57,7 @@ def test_one_graph_computes_what_the_model_does(backend, packed):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
 @pytest.mark.parametrize(("backend", "packed"), CASES)
 def test_compiled_code_computes_what_the_model_does(backend, packed):
     compare(backend, packed, "inductor", 1e-4)
