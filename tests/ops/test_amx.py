@@ -11,8 +11,7 @@ from megalodon_lm.ops.cpu.amx_blocks import BLOCK_WORDS, pack, pack_transposed
 from megalodon_lm.ops.cpu.chunk_attention import chunk_attention
 from megalodon_lm.ops.cpu.emulated_tiles import EMULATED
 from megalodon_lm.ops.cpu.processor import multiplies_tiles
-from megalodon_lm.ops.cpu.scalars import array_of
-from megalodon_lm.ops.cpu.simd import compiled
+from megalodon_lm.ops.cpu.simd import as_numpy, compiled
 
 from .cases import BOUNDARIES, boundaries, gradients
 from .test_cpu_chunk_attention import B, H, case, compare, run
@@ -66,10 +65,10 @@ def test_product_of_tiles_is_a_matrix_product(tiles, transposed):
     expected = c[:32].double() + a.double() @ b.double()
     packed = np.empty(blocks * BLOCK_WORDS, np.uint32)
     if transposed:
-        pack_columns(array_of(b.T.contiguous()).reshape(-1).view(np.uint32), 32 * blocks, packed)
+        pack_columns(as_numpy(b.T.contiguous()).reshape(-1).view(np.uint32), 32 * blocks, packed)
     else:
-        pack_rows(array_of(b).reshape(-1), 32, blocks, packed)
-    product(tiles, array_of(a).reshape(-1), packed, BLOCK_WORDS, blocks, array_of(c).reshape(-1))
+        pack_rows(as_numpy(b).reshape(-1), 32, blocks, packed)
+    product(tiles, as_numpy(a).reshape(-1), packed, BLOCK_WORDS, blocks, as_numpy(c).reshape(-1))
     torch.testing.assert_close(c[:32].double(), expected, rtol=1e-5, atol=1e-5)
     assert not c[32:].any()
 

@@ -146,7 +146,7 @@ def _total():
 def test_operator_is_well_formed(kind):
     where = boundaries(kind, B, 70) or Boundaries()
     x, p, q, g, omega, state = case(70)
-    direct = F.pad(omega, (0, -len(omega) % native.WIDTH)).view(-1, native.WIDTH)
+    direct = F.pad(omega, (0, -len(omega) % native.CHANNELS)).view(-1, native.CHANNELS)
     inputs = [t.contiguous().requires_grad_() for t in (x, native.pack(p, q, g), direct, state)]
     torch.library.opcheck(native.cema_forward, (*inputs, where.starts, where.lengths, True))
 

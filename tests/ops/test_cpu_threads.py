@@ -1,52 +1,43 @@
-"""The thread pool on its own, with plain Python functions as kernels."""
+"""The thread pool on its own, with plain Python functions."""
 
 import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch
 
-from megalodon_lm.ops.cpu.threads import parallel_for
-
-
-@pytest.fixture(autouse=True)
-def _two_threads_afterwards():
-    yield
-    torch.set_num_threads(2)
+from megalodon_lm.ops.cpu.threads import run_on_pool
 
 
-def squares(num_tasks):
-    found = [None] * num_tasks
+def squares(num_tasks, threads=2):
+    found, tasks = [None] * num_tasks, iter(list(range(num_tasks)))  # next() of a list's iterator is atomic
 
-    def kernel(first, last):
-        for i in range(first, last):
+    def work():
+        for i in tasks:
             assert found[i] is None
             found[i] = i * i
 
-    parallel_for(kernel, num_tasks)
+    run_on_pool(work, threads)
     return found
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5, 3])
 @pytest.mark.parametrize("num_tasks", [0, 1, 2, 7, 100])
 def test_every_task_runs_once(threads, num_tasks):
-    torch.set_num_threads(threads)
-    assert squares(num_tasks) == [i * i for i in range(num_tasks)]
+    assert squares(num_tasks, threads) == [i * i for i in range(num_tasks)]
 
 
-def test_calls_from_several_threads_and_from_inside_a_kernel():
-    torch.set_num_threads(3)
+def test_calls_from_several_threads_and_from_inside_another():
     with ThreadPoolExecutor(4) as pool:
-        assert all(f.result() == squares(50) for f in [pool.submit(squares, 50) for _ in range(20)])
-    parallel_for(lambda first, last: [squares(9) for _ in range(first, last)], 6)
+        assert all(f.result() == squares(50) for f in [pool.submit(squares, 50, 3) for _ in range(20)])
+    run_on_pool(lambda: squares(9, 3), 3)
 
 
 def test_an_exception_reaches_the_caller():
-    def kernel(first, last):
-        raise ArithmeticError(f"task {first}")
+    def work():
+        raise ArithmeticError("task")
 
     with pytest.raises(ArithmeticError, match="task"):
-        parallel_for(kernel, 10)
+        run_on_pool(work, 2)
     assert squares(10)[3] == 9
 
 

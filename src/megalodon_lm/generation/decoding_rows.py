@@ -78,7 +78,7 @@ def _empty_statistics(sizes: Sizes, num_rows: int) -> Statistics:
 
 def _flat(part: Any) -> Any:
     """The memory of tensors in tuples, as kernels take it."""
-    return as_numpy(part) if isinstance(part, Tensor) else type(part)(*map(_flat, part))
+    return as_numpy(part).reshape(-1) if isinstance(part, Tensor) else type(part)(*map(_flat, part))
 
 
 def _enter_norm(rows: Statistics, norm: NormState, slots: slice) -> None:

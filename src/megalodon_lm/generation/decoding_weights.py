@@ -89,7 +89,7 @@ def prepare(model: Megalodon, dtype: torch.dtype) -> DecodingWeights:
     first: Any = model.layers[0]
     sizes, attention = _sizes(first), first.mega.attention
     table = rotations(sizes.chunk_size, sizes.z_head_dim, attention.rope_base, torch.float32, _CPU)
-    cos, sin = (as_numpy(t) for t in table)
+    cos, sin = (_flat(t) for t in table)
     layers = [_layer(block, sizes, dtype, cos, sin) for block in model.layers]
     head = HeadWeights(_affine(model.output.final_norm), _matrix(model.output.output, dtype))
     return DecodingWeights(sizes, model.output.final_norm.eps, layers, head)
@@ -118,14 +118,14 @@ def _layer(block: Any, sizes: Sizes, dtype: torch.dtype, cos: np.ndarray, sin: n
     p, q, g = derived(_coefficients, cema.alpha, cema.delta, cema.theta, cema.gamma)
     return LayerWeights(
         timenorm=_affine(mega.timenorm),
-        cema=Average(as_numpy(p), as_numpy(q), as_numpy(g), _vector(cema.omega)),
+        cema=Average(_flat(p), _flat(q), _flat(g), _vector(cema.omega)),
         rmsnorm=Affine(as_numpy(derived(_scale, mega.rmsnorm.weight)), np.zeros(width, np.float32)),
         wv=_matrix(mega.wv, dtype),
         wz=_matrix(mega.wz, dtype),
         wr=_matrix(mega.wr, dtype),
         wh1=_matrix(mega.wh1, dtype),
         wh2=_matrix(mega.wh2, dtype),
-        heads=Heads(as_numpy(scale), _vector(mega.beta), cos, sin),
+        heads=Heads(_flat(scale), _vector(mega.beta), cos, sin),
         ffn_norm=_affine(ffn.norm),
         fc1=fc1,
         fc3=Matrix(fc1.weight, fc1.bias[:0]) if ffn.fc3 is None else _matrix(ffn.fc3, dtype),
@@ -135,7 +135,7 @@ def _layer(block: Any, sizes: Sizes, dtype: torch.dtype, cos: np.ndarray, sin: n
 
 
 def _matrix(linear: Linear, dtype: torch.dtype) -> Matrix:
-    weight = as_numpy(rounded(linear.weight, dtype).contiguous())
+    weight = _flat(rounded(linear.weight, dtype).contiguous())
     bias = np.zeros(len(linear.weight), np.float32) if linear.bias is None else _vector(linear.bias)
     return Matrix(weight, bias)
 
@@ -145,7 +145,11 @@ def _affine(norm: AffineNorm) -> Affine:
 
 
 def _vector(t: Tensor) -> np.ndarray:
-    return as_numpy(rounded(t, torch.float32).contiguous())
+    return _flat(rounded(t, torch.float32).contiguous())
+
+
+def _flat(t: Tensor) -> np.ndarray:
+    return as_numpy(t).reshape(-1)
 
 
 def _scale(weight: Tensor) -> Tensor:

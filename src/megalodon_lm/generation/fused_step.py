@@ -53,7 +53,7 @@ class FusedStep:
         common = (num_threads(), len(tokens), self._sizes, self.weights.eps, self._x)
         for weights, rows in self._layers:
             kernels.layer(*common, weights, rows, self._scratch)
-        kernels.head(*common, *self._head, as_numpy(self._logits))
+        kernels.head(*common, *self._head, as_numpy(self._logits).reshape(-1))
         self.rows.position += 1
         return self._logits
 

@@ -14,7 +14,7 @@ from .amx_backward import KEY_BLOCKS, Exchange, Queries, attend_backward
 from .amx_blocks import BLOCK_WORDS, Group, Operands, Result
 from .amx_forward import Packed, attend
 from .processor import multiplies_tiles
-from .scalars import array_of
+from .simd import as_numpy
 from .team import num_threads
 
 tiles = PROCESSOR  # those that kernels are compiled for
@@ -36,7 +36,7 @@ def _blocks(lengths: np.ndarray) -> int:
 
 
 def _operands(*given: Tensor) -> Operands:
-    return Operands(*map(array_of, given))
+    return Operands(*map(as_numpy, given))
 
 
 def _sums_of(group: Group, length: int, heads: int, sums: np.ndarray) -> np.ndarray:
@@ -59,7 +59,7 @@ def forward(
     """As tiled_attention.forward."""
     length, heads = q.shape[1:3]
     given = _operands(q, k, v, k if keys is None else keys, v if values is None else values)
-    slots_of, sums_of, target = array_of(slots), array_of(sums), array_of(out)
+    slots_of, sums_of, target = as_numpy(slots), as_numpy(sums), as_numpy(out)
     longest = _blocks(groups[:, 2] - groups[:, 1] + groups[:, 3])
     packed = Packed(*(_words(heads * longest * BLOCK * t.shape[3] // 2) for t in (k, v)))
     for group in (Group(*row) for row in groups.tolist()):
@@ -89,7 +89,7 @@ def backward(
     if keys is None or values is None:
         keys, values, grad_keys, grad_values = k, v, grad_k, grad_v
     given, grads = _operands(q, k, v, keys, values), _operands(grad_q, grad_k, grad_v, grad_keys, grad_values)
-    incoming, output, sums_of = array_of(grad), array_of(out), array_of(sums)
+    incoming, output, sums_of = as_numpy(grad), as_numpy(out), as_numpy(sums)
     blocks = heads * _blocks(groups[:, 2] - groups[:, 1])  # of queries
     packed = (_words(blocks * BLOCK * d // 2) for d in (dk, dv, dk, dv))
     queries = Queries(*packed, *(_words(blocks * BLOCK).view(np.float32) for _ in range(2)))

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from .scalars import exp, load, maximum, rounded
-from .simd import compiled, inner
+from .scalars import as_float, maximum, rough_exp, rounded
+from .simd import LANES, compiled, inner
 from .team import share
 
-_LANES = 64  # vectorised loops run over whole multiples of this
+_STEP = 4 * LANES  # of vectorised loops, which run over whole multiples of it
 _CONTRACT = {"contract"}
 _SUM = {"contract", "reassoc", "nsz"}
 
@@ -55,7 +55,7 @@ def _sum_exp(x: Any, highest: Any) -> Any:
     """Sum of e^(x - highest), which replaces x."""
     total = np.float32(0)
     for i in range(len(x)):
-        power = exp(x[i] - highest)
+        power = rough_exp(x[i] - highest)
         x[i] = power
         total += power
     return total
@@ -64,20 +64,20 @@ def _sum_exp(x: Any, highest: Any) -> Any:
 @inner(fastmath=_CONTRACT)
 def _softmax_rows(first: int, last: int, scores: Any, slots: Any, before: int, start: int, sums: Any) -> None:
     _heads, rows, width = scores.shape
-    x = np.empty(width + _LANES, np.float32)
+    x = np.empty(width + _STEP, np.float32)
     for task in range(first, last):
         h, r = task // rows, task % rows
         row = scores[h, r]
         high = before + start + r + 1
         low = high - 1 - slots[start + r]
-        begin = low // _LANES * _LANES
-        end = -(-high // _LANES) * _LANES
+        begin = low // _STEP * _STEP
+        end = -(-high // _STEP) * _STEP
         x[begin:low] = -np.inf
         x[high:end] = -np.inf
         highest = np.float32(-np.inf)
         seen, kept = row[low:high], x[low:high]
         for i in range(len(seen)):
-            value = load(seen[i])
+            value = as_float(seen[i])
             kept[i] = value
             highest = maximum(highest, value)
         total = _sum_exp(x[begin:end], highest)
@@ -105,8 +105,8 @@ def softmax(threads: int, scores: Any, slots: Any, before: int, start: int, sums
 @inner(fastmath=_CONTRACT)
 def _weight_gradients(scores: Any, grads: Any, sums: Any, deltas: Any) -> None:
     for i in range(len(scores)):
-        weight = exp(load(scores[i]) - sums[i])
-        grad = weight * (load(grads[i]) - deltas[i])
+        weight = rough_exp(as_float(scores[i]) - sums[i])
+        grad = weight * (as_float(grads[i]) - deltas[i])
         scores[i] = rounded(weight, scores)
         grads[i] = rounded(grad, grads)
 
@@ -130,8 +130,8 @@ def _gradient_rows(
         token = start + r - before
         low = max(token, 0) - query
         high = ends[max(token, 0)] - query
-        begin = low // _LANES * _LANES
-        end = min(-(-high // _LANES) * _LANES, width)
+        begin = low // _STEP * _STEP
+        end = min(-(-high // _STEP) * _STEP, width)
         row, grad = scores[h, r], grads[h, r]
         _weight_gradients(row[begin:end], grad[begin:end], sums[h, query:][begin:end], deltas[h, query:][begin:end])
         row[:low] = 0
@@ -160,7 +160,7 @@ def weight_gradients(
 def _dot(a: Any, b: Any) -> Any:
     total = np.float32(0)
     for i in range(len(a)):
-        total += load(a[i]) * load(b[i])
+        total += as_float(a[i]) * as_float(b[i])
     return total
 
 
@@ -211,7 +211,7 @@ def _few_scores(
         for t in range(begin, end):
             high = before + t - begin + 1
             low = high - 1 - slots[row, t]
-            for key in range(max(low, block * _LANES), min(high, (block + 1) * _LANES)):
+            for key in range(max(low, block * _STEP), min(high, (block + 1) * _STEP)):
                 scores[g, h, t - begin, key] = _dot(q[row, t, h], _place(keys, k, groups[g], key, h))
 
 
@@ -219,7 +219,7 @@ def _few_scores(
 def _add_rows(weights: Any, a: Any, b: Any, c: Any, d: Any, target: Any) -> None:
     w, x, y, z = weights[0], weights[1], weights[2], weights[3]
     for i in range(len(target)):
-        target[i] += w * load(a[i]) + x * load(b[i]) + y * load(c[i]) + z * load(d[i])
+        target[i] += w * as_float(a[i]) + x * as_float(b[i]) + y * as_float(c[i]) + z * as_float(d[i])
 
 
 @inner(fastmath=_CONTRACT)
@@ -228,7 +228,7 @@ def _few_outputs(
 ) -> None:
     heads, width = v.shape[2], v.shape[3]
     blocks = -(-width // size)
-    weights = np.empty(scores.shape[3] + _LANES, np.float32)
+    weights = np.empty(scores.shape[3] + _STEP, np.float32)
     mixed = np.empty(size, np.float32)
     for task in range(first, last):
         g, h, block = task // blocks // heads, task // blocks % heads, task % blocks
@@ -242,7 +242,7 @@ def _few_outputs(
             highest = np.float32(-np.inf)
             for i in range(len(seen)):
                 highest = maximum(highest, seen[i])
-            padded = -(-len(seen) // _LANES) * _LANES
+            padded = -(-len(seen) // _STEP) * _STEP
             _copy(seen, weights)
             weights[len(seen) : padded] = -np.inf
             total = _sum_exp(weights[:padded], highest)
@@ -286,8 +286,8 @@ def attend_few(
         out: (B, L, H, dv), out.
         sums: (B * L * H,) float32, out: as from softmax, (H, n) for each group in turn.
     """
-    blocks = -(-scores.shape[3] // _LANES)
+    blocks = -(-scores.shape[3] // _STEP)
     tasks = groups.shape[0] * q.shape[2]
-    size = max(_LANES, v.shape[3] // 4)
+    size = max(_STEP, v.shape[3] // 4)
     share(_few_scores, threads, tasks * blocks, (q, k, keys, slots, groups, scores, blocks))
     share(_few_outputs, threads, tasks * -(-v.shape[3] // size), (v, values, slots, groups, scores, out, sums, size))

@@ -14,7 +14,8 @@ from ..chunk_attention import spoilt
 from ..finite import finite_part, is_finite
 from . import amx_attention, tiled_attention
 from . import attention_kernels as kernels
-from .scalars import array_of
+from .operators import form
+from .simd import as_numpy
 from .team import num_threads
 
 MERGED_KEYS = 256  # short documents are taken together up to so many
@@ -35,17 +36,14 @@ def causal_attention(
     Returns:
         (B, L, H, dv), zero at padding.
     """
-    given = (q, k, v) if keys is None or values is None else (q, k, v, keys, values)
-    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    run = attention_forward if tracked or torch.compiler.is_compiling() else _forward
-    return run(q, k, v, keys, values, slots)[0]
+    return form(attention_forward, _forward, q, k, v, keys, values)(q, k, v, keys, values, slots)[0]
 
 
 def _plan(slots: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Ends (B, L) and groups (M, 4)."""
     ends = np.empty(slots.shape, np.int64)
     groups = np.empty((slots.numel(), 4), np.int64)
-    count = kernels.plan_groups(array_of(slots.contiguous()), MERGED_KEYS, ends, groups)
+    count = kernels.plan_groups(as_numpy(slots.contiguous()), MERGED_KEYS, ends, groups)
     return ends, groups[:count]
 
 
@@ -69,10 +67,10 @@ def _forward(
     if few.any():
         some = groups[few]
         shape = (len(some), heads, int(num_queries[few].max()), int((num_queries + groups[:, 3])[few].max()))
-        cache = [array_of(piece if cached is None else cached) for piece, cached in ((k, keys), (v, values))]
-        piece = [array_of(t) for t in (q, k, v)]
-        places = (array_of(slots), some, np.empty(shape, np.float32))
-        kernels.attend_few(num_threads(), *piece, *cache, *places, array_of(out), array_of(sums))
+        cache = [as_numpy(piece if cached is None else cached) for piece, cached in ((k, keys), (v, values))]
+        piece = [as_numpy(t) for t in (q, k, v)]
+        places = (as_numpy(slots), some, np.empty(shape, np.float32))
+        kernels.attend_few(num_threads(), *piece, *cache, *places, as_numpy(out), as_numpy(sums))
     if not few.all():
         products = _products(q, v)
         products.forward(q, k, v, keys, values, slots, groups[~few], out, sums)

@@ -12,9 +12,9 @@ from ..backend import implements
 from ..boundaries import Boundaries
 from ..derived import derived
 from . import cema_kernels as kernels
-from .cema_blocks import TOKENS, WIDTH, plan_blocks
+from .cema_blocks import CHANNELS, TOKENS, plan_blocks
 from .cema_step import step
-from .simd import as_numpy
+from .operators import form, tracked
 from .team import run_on_team
 
 
@@ -36,28 +36,27 @@ def cema(
     batch, length, dim = x.shape
     omega = omega.to(p.dtype)
     starts, lengths = (None, None) if boundaries is None else (boundaries.starts, boundaries.lengths)
-    tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, p, q, g, omega, state))
-    operator = tracked or torch.compiler.is_compiling()
-    if length == 1 and not operator:
+    given = (x, p, q, g, omega, state)
+    run = form(cema_forward, _forward, *given)
+    if length == 1 and run is _forward:
         return step(x, p, q, g, omega.clone(), state, starts, lengths)
     entry = p.new_zeros(batch, dim, p.shape[1], 2) if state is None else state.to(p.dtype)
-    coefficients, direct = derived(pack, p, q, g), F.pad(omega, (0, -dim % WIDTH)).reshape(-1, WIDTH).contiguous()
-    run = cema_forward if operator else _forward
-    y, leaving, _ = run(x.contiguous(), coefficients, direct, entry.contiguous(), starts, lengths, tracked)
+    coefficients, direct = derived(pack, p, q, g), F.pad(omega, (0, -dim % CHANNELS)).reshape(-1, CHANNELS).contiguous()
+    y, leaving, _ = run(x.contiguous(), coefficients, direct, entry.contiguous(), starts, lengths, tracked(*given))
     return y, leaving
 
 
 def pack(p: Tensor, q: Tensor, g: Tensor) -> Tensor:
-    """Coefficients as the kernels read them: (C, N', 5, WIDTH), N' even, zero beyond D and N."""
+    """Coefficients as the kernels read them: (C, N', 5, CHANNELS), N' even, zero beyond D and N."""
     dim, ndim = p.shape
-    parts = F.pad(torch.stack([q.real, q.imag, p, g.real, g.imag]), (0, ndim % 2, 0, -dim % WIDTH))
-    return parts.view(5, -1, WIDTH, parts.shape[-1]).permute(1, 3, 0, 2).contiguous()
+    parts = F.pad(torch.stack([q.real, q.imag, p, g.real, g.imag]), (0, ndim % 2, 0, -dim % CHANNELS))
+    return parts.view(5, -1, CHANNELS, parts.shape[-1]).permute(1, 3, 0, 2).contiguous()
 
 
 def _saved_shape(x: Tensor, coefficients: Tensor, keep: bool) -> tuple[int, ...]:
-    """(B, C, K, N', 2, WIDTH)."""
+    """(B, C, K, N', 2, CHANNELS)."""
     blocks, ndim = coefficients.shape[:2]
-    return x.shape[0], blocks, -(-x.shape[1] // TOKENS) if keep else 0, ndim, 2, WIDTH
+    return x.shape[0], blocks, -(-x.shape[1] // TOKENS) if keep else 0, ndim, 2, CHANNELS
 
 
 def _plan(batch: int, length: int, starts: Tensor | None, lengths: Tensor | None) -> tuple[np.ndarray, ...]:
@@ -88,9 +87,8 @@ def _forward(
     every_slot = starts is None and lengths is None
     saved = (entry.new_empty if every_slot else entry.new_zeros)(_saved_shape(x, coefficients, keep))
     shape = (length, dim, entry.shape[2], saved.shape[2])
-    x, coefficients, omega, entry = (t.detach() for t in (x, coefficients, omega, entry))
-    inputs = (as_numpy(x), shape, *map(as_numpy, (coefficients, omega, entry)), *_plan(batch, length, starts, lengths))
-    run_on_team(kernels.forward, batch * len(omega), *inputs, *map(as_numpy, (y, leaving, saved)))
+    inputs = (x, shape, coefficients, omega, entry, *_plan(batch, length, starts, lengths))
+    run_on_team(kernels.forward, batch * len(omega), *inputs, y, leaving, saved)
     return y, leaving, saved
 
 
@@ -131,9 +129,9 @@ def cema_backward(
     grad_omega = omega.new_empty(batch, *omega.shape)
     grad_entry = grad_leaving.new_empty(grad_leaving.shape)
     shape = (length, dim, grad_leaving.shape[2], saved.shape[2])
-    inputs = (as_numpy(x), shape, *map(as_numpy, (coefficients, omega, saved)), *_plan(batch, length, starts, lengths))
+    inputs = (x, shape, coefficients, omega, saved, *_plan(batch, length, starts, lengths))
     grads = (grad_y, grad_leaving, grad_x, grad_coefficients, grad_omega, grad_entry)
-    run_on_team(kernels.backward, batch * len(omega), *inputs, *map(as_numpy, grads))
+    run_on_team(kernels.backward, batch * len(omega), *inputs, *grads)
     return grad_x, grad_coefficients.sum(0), grad_omega.sum(0), grad_entry
 
 

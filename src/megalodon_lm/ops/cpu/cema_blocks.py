@@ -1,7 +1,7 @@
-"""How CEMA's kernels cut their work: tasks of one row and WIDTH channels, blocks of up to TOKENS tokens.
+"""How CEMA's kernels cut their work: tasks of one row and CHANNELS channels, blocks of up to TOKENS tokens.
 
-A block is converted to float32 scratch (TOKENS, WIDTH), and states to (N, 2, WIDTH), real parts before imaginary ones,
-so that the innermost loops find sixteen channels side by side. All arrays but those of the plan are flat.
+A block is converted to float32 scratch (TOKENS, CHANNELS), and states to (N, 2, CHANNELS), real parts before imaginary
+ones, so that the innermost loops find sixteen channels side by side. All arrays but those of the plan are flat.
 """
 
 from typing import Any
@@ -10,10 +10,10 @@ import numpy as np
 
 from .simd import LANES, compiled, inner, load, store
 
-WIDTH = 2 * LANES
+CHANNELS = 2 * LANES
 TOKENS = 64
-STEP = 2 * WIDTH  # of one state of a task
-COEFFICIENTS = 5 * WIDTH  # of one state of a task: q real, q imaginary, p, g real, g imaginary
+STEP = 2 * CHANNELS  # of one state of a task
+COEFFICIENTS = 5 * CHANNELS  # of one state of a task: q real, q imaginary, p, g real, g imaginary
 
 
 @compiled
@@ -59,31 +59,31 @@ def clear(array: Any, offset: int, size: int) -> None:
 @inner
 def gather(source: Any, offset: int, dim: int, size: int, width: int, block: Any) -> None:
     """`size` tokens of `width` channels into float32 scratch; zero in missing channels."""
-    if width == WIDTH:
+    if width == CHANNELS:
         for t in range(size):
-            store(block, t * WIDTH, load(source, offset + t * dim))
-            store(block, t * WIDTH + LANES, load(source, offset + t * dim + LANES))
+            store(block, t * CHANNELS, load(source, offset + t * dim))
+            store(block, t * CHANNELS + LANES, load(source, offset + t * dim + LANES))
         return
-    some = np.zeros(WIDTH, source.dtype)
+    some = np.zeros(CHANNELS, source.dtype)
     for t in range(size):
         for w in range(width):
             some[w] = source[offset + t * dim + w]
-        store(block, t * WIDTH, load(some, 0))
-        store(block, t * WIDTH + LANES, load(some, LANES))
+        store(block, t * CHANNELS, load(some, 0))
+        store(block, t * CHANNELS + LANES, load(some, LANES))
 
 
 @inner
 def scatter(block: Any, target: Any, offset: int, dim: int, size: int, width: int) -> None:
     """The inverse of gather."""
-    if width == WIDTH:
+    if width == CHANNELS:
         for t in range(size):
-            store(target, offset + t * dim, load(block, t * WIDTH))
-            store(target, offset + t * dim + LANES, load(block, t * WIDTH + LANES))
+            store(target, offset + t * dim, load(block, t * CHANNELS))
+            store(target, offset + t * dim + LANES, load(block, t * CHANNELS + LANES))
         return
-    some = np.empty(WIDTH, target.dtype)
+    some = np.empty(CHANNELS, target.dtype)
     for t in range(size):
-        store(some, 0, load(block, t * WIDTH))
-        store(some, LANES, load(block, t * WIDTH + LANES))
+        store(some, 0, load(block, t * CHANNELS))
+        store(some, LANES, load(block, t * CHANNELS + LANES))
         for w in range(width):
             target[offset + t * dim + w] = some[w]
 
@@ -94,7 +94,7 @@ def enter(states: Any, source: Any, offset: int, ndim: int, width: int) -> None:
     clear(states, 0, len(states))
     for w in range(width):
         for i in range(2 * ndim):
-            states[i * WIDTH + w] = source[offset + w * 2 * ndim + i]
+            states[i * CHANNELS + w] = source[offset + w * 2 * ndim + i]
 
 
 @inner
@@ -102,24 +102,24 @@ def leave(states: Any, target: Any, offset: int, ndim: int, width: int) -> None:
     """The inverse of enter."""
     for w in range(width):
         for i in range(2 * ndim):
-            target[offset + w * 2 * ndim + i] = states[i * WIDTH + w]
+            target[offset + w * 2 * ndim + i] = states[i * CHANNELS + w]
 
 
 @inner
 def load_pair(states: Any, at: int) -> Any:
     """Real and imaginary part of sixteen channels of one state."""
-    return load(states, at), load(states, at + WIDTH)
+    return load(states, at), load(states, at + CHANNELS)
 
 
 @inner
 def store_pair(states: Any, at: int, h: Any) -> None:
     """The inverse of load_pair."""
     store(states, at, h[0])
-    store(states, at + WIDTH, h[1])
+    store(states, at + CHANNELS, h[1])
 
 
 @inner
 def load_coefficients(table: Any, at: int) -> Any:
     """q real, q imaginary, p, g real, g imaginary of sixteen channels of one state."""
-    qr, qi, p = load(table, at), load(table, at + WIDTH), load(table, at + 2 * WIDTH)
-    return qr, qi, p, load(table, at + 3 * WIDTH), load(table, at + 4 * WIDTH)
+    qr, qi, p = load(table, at), load(table, at + CHANNELS), load(table, at + 2 * CHANNELS)
+    return qr, qi, p, load(table, at + 3 * CHANNELS), load(table, at + 4 * CHANNELS)

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from .cema_blocks import (
+    CHANNELS,
     COEFFICIENTS,
     STEP,
     TOKENS,
-    WIDTH,
     clear,
     enter,
     gather,
@@ -64,7 +64,7 @@ def _add_conjugate(total: Any, a: Any, h: Any) -> Any:
 @inner
 def _accumulate(target: Any, at: int, dq: Any, dp: Any, dg: Any) -> None:
     for i, value in enumerate((dq[0], dq[1], dp, dg[0], dg[1])):
-        store(target, at + i * WIDTH, load(target, at + i * WIDTH) + value)
+        store(target, at + i * CHANNELS, load(target, at + i * CHANNELS) + value)
 
 
 @inner
@@ -84,15 +84,15 @@ def _forward(
     saved: Any,
 ) -> None:
     length, dim, ndim, kept = shape
-    blocks = len(omega) // WIDTH
+    blocks = len(omega) // CHANNELS
     even = ndim + ndim % 2
-    xs = np.empty(TOKENS * WIDTH, np.float32)
-    ys = np.empty(TOKENS * WIDTH, np.float32)
+    xs = np.empty(TOKENS * CHANNELS, np.float32)
+    ys = np.empty(TOKENS * CHANNELS, np.float32)
     states = np.empty(even * STEP, np.float32)
     for task in range(first, last):
         b, c = task // blocks, task % blocks
-        width = min(WIDTH, dim - c * WIDTH)
-        state_at = (b * dim + c * WIDTH) * 2 * ndim
+        width = min(CHANNELS, dim - c * CHANNELS)
+        state_at = (b * dim + c * CHANNELS) * 2 * ndim
         enter(states, entry, state_at, ndim, width)
         for m in range(counts[b]):
             t0, slot = edges[b, m], slots[b, m]
@@ -103,18 +103,18 @@ def _forward(
                 to = (task * kept + slot) * even * STEP
                 for i in range(even * STEP):
                     saved[to + i] = states[i]
-            offset = (b * length + t0) * dim + c * WIDTH
+            offset = (b * length + t0) * dim + c * CHANNELS
             gather(x, offset, dim, size, width, xs)
-            for half in range(0, WIDTH, LANES):
-                direct = load(omega, c * WIDTH + half)
-                for i in range(half, size * WIDTH, WIDTH):
+            for half in range(0, CHANNELS, LANES):
+                direct = load(omega, c * CHANNELS + half)
+                for i in range(half, size * CHANNELS, CHANNELS):
                     store(ys, i, direct * load(xs, i))
                 for n in range(0, even, 2):
                     k = (c * even + n) * COEFFICIENTS + half
                     c0, c1 = load_coefficients(coefficients, k), load_coefficients(coefficients, k + COEFFICIENTS)
                     at = n * STEP + half
                     h0, h1 = load_pair(states, at), load_pair(states, at + STEP)
-                    for i in range(half, size * WIDTH, WIDTH):
+                    for i in range(half, size * CHANNELS, CHANNELS):
                         u = load(xs, i)
                         h0, h1 = _advance(c0, h0, u), _advance(c1, h1, u)
                         store(ys, i, _emit(c1, h1, _emit(c0, h0, load(ys, i))))
@@ -144,33 +144,33 @@ def _backward(
     grad_entry: Any,
 ) -> None:
     length, dim, ndim, kept = shape
-    blocks = len(omega) // WIDTH
+    blocks = len(omega) // CHANNELS
     even = ndim + ndim % 2
-    xs = np.empty(TOKENS * WIDTH, np.float32)
-    dy = np.empty(TOKENS * WIDTH, np.float32)
-    dx = np.empty(TOKENS * WIDTH, np.float32)
+    xs = np.empty(TOKENS * CHANNELS, np.float32)
+    dy = np.empty(TOKENS * CHANNELS, np.float32)
+    dx = np.empty(TOKENS * CHANNELS, np.float32)
     past = np.empty(TOKENS * 2 * STEP, np.float32)  # two states before each token of the block
     later = np.empty(even * STEP, np.float32)  # what comes to the adjoint of each state from later tokens
     zero = splat(np.float32(0))
     for task in range(first, last):
         b, c = task // blocks, task % blocks
-        width = min(WIDTH, dim - c * WIDTH)
-        state_at = (b * dim + c * WIDTH) * 2 * ndim
+        width = min(CHANNELS, dim - c * CHANNELS)
+        state_at = (b * dim + c * CHANNELS) * 2 * ndim
         enter(later, grad_leaving, state_at, ndim, width)
         clear(grad_coefficients, task * even * COEFFICIENTS, even * COEFFICIENTS)
-        clear(grad_omega, task * WIDTH, WIDTH)
+        clear(grad_omega, task * CHANNELS, CHANNELS)
         for m in range(counts[b] - 1, -1, -1):
             t0, slot = edges[b, m], slots[b, m]
             size = edges[b, m + 1] - t0
-            offset = (b * length + t0) * dim + c * WIDTH
+            offset = (b * length + t0) * dim + c * CHANNELS
             gather(x, offset, dim, size, width, xs)
             gather(grad_y, offset, dim, size, width, dy)
-            for half in range(0, WIDTH, LANES):
-                direct, grad_direct = load(omega, c * WIDTH + half), load(grad_omega, task * WIDTH + half)
-                for i in range(half, size * WIDTH, WIDTH):
+            for half in range(0, CHANNELS, LANES):
+                direct, grad_direct = load(omega, c * CHANNELS + half), load(grad_omega, task * CHANNELS + half)
+                for i in range(half, size * CHANNELS, CHANNELS):
                     store(dx, i, direct * load(dy, i))
                     grad_direct = add_product(grad_direct, load(xs, i), load(dy, i))
-                store(grad_omega, task * WIDTH + half, grad_direct)
+                store(grad_omega, task * CHANNELS + half, grad_direct)
                 for n in range(0, even, 2):
                     k = (c * even + n) * COEFFICIENTS + half
                     c0, c1 = load_coefficients(coefficients, k), load_coefficients(coefficients, k + COEFFICIENTS)
@@ -180,7 +180,7 @@ def _backward(
                         h0, h1 = load_pair(saved, at), load_pair(saved, at + STEP)
                     dg0, dg1 = (zero, zero), (zero, zero)
                     for t in range(size):
-                        i = t * WIDTH + half
+                        i = t * CHANNELS + half
                         store_pair(past, t * 2 * STEP, h0)
                         store_pair(past, t * 2 * STEP + STEP, h1)
                         h0, h1 = _advance(c0, h0, load(xs, i)), _advance(c1, h1, load(xs, i))
@@ -190,7 +190,7 @@ def _backward(
                     later0, later1 = load_pair(later, at), load_pair(later, at + STEP)
                     dq0, dq1, dp0, dp1 = (zero, zero), (zero, zero), zero, zero
                     for t in range(size - 1, -1, -1):
-                        i = t * WIDTH + half
+                        i = t * CHANNELS + half
                         a0, a1 = _receive(c0, later0, load(dy, i)), _receive(c1, later1, load(dy, i))
                         later0, later1 = _retreat(c0, a0), _retreat(c1, a1)
                         store(dx, i, add_product(add_product(load(dx, i), c0[2], a0[0]), c1[2], a1[0]))
@@ -217,14 +217,14 @@ def forward(threads: int, num_tasks: int, args: Any) -> None:
         args: tuple of
             x: (B, L, D) float32 or bf16.
             shape: (L, D, N, K) with K the saved states a row; 0 to save none.
-            coefficients: (C, N', 5, WIDTH): q real, q imaginary, p, g real, g imaginary; zero beyond D, and N' is N
+            coefficients: (C, N', 5, CHANNELS): q real, q imaginary, p, g real, g imaginary; zero beyond D, and N' is N
                 made even with zeros.
-            omega: (C, WIDTH).
+            omega: (C, CHANNELS).
             entry: (B, D, N, 2).
             edges, slots, counts: of plan_blocks.
             y: as x, out; padding is not touched.
             leaving: (B, D, N, 2), out.
-            saved: (B, C, K, N', 2, WIDTH), out: state at the entry of the blocks that have a slot.
+            saved: (B, C, K, N', 2, CHANNELS), out: state at the entry of the blocks that have a slot.
     """
     share(_forward, threads, num_tasks, args)
 
@@ -242,8 +242,8 @@ def backward(threads: int, num_tasks: int, args: Any) -> None:
             grad_y: as x.
             grad_leaving: (B, D, N, 2).
             grad_x: as x, out; padding is not touched.
-            grad_coefficients: (B, C, N', 5, WIDTH), out.
-            grad_omega: (B, C, WIDTH), out.
+            grad_coefficients: (B, C, N', 5, CHANNELS), out.
+            grad_omega: (B, C, CHANNELS), out.
             grad_entry: (B, D, N, 2), out.
     """
     share(_backward, threads, num_tasks, args)

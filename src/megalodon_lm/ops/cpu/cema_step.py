@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .scalars import array_of, load, rounded
-from .simd import compiled, inner
+from .scalars import as_float, rounded
+from .simd import as_numpy, compiled, inner
 from .team import num_threads, share
 
 _FEW_STATES = 1 << 16  # no more are worth waking another thread for
@@ -38,7 +38,7 @@ def _step_channels(
                 leaving[task, n, 0] = entry[task, n, 0]
                 leaving[task, n, 1] = entry[task, n, 1]
             continue
-        u = load(x[task])
+        u = as_float(x[task])
         before = nothing if starts[b] else entry[task]
         total = np.float32(0)
         for n in range(ndim):
@@ -70,12 +70,12 @@ def step(
     ndim = p.shape[1]
     entry = torch.zeros(batch, dim, ndim, 2) if state is None else state
     y, leaving = torch.empty(x.shape, dtype=x.dtype), torch.empty(batch, dim, ndim, 2)
-    began = np.zeros(batch, np.bool_) if starts is None else array_of(starts.contiguous()).reshape(-1)
-    valid = np.ones(batch, np.int64) if lengths is None else array_of(lengths.contiguous())
-    coefficients = (array_of(t.contiguous()) for t in (p, torch.view_as_real(q), torch.view_as_real(g), omega))
-    states = (array_of(t).reshape(-1, ndim, 2) for t in (entry.contiguous(), leaving))
+    began = np.zeros(batch, np.bool_) if starts is None else as_numpy(starts.contiguous()).reshape(-1)
+    valid = np.ones(batch, np.int64) if lengths is None else as_numpy(lengths.contiguous())
+    coefficients = (as_numpy(t.contiguous()) for t in (p, torch.view_as_real(q), torch.view_as_real(g), omega))
+    states = (as_numpy(t).reshape(-1, ndim, 2) for t in (entry.contiguous(), leaving))
     threads = num_threads() if batch * dim * ndim > _FEW_STATES else 1
     before, after = states
-    args = (array_of(x.contiguous()).reshape(-1), *coefficients, before, began, valid, array_of(y).reshape(-1), after)
+    args = (as_numpy(x.contiguous()).reshape(-1), *coefficients, before, began, valid, as_numpy(y).reshape(-1), after)
     _step(threads, batch * dim, args)
     return y, leaving

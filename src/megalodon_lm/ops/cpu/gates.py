@@ -8,10 +8,11 @@ from torch import Tensor
 from .. import gates as portable
 from ..backend import implements
 from . import elementwise_kernels as kernels
-from .simd import LANES, as_numpy
+from .operators import form
+from .simd import LANES
 from .team import run_on_team
 
-_STRETCH = 256 * LANES
+_TASK = 256 * LANES  # elements
 
 
 def _fits(gate: Tensor, x: Tensor) -> bool:
@@ -21,15 +22,12 @@ def _fits(gate: Tensor, x: Tensor) -> bool:
 @implements(portable.silu_gate, "cpu", _fits)
 def silu_gate(gate: Tensor, x: Tensor) -> Tensor:
     """As megalodon_lm.ops.gates.silu_gate, for float32 or bf16."""
-    keep = torch.is_grad_enabled() and (gate.requires_grad or x.requires_grad)
-    run = silu_gate_forward if keep or torch.compiler.is_compiling() else _forward
-    return run(gate.contiguous(), x.contiguous())
+    return form(silu_gate_forward, _forward, gate, x)(gate.contiguous(), x.contiguous())
 
 
 def _forward(gate: Tensor, x: Tensor) -> Tensor:
     y = x.new_empty(x.shape)
-    tasks = -(-x.numel() // _STRETCH)
-    run_on_team(kernels.gate_forward_on_team, tasks, _STRETCH, *(as_numpy(t) for t in (gate, x, y)))
+    run_on_team(kernels.gate_forward_on_team, -(-x.numel() // _TASK), _TASK, gate, x, y)
     return y
 
 
@@ -48,9 +46,7 @@ def _(gate: Tensor, x: Tensor) -> Tensor:
 def silu_gate_backward(gate: Tensor, x: Tensor, grad_y: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients to gate and x."""
     grad_gate, grad_x = gate.new_empty(gate.shape), x.new_empty(x.shape)
-    tasks = -(-x.numel() // _STRETCH)
-    arrays = (as_numpy(t) for t in (gate, x, grad_y, grad_gate, grad_x))
-    run_on_team(kernels.gate_backward_on_team, tasks, _STRETCH, *arrays)
+    run_on_team(kernels.gate_backward_on_team, -(-x.numel() // _TASK), _TASK, gate, x, grad_y, grad_gate, grad_x)
     return grad_gate, grad_x
 
 

@@ -8,10 +8,11 @@ from torch import Tensor
 from .. import norms as portable
 from ..backend import implements
 from . import elementwise_kernels as kernels
-from .simd import LANES, as_numpy
+from .operators import form
+from .simd import LANES
 from .team import run_on_team
 
-STRETCH = 64  # tokens whose gradients to the weights are summed together, whatever the number of threads
+SUMMED_TOKENS = 64  # tokens whose gradients to the weights are summed together, whatever the number of threads
 
 
 def _fits(x: Tensor, *_: Any, **__: Any) -> bool:
@@ -40,8 +41,7 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor, centred: bool, eps: float, ou
     x, weight = x.contiguous(), weight.float().contiguous()
     bias = bias.float().clone(memory_format=torch.contiguous_format)
     arguments = (x, weight, bias, centred, eps, out_dtype or x.dtype)
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in arguments[:3])
-    return (norm_forward if keep or torch.compiler.is_compiling() else _forward)(*arguments)[0]
+    return form(norm_forward, _forward, x, weight, bias)(*arguments)[0]
 
 
 def _forward(
@@ -51,8 +51,7 @@ def _forward(
     dim = x.shape[-1]
     tokens = x.numel() // dim
     y, saved = torch.empty(x.shape, dtype=out_dtype), torch.empty(tokens, 2)
-    inputs = (as_numpy(x), dim, as_numpy(weight), as_numpy(bias), centred, eps)
-    run_on_team(kernels.norm_forward_on_team, tokens, *inputs, as_numpy(y), as_numpy(saved))
+    run_on_team(kernels.norm_forward_on_team, tokens, x, dim, weight, bias, centred, eps, y, saved)
     return y, saved
 
 
@@ -76,12 +75,11 @@ def norm_backward(
     """Gradients to x, weight and bias."""
     dim = x.shape[-1]
     tokens = x.numel() // dim
-    stretches = -(-tokens // STRETCH)
+    stretches = -(-tokens // SUMMED_TOKENS)
     grad_x = x.new_empty(x.shape)
     grad_weight, grad_bias = (weight.new_empty(stretches, *weight.shape) for _ in range(2))
-    inputs = (as_numpy(x), dim, as_numpy(weight), centred, as_numpy(saved), tokens, STRETCH)
-    grads = [as_numpy(t) for t in (grad_y, grad_x, grad_weight, grad_bias)]
-    run_on_team(kernels.norm_backward_on_team, stretches, *inputs, *grads)
+    inputs = (x, dim, weight, centred, saved, tokens, SUMMED_TOKENS)
+    run_on_team(kernels.norm_backward_on_team, stretches, *inputs, grad_y, grad_x, grad_weight, grad_bias)
     return grad_x, grad_weight.sum(0), grad_bias.sum(0)
 
 

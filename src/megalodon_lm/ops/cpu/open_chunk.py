@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .scalars import array_of
-from .simd import compiled, inner
+from .operators import form
+from .simd import as_numpy, compiled, inner
 from .team import num_threads, share
 
 
@@ -24,8 +24,7 @@ def open_chunk(piece: Tensor, cached: Tensor | None, stops: Tensor, fill: Tensor
     Returns:
         (B, c, H, d), zero from slot `fill` on.
     """
-    tracked = torch.is_grad_enabled() and (piece.requires_grad or (cached is not None and cached.requires_grad))
-    run = take_open_chunk if tracked or torch.compiler.is_compiling() else _take
+    run = form(take_open_chunk, _take, piece, cached)
     stops, fill = stops.contiguous(), fill.contiguous()
     return run(piece.contiguous(), None if cached is None else cached.contiguous(), stops, fill, chunk_size)
 
@@ -77,14 +76,14 @@ def _return_all(grad: Any, stops: Any, fill: Any, piece: Any, cached: Any) -> No
 
 def _words(t: Tensor) -> np.ndarray:
     """float32 as pairs of 16 bits, so that the same code moves float32 and bf16."""
-    return array_of(t).view(np.uint16)
+    return as_numpy(t).view(np.uint16)
 
 
 def _take(piece: Tensor, cached: Tensor | None, stops: Tensor, fill: Tensor, chunk_size: int) -> Tensor:
     target = piece.new_empty(len(piece), chunk_size, *piece.shape[2:])
     source = piece if cached is None else cached
     pieces = (_words(piece), _words(source))
-    _take_all(num_threads(), *pieces, array_of(stops), array_of(fill), _words(target))
+    _take_all(num_threads(), *pieces, as_numpy(stops), as_numpy(fill), _words(target))
     return target
 
 
@@ -103,7 +102,7 @@ def _(piece: Tensor, cached: Tensor | None, stops: Tensor, fill: Tensor, chunk_s
 def return_open_chunk(grad: Tensor, stops: Tensor, fill: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Gradients to piece and cache."""
     piece, cached = grad.new_zeros(len(grad), length, *grad.shape[2:]), grad.new_zeros(grad.shape)
-    _return_all(_words(grad), array_of(stops), array_of(fill), _words(piece), _words(cached))
+    _return_all(_words(grad), as_numpy(stops), as_numpy(fill), _words(piece), _words(cached))
     return piece, cached
 
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from ..rotary import rotations
-from .scalars import array_of, pair, paired
-from .simd import compiled, inner
+from .operators import form
+from .scalars import pair, paired
+from .simd import as_numpy, compiled, inner
 from .team import num_threads, share
 
 _SIGNS = (np.float32(1), np.float32(-1))
@@ -23,9 +24,7 @@ def rotate(x: Tensor, slots: Tensor, base: float, highest: int) -> Tensor:
         base: of the frequencies.
         highest: number of positions that may occur.
     """
-    tracked = torch.is_grad_enabled() and x.requires_grad
-    run = rotate_pairs if tracked or torch.compiler.is_compiling() else _rotate
-    return run(x.contiguous(), slots.contiguous(), base, highest, False)
+    return form(rotate_pairs, _rotate, x)(x.contiguous(), slots.contiguous(), base, highest, False)
 
 
 @inner(fastmath={"contract"})
@@ -58,8 +57,8 @@ def _rotate(x: Tensor, slots: Tensor, base: float, highest: int, back: bool) -> 
     cos, sin = rotations(highest, x.shape[-1], base, torch.float32, x.device)
     y = x.new_empty(x.shape)
     words = np.uint32 if x.dtype == torch.bfloat16 else np.uint64  # of two elements
-    table = (array_of(cos), array_of(sin), _SIGNS[back])
-    _turn_all(num_threads(), array_of(x).view(words), array_of(slots), *table, array_of(y).view(words))
+    table = (as_numpy(cos), as_numpy(sin), _SIGNS[back])
+    _turn_all(num_threads(), as_numpy(x).view(words), as_numpy(slots), *table, as_numpy(y).view(words))
     return y
 
 

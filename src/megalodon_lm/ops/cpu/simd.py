@@ -83,13 +83,13 @@ class _Model(models.PrimitiveModel):
 
 
 def as_numpy(t: Tensor) -> np.ndarray:
-    """The memory of a contiguous CPU tensor as one row; bf16 as uint16. Of any other it would be a copy, and lost.
+    """The memory of a contiguous CPU tensor; bf16 as uint16. Of any other it would be a copy, and lost.
 
     That memory can then no longer be freed before the tensor is, as FSDP2 does with parameters: give copies of those.
     """
     assert t.is_contiguous(), t.stride()
     t = t.detach()
-    return (t.view(torch.uint16) if t.dtype == torch.bfloat16 else t).reshape(-1).numpy()
+    return (t.view(torch.uint16) if t.dtype == torch.bfloat16 else t).numpy()
 
 
 def _words(value: int) -> ir.Constant:

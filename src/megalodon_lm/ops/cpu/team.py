@@ -20,7 +20,8 @@ from numba.core import cgutils
 from numba.core.compiler import Flags, compile_extra
 from numba.extending import intrinsic
 
-from .threads import parallel_for
+from .simd import as_numpy
+from .threads import run_on_pool
 
 _PIECES_PER_THREAD = 2
 _SYMBOL = "megalodon_run_on_team"
@@ -38,8 +39,12 @@ def num_threads() -> int:
 
 
 def run_on_team(compiled: Callable[[int, int, tuple[Any, ...]], None], num_tasks: int, *args: Any) -> None:
-    """Call a compiled function that shares `num_tasks` tasks, with the threads that may be used now."""
-    compiled(num_threads(), num_tasks, args)
+    """Call a compiled function that shares `num_tasks` tasks, with the threads that may be used now.
+
+    Tensors among the arguments go as their memory, in one row.
+    """
+    arrays = tuple(as_numpy(a).reshape(-1) if isinstance(a, torch.Tensor) else a for a in args)
+    compiled(num_threads(), num_tasks, arrays)
 
 
 @intrinsic
@@ -127,9 +132,9 @@ def _borrowed(context: Any, builder: Any, kind: Any, value: Any) -> Any:
 
 @_RUN
 def _run_on_pool(body: int, shared: int, threads: int, _: int) -> None:
-    """Stand-in for OpenMP: the first thread to come takes what it finds."""
+    """Stand-in for OpenMP."""
     work = _BODY(body)
-    parallel_for(lambda first, last: work(shared), threads)
+    run_on_pool(lambda: work(shared), threads)
 
 
 def _openmp_libraries() -> Iterator[ctypes.CDLL]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import attention_kernels as kernels
-from .scalars import array_of
+from .simd import as_numpy
 from .team import num_threads
 
 TILE_SIZE = 256  # of bf16; half as many of float32, whose scores would not fit into the second cache
@@ -63,7 +63,7 @@ def forward(
         sums: (B * L * H,), out: logarithms of the softmax's sums, (H, n) for each group in turn.
     """
     heads = q.shape[2]
-    threads, slots_of, sums_of = num_threads(), array_of(slots), array_of(sums)
+    threads, slots_of, sums_of = num_threads(), as_numpy(slots), as_numpy(sums)
     size = _tile_size(q)
     scratch = q.new_empty(int((groups[:, 2] - groups[:, 1] + groups[:, 3]).max()) * heads * size)
     for group in map(tuple, groups.tolist()):
@@ -75,7 +75,7 @@ def forward(
             high = before + stop
             scores = scratch[: heads * (stop - start) * high].view(heads, stop - start, high)
             _multiply(qs[:, start:stop], ks[:, :high].mT, scores)
-            kernels.softmax(threads, array_of(scores), slots_of[row, begin:end], before, start, logs)
+            kernels.softmax(threads, as_numpy(scores), slots_of[row, begin:end], before, start, logs)
             _multiply(scores, vs[:, :high], out[row, begin + start : begin + stop].transpose(0, 1))
 
 
@@ -108,13 +108,13 @@ def backward(
     longest = int((groups[:, 2] - groups[:, 1]).max(initial=0))
     size = _tile_size(q)
     scratch = q.new_empty(2, longest * heads * size)
-    output, incoming, sums_of = array_of(out), array_of(grad), array_of(sums)
+    output, incoming, sums_of = as_numpy(out), as_numpy(grad), as_numpy(sums)
     for group in map(tuple, groups.tolist()):
         row, begin, end, before = group
         n = end - begin
         qs, ks, vs = _by_heads(q, None, (row, begin, end, 0)), _by_heads(k, keys, group), _by_heads(v, values, group)
         gs, deltas = v.new_empty(heads, n, v.shape[-1]), np.empty((heads, n), np.float32)
-        kernels.pack_gradient(threads, incoming, output, row, begin, array_of(gs), deltas)
+        kernels.pack_gradient(threads, incoming, output, row, begin, as_numpy(gs), deltas)
         logs = sums_of[heads * (row * q.shape[1] + begin) :][: heads * n].reshape(heads, n)
         last = ends[row, begin:end] - begin
         dq = qs.new_zeros(qs.shape, dtype=torch.float32)
@@ -129,7 +129,7 @@ def backward(
             weights, scores = (t[: shape[0] * shape[1] * shape[2]].view(shape) for t in scratch)
             _multiply(ks[:, start:stop], qs[:, query:].mT, weights)
             _multiply(vs[:, start:stop], gs[:, query:].mT, scores)
-            tile = (array_of(weights), array_of(scores), last, before, start, query, logs, deltas)
+            tile = (as_numpy(weights), as_numpy(scores), last, before, start, query, logs, deltas)
             kernels.weight_gradients(threads, *tile)
             _multiply(weights, gs[:, query:], dv[:, start:stop])
             _multiply(scores, qs[:, query:], dk[:, start:stop])

@@ -10,7 +10,7 @@ from ..backend import implements
 from ..boundaries import Boundaries
 from ..timestep_norm import NormState, empty_norm_state
 from . import timestep_norm_kernels as kernels
-from .simd import as_numpy
+from .operators import form, tracked
 from .team import run_on_team
 
 
@@ -36,9 +36,9 @@ def timestep_norm(
     inputs = tuple(
         t.contiguous() for t in (x.float(), weight.float() + 1, bias, entry.mean.double(), entry.var.double())
     )
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    run = timestep_norm_forward if keep or torch.compiler.is_compiling() else _forward
-    y, mean, var, _ = run(*inputs, counts, lengths.contiguous(), num_groups, eps, out_dtype, keep)
+    settings = (num_groups, eps, out_dtype, tracked(*inputs))
+    run = form(timestep_norm_forward, _forward, *inputs)
+    y, mean, var, _ = run(*inputs, counts, lengths.contiguous(), *settings)
     return y, NormState(where.exit_position(entry.count, length), mean, var)
 
 
@@ -60,10 +60,8 @@ def _forward(
     y = _blank(x, lengths, out_dtype)
     mean, var = entry_mean.new_empty(entry_mean.shape), entry_var.new_empty(entry_var.shape)
     saved = mean.new_empty(batch, num_groups, length if keep else 0, 3)
-    inputs = [as_numpy(t) for t in (entry_mean, entry_var, counts, lengths)]
-    outputs = [as_numpy(t) for t in (y, mean, var, saved)]
-    features = (as_numpy(x), (length, dim, num_groups, keep), as_numpy(weight), as_numpy(bias), eps)
-    run_on_team(kernels.forward_on_team, batch * num_groups, *features, *inputs, *outputs)
+    inputs = (x, (length, dim, num_groups, keep), weight, bias, eps, entry_mean, entry_var, counts, lengths)
+    run_on_team(kernels.forward_on_team, batch * num_groups, *inputs, y, mean, var, saved)
     return y, mean, var, saved
 
 
@@ -129,9 +127,9 @@ def timestep_norm_backward(
     grad_x = _blank(x, lengths, x.dtype)
     grad_weight, grad_bias = x.new_empty(batch, dim), x.new_empty(batch, dim)
     to_mean, to_var = grad_mean.new_empty(grad_mean.shape), grad_var.new_empty(grad_var.shape)
-    inputs = [as_numpy(t) for t in (weight, counts, lengths, saved, entry_mean)]
-    grads = [as_numpy(t) for t in (grad_y, grad_mean, grad_var, grad_x, grad_weight, grad_bias, to_mean, to_var)]
-    run_on_team(kernels.backward_on_team, batch * groups, as_numpy(x), (length, dim, groups, True), *inputs, *grads)
+    inputs = (x, (length, dim, groups, True), weight, counts, lengths, saved, entry_mean)
+    grads = (grad_y, grad_mean, grad_var, grad_x, grad_weight, grad_bias, to_mean, to_var)
+    run_on_team(kernels.backward_on_team, batch * groups, *inputs, *grads)
     return grad_x, grad_weight.sum(0), grad_bias.sum(0), to_mean, to_var
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ..backend import KernelError
-from .simd import LANES, as_numpy, compiled, inner, load, store
+from .simd import LANES, compiled, inner, load, store
 from .team import run_on_team, share
 
 
@@ -27,6 +27,6 @@ def double() -> None:
         KernelError: it cannot be compiled, or computes something else.
     """
     x = torch.ones(4 * LANES)
-    run_on_team(_double_on_team, 4, as_numpy(x))
+    run_on_team(_double_on_team, 4, x)
     if not bool((x == 2).all()):
         raise KernelError("kernels compute wrongly")
