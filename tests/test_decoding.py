@@ -13,6 +13,7 @@ from megalodon_lm.generation.decoding_weights import prepare
 from megalodon_lm.generation.fused_step import FusedStep
 from megalodon_lm.generation.stream import read
 from megalodon_lm.ops import backend
+from megalodon_lm.ops.cpu import decoding_kernels, simd
 from megalodon_lm.ops.derived import rounded
 
 CONFIGS = {
@@ -195,6 +196,28 @@ def test_what_the_compiled_step_cannot_do_the_model_does(changes):
     decoder = Decoder(model, state, "float32")
     assert not decoder.fused
     assert decoder.step(tokens_of(1, 1)[:, 0]).shape == (1, 259)
+
+
+@simd.compiled
+def _impossible(*args):
+    args.no_such_thing()
+
+
+def test_steps_whose_kernels_cannot_be_compiled_are_taken_by_the_model(monkeypatch, caplog):
+    monkeypatch.setattr(decoding_kernels, "head", _impossible)  # the last one of a step
+    monkeypatch.setattr(backend, "_failures", {})
+    model = model_of(CONFIGS["swiglu"])
+    prompt, more = tokens_of(2, 20), tokens_of(2, 5, 1)
+    _, state = read(model, prompt)
+    decoder = Decoder(model, state, "float32")
+    found = steps(decoder, more)
+    with torch.no_grad():
+        expected, leaving = model(more, state)
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+    assert_same_state(decoder.state(), leaving, 2e-4)
+    assert not decoder.fused
+    (record,) = caplog.records
+    assert "_impossible" in record.message
 
 
 def test_the_portable_choice_is_obeyed():

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Decoder:
     """Steps of one token for B rows, which may stand at different positions.
 
-    On the CPU each layer is one compiled call on a preallocated state; elsewhere, and for widths that are no multiples
-    of 16, the model itself takes each step. Both give the same logits up to rounding.
+    On the CPU each layer is one compiled call on a preallocated state; elsewhere, for widths that are no multiples of
+    16, and where it cannot be compiled, the model itself takes each step. Both give the same logits up to rounding.
 
     Args:
         model: in evaluation mode; later changes of its weights may go unseen.
@@ -34,6 +34,7 @@ class Decoder:
         self.precision = choose_precision(precision, self.device)
         state.check(model, state.batch_size)
         self.rows = state.position.shape
+        self._entry: State | None = state  # until the first step has shown that its kernels can be compiled
         self._stepper = self._make_stepper(state)
 
     def _make_stepper(self, state: State) -> "FusedStep | _ModelStep":
@@ -66,7 +67,14 @@ class Decoder:
         if tokens.shape != self.rows:
             raise InputError(f"the decoder has {self.rows[0]} rows but the tokens are {tuple(tokens.shape)}")
         self.model.check_tokens(tokens[:, None])
-        return self._stepper.step(tokens)
+        entry, self._entry = self._entry, None
+        try:
+            return self._stepper.step(tokens)
+        except backend.KernelError as error:
+            assert entry is not None
+            backend.give_up(self.device.type, error)
+            self._stepper = _ModelStep(self.model, entry, self.precision)
+            return self._stepper.step(tokens)
 
     def state(self) -> State:
         """The state after the last step, to be saved, forked or read on from."""
