@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megalodon_lm.ops import bins, reference
+from megalodon_lm.ops import attention, bins, reference
 from megalodon_lm.ops import chunk_attention as portable
 from megalodon_lm.ops.boundaries import Boundaries
 from megalodon_lm.ops.chunk_attention import KeyValueCache, causal_attention
@@ -34,7 +34,7 @@ def run(op, where, fill):
 @pytest.mark.parametrize("fill", [(0, 0, 0), (5, 5, 5), (3, 15, 0)])
 @pytest.mark.parametrize("length", [1, 7, 16, 50])
 def test_equals_reference_with_all_gradients(kind, fill, length, monkeypatch):
-    monkeypatch.setattr(portable, "TILE_SIZE", 5)
+    monkeypatch.setattr(attention, "TILE_SIZE", 5)
     where, fill = boundaries(kind, B, length), torch.tensor(fill)
     fast, slow = run(chunk_attention, where, fill), run(reference.chunk_attention, where, fill)
     actual, expected = gradients(fast, case(length)), gradients(slow, case(length))

@@ -26,7 +26,7 @@ class Bins:
     place: Tensor  # (B, L) query m * Q + i of each token, -1 at padding
     into: Tensor  # (R,) key m * K + j of each cached key
     cached: Tensor  # (R,) row of the cache b * c + slot that goes there
-    longest: np.ndarray  # (Q,) keys up to and with the last one that query i of any bin sees
+    reach: list[int]  # (Q,) for each query, the key after the last one that it sees in any bin
 
     def gather_keys(self, piece: Tensor, cache: Tensor | None) -> Tensor:
         """Keys or values (B, L, ...) and those of the entry cache (B, c, ...) to (M, K, ...), zero where none is."""
@@ -99,5 +99,5 @@ def pack_into_bins(slots: Tensor, chunk_size: int, device: torch.device) -> Bins
         place=here(place, *slots.shape),
         into=here(into, -1),
         cached=here(cached, -1),
-        longest=highs.max(0, initial=0) + 1,
+        reach=(highs.max(0, initial=0) + 1).tolist(),
     )

@@ -75,7 +75,7 @@ class Blocks:
     last: Tensor  # (B,) last block of each row, -1 for a row without tokens
     used: Tensor  # (B,) slots up to and with the last token of the row in its last block
     size: int
-    longest: int  # blocks in the longest segment
+    longest: int  # blocks in the longest segment, or more
     shape: tuple[int, int]
 
     def gather(self, x: Tensor) -> Tensor:
@@ -157,8 +157,9 @@ def cut_into_blocks(
 
     Args:
         batch: B.
-        length: L.
-        most: slots in a block; fewer where short segments would leave much of it empty.
+        length: L, at least 1.
+        most: slots in a block; fewer where short segments would leave much of it empty, but not in a graph of
+            torch.compile, where no value may decide a size.
         boundaries: of the piece.
         device: where the result lives.
     """
@@ -172,49 +173,38 @@ def cut_into_blocks(
         return Blocks(None, None, first, first, row, row, last, used, size, per_row, (batch, length))
 
     lengths = torch.full((batch,), length) if boundaries.lengths is None else boundaries.lengths
-    steps = torch.arange(length).expand(batch, length)
+    steps = torch.arange(length)
     valid = steps < lengths[:, None]
-    started = torch.zeros(batch, length, dtype=torch.bool) if boundaries.starts is None else boundaries.starts & valid
-    begins = started.clone()
-    begins[:, :1] |= valid[:, :1]
-    rows, at = begins.nonzero(as_tuple=True)
-    continued = ~started[rows, at]
-    ends = torch.cat([at[1:], at.new_zeros(1)])[: len(at)]
-    row_ends = torch.cat([rows[1:] != rows[:-1], rows.new_ones(1, dtype=torch.bool)])[: len(rows)]
-    ends = torch.where(row_ends, lengths[rows], ends)
-    size = _size(ends - at, size)
-    blocks_of = -(-(ends - at) // size)
-    base = blocks_of.cumsum(0) - blocks_of
-    count = int(blocks_of.sum())
+    started = torch.zeros_like(valid) if boundaries.starts is None else boundaries.starts & valid
+    begins = started | (valid & (steps == 0))
+    since = steps - torch.where(begins, steps, 0).cummax(1).values  # place of each token in its segment
+    longest = length
+    if not torch.compiler.is_compiling():
+        ends = valid & ~F.pad((valid & ~begins)[:, 1:], (0, 1))
+        size = _size(since[ends] + 1, size)
+        longest = int(torch.where(valid, since + 1, 0).max())
 
-    segment_of = (begins.flatten().cumsum(0) - 1).clamp(min=0).view(batch, length)
-    if len(at):
-        slot = steps - at[segment_of] + base[segment_of] * size
-    else:
-        slot = torch.full((batch, length), -1)
-    place = torch.where(valid, slot, -1)
-    index = torch.full((count * size,), -1)
-    tokens = torch.arange(batch * length).view(batch, length)
-    index[place[valid]] = tokens[valid]
-
-    segment = torch.arange(len(at)).repeat_interleave(blocks_of)
-    first = torch.zeros(count, dtype=torch.bool)
-    first[base] = True
-    carries = torch.zeros(count, dtype=torch.bool)
-    carries[base[continued]] = True
-    end_place = place.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0] if length else torch.full((batch,), -1)
-    last = torch.where(lengths > 0, end_place // size, -1)
-    used = torch.where(lengths > 0, end_place % size + 1, 0)
+    opens = valid & (since % size == 0)
+    if torch.compiler.is_compiling():
+        opens[0, 0] = True  # at least one block, if an empty one: a graph with gradients must know that there is one
+    (heads,) = opens.flatten().nonzero(as_tuple=True)  # the token that begins each block
+    if torch.compiler.is_compiling():
+        torch._check(len(heads) > 0)
+    place = torch.where(valid, (opens.flatten().cumsum(0).view_as(since) - 1) * size + since % size, -1)
+    slots = torch.arange(len(heads))[:, None] * size + torch.arange(size)
+    tokens = (heads[:, None] + torch.arange(size)).clamp(max=batch * length - 1)
+    first = since.flatten()[heads] == 0
+    end = place.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
     return Blocks(
-        index=index.view(count, size).to(device),
+        index=torch.where(place.flatten()[tokens] == slots, tokens, -1).to(device),
         place=place.to(device),
         first=first.to(device),
-        carries=carries.to(device),
-        row=rows[segment].to(device),
-        segment=segment.to(device),
-        last=last.to(device),
-        used=used.to(device),
+        carries=(first & ~started.flatten()[heads]).to(device),
+        row=(heads // length).to(device),
+        segment=begins.flatten().cumsum(0)[heads].to(device),
+        last=torch.where(lengths > 0, end // size, -1).to(device),
+        used=torch.where(lengths > 0, end % size + 1, 0).to(device),
         size=size,
-        longest=int(blocks_of.max()) if len(at) else 0,
+        longest=-(-longest // size),
         shape=(batch, length),
     )

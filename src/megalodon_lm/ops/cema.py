@@ -112,7 +112,7 @@ def _cema(
         before_last = entries[last]
     else:  # no state goes from block to block, so none is held for each of them
         before_last = torch.zeros(batch, dim, ndim, dtype=q.dtype, device=x.device)
-        if entry is not None and len(blocks.row):
+        if entry is not None and (torch.compiler.is_compiling() or len(blocks.row)):
             (carried,) = blocks.carries.nonzero(as_tuple=True)
             y = y.index_add(2, carried, torch.bmm(emit, _pairs(entry[blocks.row[carried]]).permute(1, 2, 0)))
             before_last = torch.where(blocks.carries[last].view(-1, 1, 1), entry, before_last)

@@ -58,7 +58,7 @@ def timestep_norm(
 
     # Moments are taken about the entry mean, or about the first token of a document that starts here.
     shift = means[:, 0].detach()
-    began = torch.where(blocks.first, torch.arange(len(shift), device=x.device), 0).cummax(0).values
+    began = torch.searchsorted(blocks.segment, blocks.segment)  # the block that begins the segment of each
     shift = shift[began]  # (M, G)
     before = torch.zeros(len(shift), dtype=torch.float64, device=x.device)  # tokens before the piece
     if state is not None:
