@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .scalars import as_float, maximum, rough_exp, rounded
+from .scalars import as_float, copy, maximum, rough_exp, rounded
 from .simd import LANES, compiled, inner
 from .team import share
 
@@ -165,19 +165,13 @@ def _dot(a: Any, b: Any) -> Any:
 
 
 @inner(fastmath=_CONTRACT)
-def _copy(source: Any, target: Any) -> None:
-    for i in range(len(source)):  # assigning a whole slice would compile for seconds
-        target[i] = source[i]
-
-
-@inner(fastmath=_CONTRACT)
 def _delta_rows(first: int, last: int, grad: Any, out: Any, row: int, begin: int, packed: Any, deltas: Any) -> None:
     n = packed.shape[1]
     for task in range(first, last):
         h, i = task // n, task % n
         source = grad[row, begin + i, h]
         deltas[h, i] = _dot(source, out[row, begin + i, h])
-        _copy(source, packed[h, i])
+        copy(source, packed[h, i])
 
 
 @compiled(fastmath=_CONTRACT)
@@ -243,7 +237,7 @@ def _few_outputs(
             for i in range(len(seen)):
                 highest = maximum(highest, seen[i])
             padded = -(-len(seen) // _STEP) * _STEP
-            _copy(seen, weights)
+            copy(seen, weights)
             weights[len(seen) : padded] = -np.inf
             total = _sum_exp(weights[:padded], highest)
             mixed[:] = 0

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .operators import form
+from .scalars import copy
 from .simd import as_numpy, compiled, inner
 from .team import num_threads, share
 
@@ -30,31 +31,18 @@ def open_chunk(piece: Tensor, cached: Tensor | None, stops: Tensor, fill: Tensor
 
 
 @inner
-def _copy(source: Any, target: Any) -> None:
-    for h in range(target.shape[0]):  # assigning whole slices would compile for seconds
-        for i in range(target.shape[1]):
-            target[h, i] = source[h, i]
-
-
-@inner
-def _clear(target: Any) -> None:
-    for h in range(target.shape[0]):
-        for i in range(target.shape[1]):
-            target[h, i] = 0
-
-
-@inner
 def _take_rows(first: int, last: int, piece: Any, cached: Any, stops: Any, fill: Any, target: Any) -> None:
     size = target.shape[1]
     for task in range(first, last):
         b, slot = task // size, task % size
         token = stops[b] - fill[b] + slot
         if slot >= fill[b]:
-            _clear(target[b, slot])
+            for i in range(target.shape[2]):
+                target[b, slot, i] = 0
         elif token >= 0:
-            _copy(piece[b, token], target[b, slot])
+            copy(piece[b, token], target[b, slot])
         else:
-            _copy(cached[b, slot], target[b, slot])
+            copy(cached[b, slot], target[b, slot])
 
 
 @compiled
@@ -69,14 +57,14 @@ def _return_all(grad: Any, stops: Any, fill: Any, piece: Any, cached: Any) -> No
         for slot in range(fill[b]):
             token = stops[b] - fill[b] + slot
             if token >= 0:
-                _copy(grad[b, slot], piece[b, token])
+                copy(grad[b, slot], piece[b, token])
             else:
-                _copy(grad[b, slot], cached[b, slot])
+                copy(grad[b, slot], cached[b, slot])
 
 
 def _words(t: Tensor) -> np.ndarray:
-    """float32 as pairs of 16 bits, so that the same code moves float32 and bf16."""
-    return as_numpy(t).view(np.uint16)
+    """(B, L, H * d); float32 as pairs of 16 bits, so that the same code moves float32 and bf16."""
+    return as_numpy(t).view(np.uint16).reshape(*t.shape[:2], -1)
 
 
 def _take(piece: Tensor, cached: Tensor | None, stops: Tensor, fill: Tensor, chunk_size: int) -> Tensor:

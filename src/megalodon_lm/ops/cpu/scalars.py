@@ -105,6 +105,13 @@ def _paired(first, second, array):  # type: ignore[no-untyped-def]
     )
 
 
+@njit
+def copy(source: Any, target: Any) -> None:
+    """Element by element: assigning a whole slice would compile for seconds."""
+    for i in range(len(source)):
+        target[i] = source[i]
+
+
 _LOG2_E = np.float32(1.4426950408889634)
 _SHIFTER = np.float32(1.5 * 2**23 + 127)  # adding it rounds to an integer, and leaves it as an exponent in the low bits
 _TAYLOR = tuple(np.float32(np.log(2) ** n / np.prod(np.arange(1.0, n + 1))) for n in range(7))
