@@ -119,7 +119,7 @@ def _layer(block: Any, sizes: Sizes, dtype: torch.dtype, cos: np.ndarray, sin: n
     return LayerWeights(
         timenorm=_affine(mega.timenorm),
         cema=Average(_flat(p), _flat(q), _flat(g), _vector(cema.omega)),
-        rmsnorm=Affine(as_numpy(derived(_scale, mega.rmsnorm.weight)), np.zeros(width, np.float32)),
+        rmsnorm=Affine(as_numpy(derived(_scale, mega.rmsnorm.weight)), as_numpy(torch.zeros(width))),
         wv=_matrix(mega.wv, dtype),
         wz=_matrix(mega.wz, dtype),
         wr=_matrix(mega.wr, dtype),
@@ -130,13 +130,13 @@ def _layer(block: Any, sizes: Sizes, dtype: torch.dtype, cos: np.ndarray, sin: n
         fc1=fc1,
         fc3=Matrix(fc1.weight, fc1.bias[:0]) if ffn.fc3 is None else _matrix(ffn.fc3, dtype),
         fc2=_matrix(ffn.fc2, dtype),
-        alpha=np.ones(width, np.float32) if ffn.alpha is None else _vector(ffn.alpha),
+        alpha=as_numpy(torch.ones(width)) if ffn.alpha is None else _vector(ffn.alpha),
     )
 
 
 def _matrix(linear: Linear, dtype: torch.dtype) -> Matrix:
     weight = _flat(rounded(linear.weight, dtype).contiguous())
-    bias = np.zeros(len(linear.weight), np.float32) if linear.bias is None else _vector(linear.bias)
+    bias = as_numpy(torch.zeros(len(linear.weight))) if linear.bias is None else _vector(linear.bias)
     return Matrix(weight, bias)
 
 

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,18 +24,19 @@ class FusedStep:
     """
 
     def __init__(self, model: Megalodon, state: State, dtype: torch.dtype):
-        self.model = model
-        self.weights = prepare(model, dtype)
-        self.rows = DecodingRows(model, self.weights.sizes, state.batch_size, dtype)
+        self.weights, num_rows = prepare(model, dtype), state.batch_size
+        sizes = self.weights.sizes
+        self.rows = DecodingRows(model, sizes, num_rows, dtype)
         self.rows.enter(state)
-        self._sizes = kernels.plain(self.weights.sizes)
-        scratch = kernels.Scratch.make(state.batch_size, self.weights.sizes)
-        self._scratch = kernels.plain(scratch)
+        self._embed = model.embed
+        self._x = as_numpy(torch.zeros(num_rows * sizes.model_dim))
+        self._logits = torch.zeros(num_rows, len(model.output.output.weight))
+        scratch = kernels.Scratch.make(num_rows, sizes)
         layers = zip(self.weights.layers, self.rows.layers, strict=True)
-        self._layers = [(kernels.plain(weights), kernels.plain(rows)) for weights, rows in layers]
-        self._head = kernels.plain((self.weights.head, self.rows.norm, scratch.normed, scratch.ones))
-        self._x = np.zeros(state.batch_size * self.weights.sizes.model_dim, np.float32)
-        self._logits = torch.zeros(state.batch_size, len(model.output.output.weight))
+        self._common = num_rows, kernels.plain(sizes), self.weights.eps, self._x
+        self._layers = [kernels.plain((weights, rows, scratch)) for weights, rows in layers]
+        head = (self.weights.head, self.rows.norm, scratch.normed, scratch.ones, as_numpy(self._logits).reshape(-1))
+        self._head = kernels.plain(head)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Read one token a row.
@@ -47,13 +47,12 @@ class FusedStep:
         Returns:
             logits (B, vocabulary) float32 of the next token, overwritten by the next step.
         """
-        embed = self.model.embed
+        embed, threads = self._embed, num_threads()
         x = embed.weight.detach()[tokens].float().view(-1)
         self._x[:] = (x * math.sqrt(embed.embedding_dim) if embed.scaled else x).numpy()
-        common = (num_threads(), len(tokens), self._sizes, self.weights.eps, self._x)
-        for weights, rows in self._layers:
-            kernels.layer(*common, weights, rows, self._scratch)
-        kernels.head(*common, *self._head, as_numpy(self._logits).reshape(-1))
+        for layer in self._layers:
+            kernels.layer(threads, *self._common, *layer)
+        kernels.head(threads, *self._common, *self._head)
         self.rows.position += 1
         return self._logits
 

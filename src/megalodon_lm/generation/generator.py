@@ -2,6 +2,7 @@
 
 import codecs
 import math
+import sys
 from collections.abc import Callable, Sequence
 from collections.abc import Generator as PythonGenerator
 from pathlib import Path
@@ -166,8 +167,9 @@ class Generator:
                     return
                 logits = decoder.step(tokens.to(decoder.device))
         finally:
-            for context, row in zip(grown, rows, strict=True):
-                context.read(torch.tensor(row.tokens, dtype=torch.int64).numpy())
+            if not sys.is_finalizing():  # a stream left open at the interpreter's exit: PyTorch may be gone
+                for context, row in zip(grown, rows, strict=True):
+                    context.read(np.array(row.tokens, np.int64))
 
 
 def _logprobs(logits: Tensor, tokens: Tensor) -> list[float]:

@@ -11,11 +11,12 @@ names back inside, where these cost nothing.
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from .decoding_attention import SPLIT, attend, combine, enter_cache, silu
 from .elementwise_kernels import gate_forward_on_team, norm_forward_on_team
 from .matrix_vector import Matrix, products
-from .simd import LANES, add_product, compiled, inner, load, splat, store, sub_product, total
+from .simd import LANES, add_product, as_numpy, compiled, inner, load, splat, store, sub_product, total
 from .team import share
 from .timestep_norm_kernels import forward_on_team as timestep_norm
 
@@ -146,8 +147,8 @@ class Scratch(NamedTuple):
         splits = -(-sizes.chunk_size // SPLIT)
         tasks = sizes.num_heads * splits
         widths = (d, d, v, z, v, d, z, tasks * SPLIT, tasks * 2, v * splits, v, d, f, f)
-        arrays = (np.zeros(rows * width, np.float32) for width in widths)
-        return cls(*arrays, np.zeros(2 * rows, np.float32), np.ones(rows, np.int64))
+        arrays = (as_numpy(torch.zeros(rows * width)) for width in (*widths, 2))  # PyTorch's begin at a cache line
+        return cls(*arrays, np.ones(rows, np.int64))
 
 
 @inner
