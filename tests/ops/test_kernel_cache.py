@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from llvmlite.binding import Linkage
 
 from megalodon_lm.ops.cpu import kernel_cache, simd
+from megalodon_lm.ops.cpu.attention_kernels import _sum_exp
 
 
 @pytest.fixture
@@ -112,3 +114,19 @@ def test_a_change_of_any_file_that_a_kernel_is_made_of_makes_it_new(tmp_path):
         assert {name for name in before if before[name] != after[name]} == remade
         before = after
     kernel_cache.stamp.cache_clear()
+
+
+def test_kernels_share_no_code(nowhere):
+    """Else one copy of a helper, the first that a process meets, serves all kernels, and copies sum in other orders."""
+    (nowhere / "tmp").mkdir()
+
+    @simd.compiled
+    def sums(x, y):
+        y[0] = _sum_exp(x, y[0])
+        y[1] = _sum_exp(x, y[1])
+
+    sums(np.zeros(3, np.float32), np.zeros(2, np.float32))
+    (compiled,) = sums.overloads.values()
+    code = {f.name: f.linkage for f in compiled.library._final_module.functions if not f.is_declaration}
+    assert [linkage for name, linkage in code.items() if "_sum_exp" in name] == [Linkage.internal]
+    assert not {Linkage.linkonce_odr, Linkage.weak_odr} & set(code.values())

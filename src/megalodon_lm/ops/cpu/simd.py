@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..backend import KernelError
 from .kernel_cache import keep
+from .own_code import OwnCode
 from .processor import rounds_to_bf16
 
 LANES = 16
@@ -62,7 +63,7 @@ def _compile_entry(function: Any = None, **options: Any) -> Any:
 # result on disk. `compiled` functions are called from Python, and raise KernelError if they cannot be compiled; they
 # allocate nothing, so that arrays need no reference counts. `inner` ones are called by compiled code alone, which
 # spares the entry from Python.
-compiled: Any = partial(_compile_entry, **_OPTIONS, _nrt=False)
+compiled: Any = partial(_compile_entry, **_OPTIONS, _nrt=False, pipeline_class=OwnCode)
 inner: Any = partial(_compile, **_OPTIONS, _nrt=True, no_cpython_wrapper=True)
 
 
