@@ -9,6 +9,27 @@ from .team import share
 
 
 @inner
+def mean_of(x: Any, at: int, size: int) -> Any:
+    """Mean of `size` elements from `at`, a multiple of 16."""
+    part = load(x, at)
+    for i in range(at + LANES, at + size, LANES):
+        part = part + load(x, i)
+    return total(part) / np.float32(size)
+
+
+@inner
+def mean_square(x: Any, at: int, size: int, centre: Any) -> Any:
+    """Mean square distance from `centre` of `size` elements from `at`, a multiple of 16."""
+    middle = splat(centre)
+    some = load(x, at) - middle
+    square = some * some
+    for i in range(at + LANES, at + size, LANES):
+        some = load(x, i) - middle
+        square = square + some * some
+    return total(square) / np.float32(size)
+
+
+@inner
 def norm_forward(
     first: int, last: int, x: Any, dim: int, weight: Any, bias: Any, centred: bool, eps: float, y: Any, saved: Any
 ) -> None:
@@ -19,21 +40,10 @@ def norm_forward(
     """
     for m in range(first, last):
         at, own = m * dim, m * dim % weight.size
-        mean = np.float32(0)
-        if centred:
-            part = load(x, at)
-            for i in range(at + LANES, at + dim, LANES):
-                part = part + load(x, i)
-            mean = np.float32(total(part) / np.float32(dim))
-        middle = splat(mean)
-        some = load(x, at) - middle
-        square = some * some
-        for i in range(at + LANES, at + dim, LANES):
-            some = load(x, i) - middle
-            square = square + some * some
-        scale = np.float32(1 / np.sqrt(total(square) / np.float32(dim) + np.float32(eps)))
+        mean = mean_of(x, at, dim) if centred else np.float32(0)
+        scale = np.float32(1 / np.sqrt(mean_square(x, at, dim, mean) + np.float32(eps)))
         saved[2 * m], saved[2 * m + 1] = mean, scale
-        by = splat(scale)
+        middle, by = splat(mean), splat(scale)
         for i in range(0, dim, LANES):
             store(y, at + i, (load(x, at + i) - middle) * by * load(weight, own + i) + load(bias, own + i))
 

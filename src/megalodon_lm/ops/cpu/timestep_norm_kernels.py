@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .elementwise_kernels import mean_of, mean_square
 from .simd import LANES, compiled, inner, load, splat, store, total
 from .team import share
 
@@ -17,17 +18,8 @@ from .team import share
 def _sums(x: Any, offset: int, width: int) -> Any:
     """Mean and population variance of one token's group, in float32."""
     if width % LANES == 0:
-        part = load(x, offset)
-        for i in range(LANES, width, LANES):
-            part = part + load(x, offset + i)
-        mean = total(part) / np.float32(width)
-        centre = splat(mean)
-        some = load(x, offset) - centre
-        square = some * some
-        for i in range(LANES, width, LANES):
-            some = load(x, offset + i) - centre
-            square = square + some * some
-        return mean, total(square) / np.float32(width)
+        mean = mean_of(x, offset, width)
+        return mean, mean_square(x, offset, width, mean)
     mean = np.float32(0)
     for i in range(width):
         mean += x[offset + i]
