@@ -30,8 +30,7 @@ from megalodon_lm import State
 from megalodon_lm.cli.training import train_with_progress
 from megalodon_lm.data.corpus import Texts
 from megalodon_lm.files import write_atomically
-from megalodon_lm.training.loss import token_losses
-from megalodon_lm.training.precision import autocast
+from megalodon_lm.generation.scoring import token_losses
 from megalodon_lm.training.recipe import Recipe
 from megalodon_lm.training.trainer import Trainer
 
@@ -87,17 +86,16 @@ def recipe_of(arguments: CarriedState) -> Recipe:
 def by_segment(trainer: Trainer, tokens: np.ndarray, carry: bool) -> list[float]:
     """Bits per byte of each whole segment of a document."""
     model, length = trainer.model.eval(), trainer.recipe.training.length
-    inputs = torch.from_numpy(np.concatenate([[trainer.tokenizer.begin], tokens[:-1]])).to(trainer.device)
-    targets = torch.from_numpy(tokens).to(trainer.device)
+    inputs = torch.from_numpy(np.concatenate([[trainer.tokenizer.begin], tokens[:-1]]))
+    targets = torch.from_numpy(tokens)
     state: State | None = None
     found = []
     for at in range(0, len(tokens) - length + 1, length):
-        with autocast(trainer.precision, trainer.device):
-            hidden, after = model.features(inputs[None, at : at + length], state)
-            nats = token_losses(hidden, model.output.output.weight, targets[None, at : at + length])
+        piece = slice(at, at + length)
+        nats, after = token_losses(model, inputs[None, piece], targets[None, piece], state, trainer.precision)
         state = after if carry else None
         num_bytes = len(trainer.tokenizer.decode_bytes(tokens[at : at + length]))
-        found.append(nats.double().sum().item() / math.log(2) / num_bytes)
+        found.append(nats.sum().item() / math.log(2) / num_bytes)
     return found
 
 

@@ -31,7 +31,6 @@ PRECISIONS = ["float32", "bf16"]
 def work(precisions: list[str]) -> None:
     """Use every kernel once in each precision."""
     from megalodon_lm import ByteTokenizer, Generator, Megalodon, ModelConfig, Sampling
-    from megalodon_lm.training.loss import linear_cross_entropy
 
     torch.manual_seed(0)
     model = Megalodon(ModelConfig.named("tiny"))
@@ -40,9 +39,8 @@ def work(precisions: list[str]) -> None:
     starts[0, 30] = True
     for precision in precisions:
         with autocast(precision, torch.device("cpu")):  # type: ignore[arg-type]
-            _, state = model.features(tokens[:, :10])
-            hidden, _ = model.features(tokens[:, :-1], state, document_starts=starts)
-            loss = linear_cross_entropy(hidden, model.output.output.weight, tokens[:, 1:])
+            _, state = model(tokens[:, :10])
+            loss, _ = model(tokens[:, :-1], state, targets=tokens[:, 1:], document_starts=starts)
         loss.backward()
         generator = Generator(model.eval(), ByteTokenizer(), precision)  # type: ignore[arg-type]
         generator.write([generator.read("a prompt") for _ in range(2)], Sampling(max_tokens=4))

@@ -30,7 +30,6 @@ from megalodon_lm.data.batches import Batch
 from megalodon_lm.files import write_atomically
 from megalodon_lm.training import trainer as loop
 from megalodon_lm.training.checkpoint_writer import CheckpointWriter
-from megalodon_lm.training.loss import linear_cross_entropy
 from megalodon_lm.training.metrics import MetricsFile
 from megalodon_lm.training.precision import autocast
 from megalodon_lm.training.recipe import Recipe
@@ -118,8 +117,9 @@ class Measured(loop.Trainer):
         for batch in batches:
             state = self.bare_state if self.recipe.training.carry_state else None
             with autocast(self.precision, self.device):
-                hidden, state = self.model.features(batch.inputs, state, document_starts=batch.starts)
-                loss = linear_cross_entropy(hidden, self.model.output.output.weight, batch.targets, batch.learnt)
+                loss, state = self.model(
+                    batch.inputs, state, targets=batch.targets, learnt=batch.learnt, document_starts=batch.starts
+                )
             self.bare_state = state.detach()
             (loss / len(batches)).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.training.clip)

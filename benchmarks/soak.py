@@ -78,8 +78,8 @@ class Exact:
     def read(self, tokens: np.ndarray) -> torch.Tensor:
         """Logits (vocabulary,) after the last of the tokens."""
         for part in torch.from_numpy(tokens)[None].split(4096, dim=1):
-            hidden, self.state = self.model.features(part, self.state)
-        return self.model.logits(hidden[0, -1])
+            logits, self.state = self.model(part, self.state, logits_to_keep=1)
+        return logits[0, 0]
 
 
 def load(name: str) -> Megalodon:

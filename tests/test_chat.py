@@ -20,7 +20,6 @@ from megalodon_lm.data.prepare import FAULTS, prepare
 from megalodon_lm.data.shards import Prepared
 from megalodon_lm.data.subword import SentencePieceTokenizer, SubwordTokenizer, train_bpe
 from megalodon_lm.evaluation.validation import Validation
-from megalodon_lm.training.loss import linear_cross_entropy
 from megalodon_lm.training.recipe import Recipe
 from megalodon_lm.training.run_folder import learnt_chats
 from megalodon_lm.training.trainer import Trainer
@@ -131,8 +130,7 @@ def test_a_packed_row_of_chats_trains_the_answers_alone(tmp_path):
     mixture = load_mixture([str(tmp_path / "out")], [], ByteTokenizer(), 0)
     stream = SequentialBatches(mixture, 1, len(mixture.sequences[0]) - 1)
     batch = stream.read(stream.begin())
-    hidden, _ = model.features(batch.inputs, document_starts=batch.starts)
-    loss = linear_cross_entropy(hidden, model.output.output.weight, batch.targets, batch.learnt)
+    loss, _ = model(batch.inputs, targets=batch.targets, learnt=batch.learnt, document_starts=batch.starts)
     found = torch.autograd.grad(loss, list(model.parameters()))
     for a, e in zip(found, gradients_of_answers(model, chats), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-11)

@@ -15,13 +15,13 @@ from .reading import GREEDY, SEEDED, TEXT, in_blocks, written
 @pytest.fixture
 def computed(generator, monkeypatch):
     """Lengths of all pieces that the model computes."""
-    lengths, features = [], Megalodon.features
+    lengths, forward = [], Megalodon.forward
 
     def counting(self, tokens, *args, **kwargs):
         lengths.append(tokens.shape[1])
-        return features(self, tokens, *args, **kwargs)
+        return forward(self, tokens, *args, **kwargs)
 
-    monkeypatch.setattr(Megalodon, "features", counting)
+    monkeypatch.setattr(Megalodon, "forward", counting)
     return lengths
 
 

@@ -17,8 +17,6 @@ from hypothesis import strategies as st
 from megalodon_lm import Megalodon, ModelConfig
 from megalodon_lm.data.prepare import prepare
 from megalodon_lm.errors import InputError
-from megalodon_lm.training import loss as loss_module
-from megalodon_lm.training.loss import linear_cross_entropy
 from megalodon_lm.training.recipe import Recipe, TrainingRecipe, bundled_recipes
 from megalodon_lm.training.schedule import learning_rate
 from megalodon_lm.training.trainer import Trainer
@@ -41,32 +39,6 @@ def recipe(text, **training):
             "training": {"length": 64, "batch_size": 2, "steps": 3, "warmup_steps": 1, **training},
         }
     )
-
-
-@pytest.mark.parametrize("chunk_logits", [1 << 24, 37])
-def test_linear_cross_entropy_equals_pytorch(chunk_logits, monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", chunk_logits)
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(2, 5, 8).double().requires_grad_(), torch.randn(11, 8).double().requires_grad_()
-    targets = torch.randint(0, 11, (2, 5))
-    actual = linear_cross_entropy(hidden, weight, targets)
-    expected = F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten())
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
-    for a, e in zip(*(torch.autograd.grad(3 * loss, (hidden, weight)) for loss in (actual, expected)), strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-14)
-
-
-def test_linear_cross_entropy_under_autocast_is_close():
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(64, 32, requires_grad=True), torch.randn(50, 32, requires_grad=True)
-    targets = torch.randint(0, 50, (64,))
-    with torch.autocast("cpu", torch.bfloat16):
-        actual = linear_cross_entropy(hidden, weight, targets)
-    expected = F.cross_entropy(hidden @ weight.T, targets)
-    assert actual.dtype == torch.float32
-    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=0)
-    grads = torch.autograd.grad(actual, (hidden, weight))
-    assert [g.dtype for g in grads] == [torch.float32, torch.float32]
 
 
 def rates(**values):

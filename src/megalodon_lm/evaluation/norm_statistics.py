@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..model.decoder import Megalodon
 from ..state import State
+from ..training.precision import Precision, autocast, choose_precision
 
 PIECE = 8192  # tokens read at a time, at most
 
@@ -50,10 +51,13 @@ class WindowedNorms:
     Args:
         model: that reads.
         window: when.
+        precision: of matrix products.
     """
 
-    def __init__(self, model: Megalodon, window: Window):
+    def __init__(self, model: Megalodon, window: Window, precision: Precision = "float32"):
         self.model, self.window = model, window
+        self.device = next(model.parameters()).device
+        self.precision = choose_precision(precision, self.device)
         self.chunk = model.config.chunk_size
         self.unit = self.chunk * math.gcd(window.first, window.every)
         """Tokens from one place where a replacement may be due to the next; no piece of the text may go past one."""
@@ -77,7 +81,8 @@ class WindowedNorms:
             return state
         recent = None
         for part in self._recent.split(min(self.unit, PIECE), dim=1):
-            _, recent = self.model.features(part.to(state.device), recent)
+            with autocast(self.precision, self.device):
+                _, recent = self.model(part.to(self.device), recent, logits_to_keep=0)
         assert recent is not None
         pairs = zip(state.parts["layers"], recent.parts["layers"], strict=True)
         layers = tuple(old._replace(norm=new.norm) for old, new in pairs)

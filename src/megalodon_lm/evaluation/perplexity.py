@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..data.tokenizer import Tokenizer
+from ..generation.scoring import token_losses
 from ..model.decoder import Megalodon
-from ..training.loss import check_loss, token_losses
-from ..training.precision import Precision, autocast, choose_precision
+from ..training.precision import Precision
 from .norm_statistics import Window, WindowedNorms
 
 BATCH_TOKENS = 8192
@@ -114,20 +114,16 @@ def score(
         InputError: a loss is not finite.
     """
     model.eval()
-    device = next(model.parameters()).device
     losses, state = losses or Losses(), None
-    norms = WindowedNorms(model, window) if window is not None else None
-    with autocast(choose_precision(precision, device), device):
-        for position, before, tokens in _pieces(blocks, context, norms.unit if norms else BATCH_TOKENS, begin):
-            inputs = torch.cat([before, tokens[:, :-1]], 1)
-            hidden, state = model.features(inputs.to(device), state if position else None)
-            if norms:
-                state = norms.after(inputs, state)
-            nats = token_losses(hidden, model.output.output.weight, tokens.to(device)).double().cpu().numpy()
-            losses.add(position, nats)
-            check_loss(losses.nats)
-            keep(nats)
-            watch(losses)
+    norms = WindowedNorms(model, window, precision) if window is not None else None
+    for position, before, tokens in _pieces(blocks, context, norms.unit if norms else BATCH_TOKENS, begin):
+        inputs = torch.cat([before, tokens[:, :-1]], 1)
+        nats, state = token_losses(model, inputs, tokens, state if position else None, precision)
+        if norms:
+            state = norms.after(inputs, state)
+        losses.add(position, nats.numpy())
+        keep(nats.numpy())
+        watch(losses)
     return losses
 
 

@@ -11,9 +11,9 @@ from ..data.shards import is_prepared
 from ..data.tokenizer import Tokenizer
 from ..generation.generator import Generator
 from ..generation.sampling import Sampling
+from ..generation.scoring import token_losses
 from ..model.decoder import Megalodon
-from ..training.loss import token_losses
-from ..training.precision import Precision, autocast, choose_precision
+from ..training.precision import Precision
 from .perplexity import LOG2, score_texts
 
 SAMPLE_TOKENS = 200
@@ -67,18 +67,15 @@ class Validation:
     def _of_prepared(self, model: Megalodon) -> float:
         assert self.prepared is not None
         sequence = self.prepared.sequences[0]
-        device = next(model.parameters()).device
         decode = self.tokenizer.decoder()
         state, nats, seen = None, 0.0, 0
         for at in range(0, len(sequence) - 1, LENGTH):
             tokens, starts, learnt = sequence.read(at, min(LENGTH, len(sequence) - 1 - at) + 1)
-            inputs, targets = (torch.from_numpy(part)[None].to(device) for part in (tokens[:-1], tokens[1:]))
-            with autocast(choose_precision(self.precision, device), device):
-                documents = torch.from_numpy(starts[:-1])[None]
-                hidden, state = model.features(inputs, state, document_starts=documents if documents.any() else None)
-                losses = token_losses(hidden, model.output.output.weight, targets)[0]
+            inputs, targets = (torch.from_numpy(part)[None] for part in (tokens[:-1], tokens[1:]))
+            documents = torch.from_numpy(starts[:-1])[None] if starts[:-1].any() else None
+            losses, state = token_losses(model, inputs, targets, state, self.precision, documents)
             counts = learnt[1:] & ~starts[1:]
-            nats += losses[torch.from_numpy(counts).to(device)].double().sum().item()
+            nats += losses[0, torch.from_numpy(counts)].sum().item()
             for token in tokens[1:][counts | starts[1:]].tolist():  # at a start, a text begins anew
                 seen += len(decode(token))
             if self.num_bytes and seen >= self.num_bytes:

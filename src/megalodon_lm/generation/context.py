@@ -24,8 +24,8 @@ from ..model.decoder import Megalodon
 from ..state import State
 from ..state_file import StateFile
 from ..state_spec import named
-from ..training.loss import check_loss, token_losses
 from ..training.precision import Precision, autocast, choose_precision
+from .scoring import token_losses
 
 PIECE = 512  # tokens at most; see docs/architecture.md
 
@@ -88,7 +88,7 @@ class Context:
         """
         whole = self.fork() if complete else self
         if complete and len(self._waiting) > 1:
-            whole._run(len(self._waiting) - 1)
+            whole._score(len(self._waiting) - 1)
         return whole.nats / whole.scored if whole.scored else None
 
     @property
@@ -110,7 +110,7 @@ class Context:
         self._waiting = np.concatenate([self._waiting, tokens])
         self._finished = _Finished()
         while len(self._waiting) > (length := self._next_piece()):  # a token after the piece is its last target
-            self._state, _ = self._run(length)
+            self._state = self._score(length)
             self._since = [*self._since, self._waiting[:length].copy()]
             self._waiting = self._waiting[length:]
             if int(self._state.position) % self.unit == 0:
@@ -123,20 +123,15 @@ class Context:
         return min(self.unit, (done // self.piece + 1) * self.piece) - done
 
     @torch.no_grad()  # not inference mode: its states could never be trained on
-    def _run(self, length: int) -> tuple[State, Tensor]:
-        """Take tokens that wait into the state, and score those whose next token is known."""
-        window = torch.from_numpy(self._waiting[: length + 1]).to(self.device)[None]
-        with autocast(self.precision, self.device):
-            hidden, state = self.model.features(window[:, :length], self._state)
-            if length == len(self._waiting):
-                return state, self.model.logits(hidden[:, -1])
-            losses = token_losses(hidden, self.model.output.output.weight, window[:, 1:])
-        nats = losses.double().sum().item()
-        check_loss(nats)
-        self.nats += nats
+    def _score(self, length: int) -> State:
+        """The state after some tokens that wait, of which the next ones are known and scored."""
+        tokens = torch.from_numpy(self._waiting[: length + 1])[None]
+        nats, state = token_losses(self.model, tokens[:, :-1], tokens[:, 1:], self._state, self.precision)
+        self.nats += nats.sum().item()
         self.scored += length
-        return state, losses
+        return state
 
+    @torch.no_grad()
     def finish(self) -> tuple[Tensor, State]:
         """Logits (1, vocabulary) after the last token, and the state that holds everything; the context stays as it is.
 
@@ -149,8 +144,10 @@ class Context:
             raise InputError("nothing was read yet; read at least one token, such as the begin token")
         found = self._finished.get()
         if found is None:
-            state, logits = self._run(len(self._waiting))
-            found = logits, state
+            waiting = torch.from_numpy(self._waiting)[None].to(self.device)
+            with autocast(self.precision, self.device):
+                logits, state = self.model(waiting, self._state, logits_to_keep=1)
+            found = logits[:, 0], state
             self._finished.keep(*found)
         return found
 

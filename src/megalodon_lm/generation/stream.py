@@ -30,9 +30,9 @@ def read(model: Megalodon, tokens: Tensor, state: State | None = None) -> tuple[
     if tokens.shape[1] == 0:
         raise InputError("the prompt is empty; give at least one token, such as the begin token")
     for piece in tokens.split(PIECE, dim=1):
-        hidden, state = model.features(piece, state)
+        logits, state = model(piece, state, logits_to_keep=1)
     assert state is not None
-    return model.logits(hidden[:, -1]), state
+    return logits[:, 0], state
 
 
 def generate(

@@ -3,9 +3,9 @@
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -14,9 +14,10 @@ from ..errors import InputError
 from ..layers.initialization import init_embedding
 from ..layers.linear import Linear
 from ..layers.norms import TimestepNorm
-from ..ops.boundaries import Boundaries
+from ..ops.boundaries import Boundaries, Padding
 from ..ops.derived import forget
 from ..ops.device import check_memory
+from ..ops.linear_cross_entropy import Reduction, linear_cross_entropy
 from ..ops.timestep_norm import NormState
 from ..state import State
 from ..state_spec import Sealed, Tree, declare, named, tree_map
@@ -24,7 +25,7 @@ from .assembly import build_block, build_embedding, build_timestep_norm
 
 
 class Head(nn.Module):
-    """Final TimestepNorm, with a running state of its own, and the linear map to the vocabulary."""
+    """Final TimestepNorm, with a running state of its own, and the linear map to the vocabulary or to the loss."""
 
     def __init__(self, norm: TimestepNorm, output: Linear):
         super().__init__()
@@ -35,12 +36,44 @@ class Head(nn.Module):
         """That of the final norm."""
         return self.final_norm.state_spec
 
+    def forward(
+        self,
+        x: Tensor,
+        state: Sealed | None = None,
+        boundaries: Boundaries | None = None,
+        padding: Padding | None = None,
+        *,
+        targets: Tensor | None = None,
+        learnt: Tensor | None = None,
+        reduction: Reduction = "mean",
+        logits_to_keep: int | None = None,
+    ) -> tuple[Tensor, NormState]:
+        """What the body gave, (B, L, D), to logits or losses; arguments as in Megalodon.forward.
+
+        Args:
+            x: without the padding.
+            state: of the norm.
+            boundaries: of x.
+            padding: to be put back.
+            targets, learnt, reduction, logits_to_keep: with the padding.
+        """
+        leaving = None if state is None else state.tree
+        if x.shape[1] or leaving is None:
+            x, leaving = self.final_norm(x, leaving, boundaries)
+        if padding is not None:
+            x = padding.restore(x)
+        if targets is not None:
+            return linear_cross_entropy(x, self.output.weight, targets, learnt, reduction), leaving
+        logits = self.output(x if logits_to_keep is None else x[:, max(0, x.shape[1] - logits_to_keep) :])
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)), leaving
+
 
 class Megalodon(nn.Module):
     """A decoder without a context limit.
 
     `logits, state = model(tokens)`, then `logits, state = model(more, state)`: the pieces may have any length and give
-    what the whole would give.
+    what the whole would give. With `targets` it gives the loss instead. Its parts can be run apart: `embed`, `body` and
+    `output`.
 
     Its weights are drawn at once, but for a model built on the meta device: give that one memory (`to_empty`) and call
     `init_weights`.
@@ -83,85 +116,78 @@ class Megalodon(nn.Module):
         tokens: Tensor,
         state: State | None = None,
         *,
+        targets: Tensor | None = None,
+        learnt: Tensor | None = None,
+        reduction: Reduction = "mean",
+        logits_to_keep: int | None = None,
         document_starts: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        """Logits of the next token after each token, and the state after the last.
+        """Logits of the next token after each token, or their loss, and the state after the last.
 
         Args:
             tokens: (B, L) int64; L may be anything from 0.
             state: what came before, or None for nothing.
+            targets: (B, L) int64, the token after each: asks for the loss instead of logits, which then are never all
+                in memory.
+            learnt: (B, L) bool, the targets that count in the loss; None for all.
+            reduction: of the loss: "mean" over the targets that count, 0 if none does; or "none".
+            logits_to_keep: logits of so many tokens at the ends of the rows alone; None for all.
             document_starts: (B, L) bool, True at the first token of each document packed into the rows: statistics,
                 CEMA, attention and rotary positions restart there.
-            mask: (B, L) bool, False at padding, which may stand anywhere; its logits are meaningless and it leaves no
-                trace in the state.
+            mask: (B, L) bool, False at padding, which may stand anywhere: its logits are meaningless, its targets do
+                not count, and it leaves no trace in the state.
 
         Returns:
-            logits (B, L, vocabulary) in float32 (float64 for a float64 model), and the State.
+            logits (B, L, vocabulary), or with targets their cross-entropy in nats, a scalar or (B, L) with 0 where a
+            target does not count, in float32 (float64 for a float64 model); and the State.
 
         Raises:
             InputError: tokens outside the vocabulary, wrong shapes, or a state of another model or batch.
         """
-        hidden, state = self.features(tokens, state, document_starts=document_starts, mask=mask)
-        return self.logits(hidden), state
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) features to (..., vocabulary) logits in float32 or better."""
-        logits = self.output.output(hidden)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-    def features(
-        self,
-        tokens: Tensor,
-        state: State | None = None,
-        *,
-        document_starts: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> tuple[Tensor, State]:
-        """As forward, but the normalised (B, L, D) input of the head instead of logits."""
-        if not torch.compiler.is_compiling():  # a graph cannot depend on values
-            self.check_tokens(tokens)
-        self._check(tokens, state, document_starts, mask)
+        self._check(tokens, state, targets, learnt, reduction, document_starts, mask)
+        padding, starts = None, document_starts
+        if mask is not None:
+            padding = Padding.of(mask)
+            learnt = mask if learnt is None else learnt & mask.to(learnt.device)
+            tokens, starts = padding.remove(tokens), None if starts is None else padding.remove(starts)
         batch, length = tokens.shape
-        if mask is None:
-            return self._run(tokens, state, document_starts, None)
-        # Padding moves to the end of each row, where causality hides it, and back afterwards.
-        lengths = mask.sum(1).cpu()
-        fixed = torch.compiler.is_compiling()  # a graph has one width
-        width = length if fixed else int(lengths.max()) if batch and length else 0
-        order = (~mask).to(torch.int8).argsort(dim=1, stable=True)
-        packed_starts = None if document_starts is None else document_starts.gather(1, order)[:, :width]
-        hidden, state = self._run(tokens.gather(1, order)[:, :width], state, packed_starts, lengths)
-        hidden = F.pad(hidden, (0, 0, 0, length - width))
-        back = order.argsort(1)[..., None].expand(-1, -1, hidden.shape[-1])
-        return hidden.gather(1, back), state
-
-    def _run(
-        self, tokens: Tensor, state: State | None, starts: Tensor | None, lengths: Tensor | None
-    ) -> tuple[Tensor, State]:
-        batch, length = tokens.shape
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            forget(self.parameters())  # an optimiser may follow
-        x = self.embed(tokens)
-        if length == 0:
-            return x, state or self.empty_state(batch, x.device, x.dtype)
+        lengths = None if padding is None else padding.lengths
         boundaries = None
         if starts is not None or (lengths is not None and _shorter(lengths, length)):
             boundaries = Boundaries(None if starts is None else starts.cpu(), lengths)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            forget(self.parameters())  # an optimiser may follow
+        x = self.embed(tokens)
+        if length == 0 and state is None:
+            state = self.empty_state(batch, x.device, x.dtype)
+        x, layers = self.body(x, None if state is None else state.parts["layers"], boundaries)
+        made, norm = self.output(
+            x, None if state is None else Sealed(state.parts["norm"]), boundaries, padding,
+            targets=targets, learnt=learnt, reduction=reduction, logits_to_keep=logits_to_keep,
+        )  # fmt: skip
+        position = torch.zeros(batch, dtype=torch.int64) if state is None else state.position
+        position = (boundaries or Boundaries()).exit_position(position, length)
+        parts = {"layers": layers, "norm": norm, "position": position}
+        return made, State(parts, self.state_spec, weakref.ref(self))
+
+    def body(self, x: Tensor, state: Tree = None, boundaries: Boundaries | None = None) -> tuple[Tensor, Tree]:
+        """All blocks: embedded tokens (B, L, D) to the input of the head, and each block's exit state.
+
+        Without tokens it needs an entry state.
+        """
+        if x.shape[1] == 0:
+            assert state is not None
+            return x, state
         layers = []
         for i, block in enumerate(self.layers):
-            entry = None if state is None else Sealed(state.parts["layers"][i])
+            entry = None if state is None else Sealed(state[i])
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x, leaving = checkpoint(block, x, entry, boundaries, use_reentrant=False)
             else:
                 x, leaving = block(x, entry, boundaries)
             layers.append(leaving)
-        norm_entry: NormState | None = None if state is None else state.parts["norm"]
-        x, norm = self.output.final_norm(x, norm_entry, boundaries)
-        position = torch.zeros(batch, dtype=torch.int64) if state is None else state.position
-        position = (boundaries or Boundaries()).exit_position(position, length)
-        parts = {"layers": tuple(layers), "norm": norm, "position": position}
-        return x, State(parts, self.state_spec, weakref.ref(self))
+        return x, tuple(layers)
 
     def empty_state(
         self, batch: int = 1, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -203,13 +229,33 @@ class Megalodon(nn.Module):
                     "encode the text with the tokenizer of this model"
                 )
 
-    def _check(self, tokens: Tensor, state: State | None, starts: Tensor | None, mask: Tensor | None) -> None:
-        for name, t in (("document_starts", starts), ("mask", mask)):
+    def _check(
+        self,
+        tokens: Tensor,
+        state: State | None,
+        targets: Tensor | None,
+        learnt: Tensor | None,
+        reduction: str,
+        starts: Tensor | None,
+        mask: Tensor | None,
+    ) -> None:
+        if not torch.compiler.is_compiling():  # a graph cannot depend on values
+            self.check_tokens(tokens)
+            if targets is not None:
+                self.check_tokens(targets)
+        for name, t in (("document_starts", starts), ("mask", mask), ("learnt", learnt)):
             if t is not None and (t.shape != tokens.shape or t.dtype != torch.bool):
                 raise InputError(
                     f"{name} must be bool of shape {tuple(tokens.shape)} like the tokens, "
                     f"not {t.dtype} of {tuple(t.shape)}"
                 )
+        if targets is not None:
+            if targets.shape != tokens.shape:
+                raise InputError(
+                    f"targets must have the shape {tuple(tokens.shape)} of the tokens, not {tuple(targets.shape)}"
+                )
+            if reduction not in get_args(Reduction):
+                raise InputError(f"reduction = {reduction!r} must be one of {', '.join(get_args(Reduction))}")
         if state is not None:
             state.check(self, len(tokens))
 

@@ -60,6 +60,37 @@ class Boundaries:
 
 
 @dataclass(frozen=True)
+class Padding:
+    """Padding anywhere in the rows of a piece of shape (B, L), to be moved to their ends, where causality hides it.
+
+    Attributes:
+        lengths: (B,) int64 on the CPU, tokens of each row without it.
+        order: (B, L) int64, where each column of a row comes from once its padding is at the end.
+        width: of the longest row; in a graph, which has one, that of the piece.
+    """
+
+    lengths: Tensor
+    order: Tensor
+    width: int
+
+    @classmethod
+    def of(cls, mask: Tensor) -> "Padding":
+        """From (B, L) bool, False at padding."""
+        lengths, order = mask.sum(1).cpu(), (~mask).to(torch.int8).argsort(dim=1, stable=True)
+        longest = 0 if not mask.numel() else mask.shape[1] if torch.compiler.is_compiling() else int(lengths.max())
+        return cls(lengths, order, longest)
+
+    def remove(self, t: Tensor) -> Tensor:
+        """(B, L) to (B, width), with padding only at the ends of rows that are shorter than the longest."""
+        return t.gather(1, self.order)[:, : self.width]
+
+    def restore(self, x: Tensor) -> Tensor:
+        """(B, width, D) to (B, L, D), every token back where it was."""
+        x = F.pad(x, (0, 0, 0, self.order.shape[1] - x.shape[1]))
+        return x.gather(1, self.order.argsort(1)[..., None].expand(-1, -1, x.shape[-1]))
+
+
+@dataclass(frozen=True)
 class Blocks:
     """A piece of shape (B, L) cut into M blocks of T slots; every field is on the device of the piece.
 

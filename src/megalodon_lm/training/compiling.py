@@ -6,7 +6,6 @@ import torch
 
 from ..errors import InputError
 from ..model.decoder import Megalodon
-from .loss import linear_cross_entropy
 from .precision import autocast
 from .recipe import TrainingRecipe
 
@@ -43,8 +42,7 @@ def compile_kernels(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for starts in (first, None):
             with autocast(precision, device):
-                hidden, state = model.features(tokens, state, document_starts=starts)
-                loss = linear_cross_entropy(hidden, model.output.output.weight, tokens)
+                loss, state = model(tokens, state, targets=tokens, document_starts=starts)
             loss.backward()
             state = state.detach() if recipe.carry_state else None
     model.zero_grad(set_to_none=True)

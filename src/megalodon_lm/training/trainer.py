@@ -21,7 +21,6 @@ from .checkpoint import Checkpoint, checkpoints, export, newest, prefixed, step_
 from .checkpoint_writer import CheckpointWriter
 from .compiling import compile_blocks, compile_kernels
 from .inputs import find_tokenizer, load_base, open_text
-from .loss import linear_cross_entropy
 from .machine import product_rate
 from .memory import resident
 from .metrics import MetricsFile
@@ -225,9 +224,9 @@ class Trainer:
             inputs, targets = batch.inputs.to(self.device), batch.targets.to(self.device)
             share = batch.num_learnt / learnt
             with autocast(self.precision, self.device), torch.set_grad_enabled(share > 0):
-                hidden, state = self.model.features(inputs, self.state, document_starts=batch.starts)
-                if share:
-                    loss = linear_cross_entropy(hidden, self.model.output.output.weight, targets, batch.learnt)
+                loss, state = self.model(
+                    inputs, self.state, targets=targets, learnt=batch.learnt, document_starts=batch.starts
+                )
             self.state = state.detach() if t.carry_state else None
             if share:
                 (loss * share).backward()
