@@ -22,14 +22,15 @@ def run(model, compiled, tokens, state, starts, mask):
     return [*outputs.values(), *grads]
 
 
-def compare(backend, packed, compiler, tolerance):
+def compare(backend, piece, compiler, tolerance):
     set_backend(backend)
     model = build(torch.float32, num_layers=1)
     g = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 30, (2, 3 * CHUNK - 1), generator=g)
     state = starts = mask = None
-    if packed:
+    if piece != "first":
         state = model(tokens[:, : CHUNK + 5])[1].detach()
+    if piece == "packed":
         starts, mask = torch.rand(tokens.shape, generator=g) < 0.1, torch.rand(tokens.shape, generator=g) < 0.9
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend=compiler)
@@ -40,7 +41,7 @@ def compare(backend, packed, compiler, tolerance):
             torch.testing.assert_close(f, e, atol=tolerance, rtol=tolerance)
 
 
-CASES = [("auto", False), ("auto", True), ("portable", False)]
+CASES = [("auto", "first"), ("auto", "packed"), *(("portable", piece) for piece in ("first", "carried", "packed"))]
 
 
 @pytest.fixture(autouse=True)
@@ -50,14 +51,14 @@ def _afterwards():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize(("backend", "packed"), CASES)
-def test_one_graph_computes_what_the_model_does(backend, packed):
-    """With nothing, and with an entry state, documents that start inside, and padding."""
-    compare(backend, packed, "aot_eager", 1e-6)
+@pytest.mark.parametrize(("backend", "piece"), CASES)
+def test_one_graph_computes_what_the_model_does(backend, piece):
+    """Of a first piece; of one with an entry state; of one with documents that start inside, and padding, too."""
+    compare(backend, piece, "aot_eager", 1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
-@pytest.mark.parametrize(("backend", "packed"), CASES)
-def test_compiled_code_computes_what_the_model_does(backend, packed):
-    compare(backend, packed, "inductor", 1e-4)
+@pytest.mark.parametrize(("backend", "piece"), CASES)
+def test_compiled_code_computes_what_the_model_does(backend, piece):
+    compare(backend, piece, "inductor", 1e-4)
