@@ -1,4 +1,6 @@
-"""Fixtures shared by all tests."""
+"""What all tests share."""
+
+import signal
 
 import pytest
 import torch
@@ -7,6 +9,8 @@ from megalodon_lm import ByteTokenizer, Generator, Megalodon, ModelConfig
 from megalodon_lm.ops import backend
 
 torch.set_num_threads(2)
+torch.use_deterministic_algorithms(True)  # fills what torch.empty and its like leave uninitialised with NaN
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs, and their children, ignore
 
 
 @pytest.fixture(autouse=True)

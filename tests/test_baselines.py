@@ -10,8 +10,6 @@ from megalodon_lm import ModelConfig
 from megalodon_lm.baselines import NAMES, baseline, missing
 from megalodon_lm.baselines.sizing import round_width
 
-pytest.importorskip("transformers")
-pytest.importorskip("mambapy")
 pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning", "default::FutureWarning")
 PARAMETERS = 300_000
 VOCABULARY = 32

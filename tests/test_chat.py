@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +22,7 @@ from megalodon_lm.training.recipe import Recipe
 from megalodon_lm.training.run_folder import learnt_chats
 from megalodon_lm.training.trainer import Trainer
 
+from .processes import megalodon
 from .test_tokenizers import learnt_from_html, sentence_piece
 
 CHAT = [
@@ -186,11 +185,6 @@ def test_validation_of_chats_is_bits_per_byte_of_the_answers(tokenizer, length, 
 
 def test_a_model_learns_to_answer_and_is_asked_as_it_was_taught(tmp_path):
     """The way of docs/training.md, in real processes, from a model and chats to a conversation."""
-
-    def megalodon(*arguments, **options):
-        command = [sys.executable, "-m", "megalodon_lm", *map(str, arguments)]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, **options)
-
     torch.manual_seed(0)
     Megalodon(ModelConfig.named("tiny")).save(tmp_path / "base")
     pairs = [("sky", "blue"), ("sun", "gold"), ("sea", "grey")]
@@ -203,11 +197,11 @@ def test_a_model_learns_to_answer_and_is_asked_as_it_was_taught(tmp_path):
         ["train", "chat", "--out", "run", "--set", "training.begin_from=base", "data.validation=[\"chats\"]",
          "training.length=128", "training.steps=300", "training.learning_rate=5e-3", "training.validate_steps=300"],
     ):  # fmt: skip
-        result = megalodon(*command)
+        result = megalodon(*command, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert records[-1]["validation"] < 0.1
-    asked = megalodon("chat", "run", "--temperature", 0, input="sun\nsea\nsky\n")
+    asked = megalodon("chat", "run", "--temperature", 0, cwd=tmp_path, input="sun\nsea\nsky\n")
     assert asked.stdout.split() == ["gold", "grey", "blue"], asked.stderr
     assert learnt_chats(tmp_path / "run") is True
     assert Path(tmp_path / "run" / "recipe.toml").read_text().count('"base"') == 2

@@ -6,7 +6,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,12 +13,9 @@ import pytest
 from megalodon_lm import ModelConfig
 from megalodon_lm.cli.commands import parse
 
+from .processes import megalodon
+
 ROOT = Path(__file__).parent.parent
-
-
-def megalodon(*arguments, cwd=None, **options):
-    command = [sys.executable, "-m", "megalodon_lm", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False, **options)
 
 
 def refused(*arguments, cwd=None, says):
@@ -146,11 +142,10 @@ def test_a_bookmark_from_command_to_command(saved, tmp_path):
 def test_interrupted_reading_keeps_what_was_read(saved, tmp_path):
     command = [sys.executable, "-m", "megalodon_lm", "read", saved, "-", "--save", tmp_path / "a.state"]
     reader = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    reader.stdin.write("word " * 40_000)
-    reader.stdin.flush()
-    time.sleep(8)
+    reader.stdin.write("word " * 60_000)
+    reader.stdin.flush()  # returns when the pipe holds the last of it: the rest has been taken from there, and read
     reader.send_signal(signal.SIGINT)
-    out, _ = reader.communicate(timeout=60)
+    out, _ = reader.communicate()
     assert reader.returncode == 130
     assert re.search(r"a\.state: [\d,]+ tokens", out)
     said = json.loads(megalodon("state", "show", tmp_path / "a.state", "--json").stdout)

@@ -14,18 +14,22 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import sentencepiece
 import zstandard
 
 from megalodon_lm import ByteTokenizer
 from megalodon_lm.data import prepare as prepare_module
 from megalodon_lm.data.books import bundled
 from megalodon_lm.data.mixture import load_mixture
-from megalodon_lm.data.pieces import PIECE
 from megalodon_lm.data.prepare import FAULTS, LEFT_OUT, prepare
 from megalodon_lm.data.shards import Prepared
+from megalodon_lm.data.spans import SPAN
 from megalodon_lm.data.subword import train_bpe
 from megalodon_lm.data.tokenizer import load_tokenizer
 from megalodon_lm.errors import InputError
+
+from .processes import megalodon, wait_until
+from .test_tokenizers import MODELS, sentence_piece
 
 NOVELS = {name: text[:400_000] for name, text in bundled("train").items()}
 
@@ -88,33 +92,29 @@ def test_every_format_gives_the_same_tokens(write, kind, bpe, tmp_path, monkeypa
     assert len(mixture.sequences[0]) == len(expected)
 
 
-def test_pieces_encode_as_the_whole(bpe):
+def test_spans_encode_as_the_whole(bpe):
     tokenizer = load_tokenizer(bpe)
     text = next(iter(NOVELS.values())).decode()
-    assert len(text) > 3 * PIECE
+    assert len(text) > 3 * SPAN
     assert tokenizer.encode(text).tolist() == tokenizer._tokenizer.encode(text).ids
     blocks = [text.encode()[at : at + 777] for at in range(0, len(text.encode()), 777)]
     assert np.concatenate(list(tokenizer.encode_blocks(blocks))).tolist() == tokenizer.encode(text).tolist()
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-MISTRAL = Path(__file__).parents[2] / "shared" / "data" / "tokenizers" / "mistral_tokenizer.model.v1"
-
-
-@pytest.mark.skipif(not MISTRAL.exists(), reason="needs a SentencePiece model of 32,000 pieces, not in the repository")
-def test_a_published_sentencepiece_model_encodes_as_its_own_library(tmp_path):
-    """Whole novels, in pieces and prepared: the same tokens as from the library in one go, and the same text back."""
-    import sentencepiece
-
-    tokenizer = load_tokenizer(MISTRAL)
-    assert (tokenizer.vocab_size, tokenizer.begin, tokenizer.end) == (32_000, 1, 2)
+def test_a_sentencepiece_model_encodes_as_its_own_library(tmp_path):
+    """A whole novel, in spans and prepared: the same tokens as from the library in one go, and the same text back."""
+    model = tmp_path / "tiny.model"
+    model.write_bytes(sentence_piece(**MODELS["as Llama"]))
+    tokenizer = load_tokenizer(model)
+    assert (tokenizer.vocab_size, tokenizer.begin, tokenizer.end) == (700, 1, 2)
     text = next(iter(NOVELS.values())).decode()
-    whole = sentencepiece.SentencePieceProcessor(model_file=str(MISTRAL)).encode(text)
+    whole = sentencepiece.SentencePieceProcessor(model_file=str(model)).encode(text)
     assert tokenizer.encode(text).tolist() == whole
     assert tokenizer.decode(whole) == text
     assert tokenizer.decode(tokenizer.encode("Grüße, 世界 🦈\n  <s>")) == "Grüße, 世界 🦈\n  <s>"
     (tmp_path / "a.txt").write_bytes(text.encode())
-    prepare([str(tmp_path / "a.txt")], tmp_path / "out", str(MISTRAL), workers=1)
+    prepare([str(tmp_path / "a.txt")], tmp_path / "out", str(model), workers=1)
     assert tokens_of(tmp_path / "out").tolist() == [tokenizer.begin, *whole]
     assert load_tokenizer(tmp_path / "out").fingerprint == tokenizer.fingerprint
 
@@ -199,10 +199,7 @@ def test_killed_without_its_workers_it_goes_on_beside_them(tmp_path):
     code = SMALL_SHARDS + "p.prepare(['big.jsonl'], Path(sys.argv[1]), workers=int(sys.argv[2]))"
     subprocess.run([sys.executable, "-c", code, "whole", "1"], cwd=tmp_path, check=True)
     process = subprocess.Popen([sys.executable, "-c", code, "parts", "2"], cwd=tmp_path, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not any((tmp_path / "parts").glob("0*.json")):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: any((tmp_path / "parts").glob("0*.json")), process)
     process.kill()
     process.wait()
     subprocess.run([sys.executable, "-c", code, "parts", "2"], cwd=tmp_path, check=True)
@@ -223,9 +220,8 @@ def test_a_shard_that_vanished_is_made_again(tmp_path):
 def test_processes_side_by_side_give_the_same_shards(tmp_path):
     write_jsonl(tmp_path / "source")
     for workers in (1, 2):
-        command = [sys.executable, "-m", "megalodon_lm", "prepare", "source/all.jsonl", "source", "--out",
-                   f"out{workers}", "--workers", str(workers)]  # fmt: skip
-        shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        arguments = ("source/all.jsonl", "source", "--out", f"out{workers}", "--workers", workers)
+        shown = megalodon("prepare", *arguments, cwd=tmp_path).stdout
         assert f"{2 * len(NOVELS)} documents" in shown
     assert digests(tmp_path / "out1") == digests(tmp_path / "out2")
 

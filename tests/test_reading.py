@@ -18,7 +18,7 @@ from megalodon_lm import ByteTokenizer, Generator
 from megalodon_lm.data import documents as documents_module
 from megalodon_lm.data.books import bundled
 from megalodon_lm.data.corpus import Texts, texts_of
-from megalodon_lm.data.documents import Part, Reading
+from megalodon_lm.data.documents import DocumentReader, Part
 from megalodon_lm.data.mixture import load_mixture
 from megalodon_lm.data.sources import find_files
 from megalodon_lm.errors import InputError, InputNote
@@ -30,16 +30,16 @@ LINES = [json.dumps({"text": p}) for p in PARAGRAPHS]
 
 def documents(path, **options):
     """Documents, faults."""
-    reading = Reading(**options)
-    found = [d.content for d in reading.documents(Part(str(path), 0, -1, 0))]
-    return found if options.get("chats") else [b"".join(blocks).decode() for blocks in found], reading.faults
+    reader = DocumentReader(**options)
+    found = [d.content for d in reader.documents(Part(str(path), 0, -1, 0))]
+    return found if options.get("chats") else [b"".join(blocks).decode() for blocks in found], reader.faults
 
 
 def texts(path, **options):
     """The same, each text read while it is at hand."""
-    reading = Reading(**options)
-    found = [b"".join(d.content).decode() for d in reading.documents(Part(str(path), 0, -1, 0))]
-    return found, reading.faults
+    reader = DocumentReader(**options)
+    found = [b"".join(d.content).decode() for d in reader.documents(Part(str(path), 0, -1, 0))]
+    return found, reader.faults
 
 
 # which files
@@ -358,17 +358,17 @@ def test_lines_in_wide_encodings(encoding, suffix, tmp_path):
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(gzip.compress(raw) if suffix else raw)
     (part,) = documents_module.parts_of(path, 100)
-    reading = Reading()
-    assert [b"".join(d.content).decode() for d in reading.documents(part)] == ["世界" * 50, "two"]
-    assert not reading.faults
+    reader = DocumentReader()
+    assert [b"".join(d.content).decode() for d in reader.documents(part)] == ["世界" * 50, "two"]
+    assert not reader.faults
 
 
 def test_faults_beyond_a_thousand_are_counted(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"good \xff" * 3000)
-    reading = Reading()
-    (document,) = [b"".join(d.content) for d in reading.documents(Part(str(tmp_path / "a.txt"), 0, -1, 0))]
+    reader = DocumentReader()
+    (document,) = [b"".join(d.content) for d in reader.documents(Part(str(tmp_path / "a.txt"), 0, -1, 0))]
     assert document.decode().count("\ufffd") == 3000
-    assert (len(reading.faults), reading.unlisted) == (1000, 2000)
+    assert (len(reader.faults), reader.unlisted) == (1000, 2000)
 
 
 def test_a_damaged_disk_is_a_fault(tmp_path, monkeypatch):

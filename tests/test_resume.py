@@ -27,6 +27,7 @@ from megalodon_lm.training.compiling import compile_kernels
 from megalodon_lm.training.recipe import Recipe
 from megalodon_lm.training.trainer import Trainer, accumulated
 
+from .processes import HANGS, Nursery, megalodon
 from .runs import TEXT, metrics, recipe, same_weights, steps
 
 
@@ -209,60 +210,16 @@ def test_broken_checkpoint_is_refused_by_name_and_the_last_good_one_used(file, h
     assert steps(tmp_path / "run") == list(range(1, 13))
 
 
-def command(path, run, *more):
-    return [sys.executable, "-m", "megalodon_lm", "train", str(path), "--out", str(run), *more]
-
-
 def lines(run):
     path = run / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-NURSERY = """
-import json, os, sys, traceback
-import megalodon_lm.cli.main, megalodon_lm.cli.training, megalodon_lm.training.report
-megalodon_lm.training.report.write_report = lambda *arguments: None
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        os.dup2(2, 1)
-        code = 1
-        try:
-            megalodon_lm.cli.main.main(json.loads(line))
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        os._exit(code)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-class Nursery:
-    """A process that has imported everything and computed nothing, and whose forks are new commands."""
-
-    def __init__(self, log):
-        with log.open("wb") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
-            )
-
-    def start(self, *arguments):
-        """Begin a command; gives its process number."""
-        self.process.stdin.write(json.dumps(arguments).encode() + b"\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def ended(self):
-        """Wait for its end; gives its exit code."""
-        return int(self.process.stdout.readline())
-
-
 @pytest.fixture
-def nursery(tmp_path):
-    nursery = Nursery(tmp_path / "errors.txt")
+def nursery():
+    nursery = Nursery("megalodon_lm.training.report.write_report = lambda *arguments: None")
     yield nursery
-    nursery.process.communicate()
+    nursery.close()
 
 
 def chats(folder):
@@ -293,7 +250,7 @@ KINDS = {
 
 def wait_for(aim, rng, run, goal, process):
     """Until the moment to kill: while a run begins, in a step, or while a checkpoint is written."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANGS
     if aim == "beginning":
         time.sleep(rng.uniform(0, 2))
         return
@@ -320,7 +277,11 @@ def test_killed_at_random_moments_the_run_ends_the_same(kind, kills, nursery, tm
     whole, run = tmp_path / "whole", tmp_path / "parts"
 
     def start(folder):
-        return nursery.start("train", str(tmp_path / "r.toml"), "--out", str(folder), "--resume", "auto")
+        (tmp_path / "errors.txt").touch()
+        return nursery.start(
+            ["train", tmp_path / "r.toml", "--out", folder, "--resume", "auto"],
+            (os.devnull, os.devnull, tmp_path / "errors.txt"),
+        )
 
     def errors():
         return (tmp_path / "errors.txt").read_text()[-2000:]
@@ -353,13 +314,13 @@ def test_full_disk_ends_in_one_line_and_the_last_checkpoint_can_be_used(tmp_path
     """A limit on the size of files stands for the full disk: the system refuses in the middle of writing."""
     given = recipe(tmp_path, steps=8)
     (tmp_path / "r.toml").write_text(given.to_toml())
-    subprocess.run(command(tmp_path / "r.toml", tmp_path / "run"), check=True, capture_output=True)
+    Trainer(given, tmp_path / "run").train()
     (tmp_path / "r.toml").write_text(recipe(tmp_path, steps=12).to_toml())
     size = (tmp_path / "run" / "model.safetensors").stat().st_size
     ended = subprocess.run(
-        command(tmp_path / "r.toml", tmp_path / "run", "--resume", "last"),
-        capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2)),  
+        [sys.executable, "-m", "megalodon_lm", "train", "r.toml", "--out", "run", "--resume", "last"],
+        cwd=tmp_path, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2)),
     )  # fmt: skip
     assert ended.returncode == 2, ended.stderr
     assert "Traceback" not in ended.stderr
@@ -457,7 +418,7 @@ def test_a_run_goes_on_beyond_its_end(tmp_path):
 def test_unusable_places_end_in_one_line(make, arguments, message, tmp_path):
     (tmp_path / "r.toml").write_text(recipe(tmp_path).to_toml())
     make(tmp_path)
-    ended = subprocess.run(command("r.toml", "run", *arguments), cwd=tmp_path, capture_output=True, text=True)
+    ended = megalodon("train", "r.toml", "--out", "run", *arguments, cwd=tmp_path)
     assert ended.returncode == 2
     assert message in ended.stderr
     assert "Traceback" not in ended.stderr

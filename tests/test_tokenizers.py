@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
 from megalodon_lm import ByteTokenizer, Megalodon, ModelConfig
-from megalodon_lm.data import pieces as pieces_module
+from megalodon_lm.data import spans as spans_module
 from megalodon_lm.data.books import bundled
-from megalodon_lm.data.pieces import pieces
+from megalodon_lm.data.spans import spans
 from megalodon_lm.data.subword import SentencePieceTokenizer, SubwordTokenizer, train_bpe
 from megalodon_lm.data.tokenizer import load_tokenizer
 from megalodon_lm.data.tokenizer_record import RECORD
@@ -202,13 +202,13 @@ def kind(request):
 
 @pytest.fixture
 def short(monkeypatch):
-    """Pieces and what is looked at around a cut, short enough to matter in a sentence."""
-    monkeypatch.setattr(pieces_module, "PIECE", 8)
-    monkeypatch.setattr(pieces_module, "MARGIN", 24)
-    monkeypatch.setattr(pieces_module, "PATIENCE", 1000)
+    """Spans and what is looked at around a cut, short enough to matter in a sentence."""
+    monkeypatch.setattr(spans_module, "SPAN", 8)
+    monkeypatch.setattr(spans_module, "MARGIN", 24)
+    monkeypatch.setattr(spans_module, "PATIENCE", 1000)
 
 
-def in_pieces(tokenizer, text, size=7):
+def in_spans(tokenizer, text, size=7):
     raw = text.encode()
     blocks = (raw[at : at + size] for at in range(0, len(raw), size))
     return np.concatenate([np.zeros(0, np.int64), *tokenizer.encode_blocks(blocks)]).tolist()
@@ -223,12 +223,12 @@ def spelled(kind, text):
 @given(text=TEXTS)
 def test_a_text_in_blocks_gives_the_tokens_of_the_whole(kind, text):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces_module, "PIECE", 8)
-        patch.setattr(pieces_module, "MARGIN", 24)
+        patch.setattr(spans_module, "SPAN", 8)
+        patch.setattr(spans_module, "MARGIN", 24)
         try:
-            found = in_pieces(kind.ours, text)
+            found = in_spans(kind.ours, text)
         except InputError:  # what a word is may depend on its last letter
-            assert max(map(len, text.split())) >= pieces_module.MARGIN
+            assert max(map(len, text.split())) >= spans_module.MARGIN
             return
     whole = kind.ours.encode(text).tolist()
     assert found == whole
@@ -238,9 +238,9 @@ def test_a_text_in_blocks_gives_the_tokens_of_the_whole(kind, text):
 
 
 def test_a_novel_gives_the_tokens_of_its_library(kind, monkeypatch):
-    monkeypatch.setattr(pieces_module, "PIECE", 1000)
+    monkeypatch.setattr(spans_module, "SPAN", 1000)
     text = NOVEL[:30_000]
-    assert in_pieces(kind.ours, text, 777) == kind.encode(text)
+    assert in_spans(kind.ours, text, 777) == kind.encode(text)
 
 
 @settings(max_examples=60, deadline=None)
@@ -282,18 +282,18 @@ def test_a_cut_in_a_long_run_of_one_letter_is_exact(short):
     runs.add_special_tokens(["<s>", "</s>"])
     ours = SubwordTokenizer(runs.to_str().encode())
     for text in ("a" * 203, "b" + "a" * 301 + "b" * 50, "ab" * 100):
-        assert in_pieces(ours, text) == runs.encode(text).ids
+        assert in_spans(ours, text) == runs.encode(text).ids
 
 
 def test_what_cannot_be_cut_is_refused(monkeypatch):
-    monkeypatch.setattr(pieces_module, "PIECE", 8)
+    monkeypatch.setattr(spans_module, "SPAN", 8)
     with pytest.raises(ValueError, match="cannot be cut without changing a token"):
-        list(pieces(["x" * 1000], lambda text, at: False))
+        list(spans(["x" * 1000], lambda text, at: False))
 
 
-def test_pieces_are_the_text():
-    assert "".join(piece for _, piece in pieces([NOVEL])) == NOVEL
-    assert max(len(piece) for _, piece in pieces([NOVEL])) <= pieces_module.PIECE
+def test_spans_are_the_text():
+    assert "".join(span for _, span in spans([NOVEL])) == NOVEL
+    assert max(len(span) for _, span in spans([NOVEL])) <= spans_module.SPAN
 
 
 def test_decoders_that_need_more_than_a_token_are_refused():
@@ -436,3 +436,21 @@ def test_a_broken_record_is_refused(tmp_path):
 def test_a_folder_of_anything_else_is_no_tokenizer(tmp_path):
     with pytest.raises(ValueError, match="holds no tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_a_name_in_a_normalizer_makes_no_tokenizer_of_bytes():
+    """What words are made of is told by the parts of a tokenizer, not by texts that they hold."""
+    trainer = trainers.WordLevelTrainer(special_tokens=SPECIALS, show_progress=False)
+    rename = normalizers.Replace("ByteLevel", "Count")
+    found = SubwordTokenizer(trained(models.WordLevel(unk_token="<unk>"), trainer, rename, pre_tokenizers.Whitespace()))
+    assert found.byte(int(found.encode("ByteLevel")[0])) is None
+    assert found.decode(found.encode("the ByteLevel and the sea")) == "the Count and the sea"
+
+
+@pytest.mark.parametrize("before", [[], [pre_tokenizers.Digits()]])
+def test_without_a_decoder_its_encoder_tells_that_pieces_spell_bytes(before):
+    steps = [*before, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    trainer = bpe_trainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    found = SubwordTokenizer(trained(models.BPE(), trainer, None, pre_tokenizers.Sequence(steps)))
+    text = "Grüße, 世界 12 🦈"
+    assert found.decode(found.encode(text)) == text

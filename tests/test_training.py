@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,8 @@ from megalodon_lm.errors import InputError
 from megalodon_lm.training.recipe import Recipe, TrainingRecipe, bundled_recipes
 from megalodon_lm.training.schedule import learning_rate
 from megalodon_lm.training.trainer import Trainer
+
+from .processes import wait_until
 
 TEXT = b"the quick brown fox jumps over the lazy dog. " * 200
 
@@ -263,11 +264,9 @@ def test_interrupt_leaves_a_usable_checkpoint(number, text, tmp_path):
     command = [sys.executable, "-m", "megalodon_lm", "train", str(path), "--out", str(tmp_path / "run")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.kill(process.pid, number)
-    _, errors = process.communicate(timeout=60)
+    wait_until(lambda: metrics.exists() and metrics.stat().st_size, process)
+    process.send_signal(number)
+    _, errors = process.communicate()
     assert process.returncode == 130, errors
     assert "the weights are saved" in " ".join(errors.split())
     assert "Traceback" not in errors

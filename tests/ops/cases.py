@@ -1,13 +1,27 @@
 """Inputs for the ops' tests: random pieces with every kind of boundary."""
 
 from collections.abc import Callable, Iterable
+from itertools import combinations, product
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from megalodon_lm.ops.boundaries import Boundaries
 
 BOUNDARIES = ["none", "documents", "padding", "both"]
+
+
+def sampled(*axes: Iterable[Any]) -> list[Any]:
+    """The cases of a grid, of which some hold every pair of values, and the others are marked slow."""
+    pairs = {case: set(combinations(enumerate(case), 2)) for case in product(*axes)}
+    left, found = set.union(*pairs.values()), []
+    while left:
+        case = max(pairs, key=lambda case: len(pairs[case] & left))
+        left -= pairs.pop(case)
+        found.append(pytest.param(*case))
+    return found + [pytest.param(*case, marks=pytest.mark.slow) for case in pairs]
 
 
 def boundaries(kind: str, batch: int, length: int, seed: int = 0) -> Boundaries | None:
