@@ -107,7 +107,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(a[0], b[0], out=None if out is None else out[0])
 
 
-class Reading:
+class MemoryRead:
     """Timer of reading so many bytes from memory, by summing a buffer far larger than the caches on all threads."""
 
     def __init__(self, num_bytes: float):
@@ -125,7 +125,7 @@ class Reading:
         return f"reads {self.num_bytes / seconds / 1e9:.1f} GB/s"
 
 
-class Copying:
+class MemoryCopy:
     """Timer of moving so many bytes, read and written ones together, by copying a buffer far larger than the caches."""
 
     def __init__(self, num_bytes: float):
@@ -152,7 +152,7 @@ def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
 
 def floor_timer(
     measure: str, config: ModelConfig, batch: int, length: int, tokens: int, dtype: torch.dtype
-) -> "MatrixProducts | Reading | Copying":
+) -> "MatrixProducts | MemoryRead | MemoryCopy":
     """The floor of a measure.
 
     Args:
@@ -165,7 +165,7 @@ def floor_timer(
     if measure in ("training", "prefill"):
         return MatrixProducts(config, batch, length, dtype, measure == "training")
     if measure == "decode":
-        return Reading(tokens * weight_bytes(config, dtype))
+        return MemoryRead(tokens * weight_bytes(config, dtype))
     assert measure == "cema"
     operands = 5  # forward reads x and writes y; backward reads x and the gradient of y and writes that of x
-    return Copying(operands * batch * length * config.model_dim * 4)
+    return MemoryCopy(operands * batch * length * config.model_dim * 4)

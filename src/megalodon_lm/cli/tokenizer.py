@@ -29,29 +29,29 @@ class Tokenizer(Quiet):
 
     def run(self) -> None:
         """Carry out the command."""
-        from ..data.documents import Part, Reading, told
-        from ..data.pieces import pieces
+        from ..data.documents import DocumentReader, Part, told
         from ..data.sources import find_files
+        from ..data.spans import spans
         from ..data.subword import train_bpe
         from ..files import TOKENIZER, check_writable, write_atomically
         from .progress import console
 
         check_writable(self.out, TOKENIZER)
-        reading = Reading(self.field, self.encoding)
+        reader = DocumentReader(self.field, self.encoding)
         found = find_files(self.sources)
 
         def texts() -> Iterator[str]:
             for path in found.files:
-                for document in reading.documents(Part(str(path), 0, -1, 0)):
+                for document in reader.documents(Part(str(path), 0, -1, 0)):
                     assert not isinstance(document.content, list)
                     blocks = (block.decode() for block in document.content)
-                    yield from (piece for _, piece in pieces(blocks))
+                    yield from (span for _, span in spans(blocks))
 
         write_atomically(self.out, train_bpe(texts(), self.vocab_size))
         if found.left_out:
             console.print(str(found))
-        for fault in reading.faults[:10]:
+        for fault in reader.faults[:10]:
             console.print(told(fault))
-        if more := len(reading.faults[10:]) + reading.unlisted:
+        if more := len(reader.faults[10:]) + reader.unlisted:
             console.print(f"and {more:,} more faults")
         print(self.out)

@@ -11,9 +11,9 @@ from typing import BinaryIO, Literal, NamedTuple
 
 from ..errors import InputError, InputNote
 from .books import bundled
-from .documents import Part, Reading, told
+from .documents import DocumentReader, Part, told
 from .sources import STANDARD_INPUT, find_files, is_stream, stat_of, stored
-from .unpacked import BLOCK, blocks_of
+from .unpacked import BLOCK_BYTES, blocks_of
 
 Source = str | bytes | Path | BinaryIO | Iterable[str | bytes]
 Streams = Literal["refused", "once", "kept"]
@@ -39,7 +39,7 @@ class Texts:
         streams: what can be read only once, such as a pipe, is refused, or taken if that is enough, or kept as a file.
 
     Raises:
-        InputError: missing or unreadable source, no source at all, or no text in them; that may show while reading.
+        InputError: missing or unreadable source, no source at all, or no text in them; that may show while reader.
     """
 
     def __init__(self, sources: Sequence[str | Path], streams: Streams = "refused"):
@@ -66,23 +66,23 @@ class Texts:
         """As stored, all together; None if that is not known."""
         self.name, self.num_read = "", 0
         """Of the text being read: its name, and how many bytes of it were given."""
-        self._finished, self._reading = 0, Reading()
+        self._finished, self._reader = 0, DocumentReader()
 
     def __iter__(self) -> Iterator[Text]:
-        self._finished, self._reading, count = 0, Reading(), 0
+        self._finished, self._reader, count = 0, DocumentReader(), 0
         try:
             for name, item in self._items:
-                for blocks in [_cut(item)] if isinstance(item, bytes) else _texts(self._reading, item):
+                for blocks in [_cut(item)] if isinstance(item, bytes) else _texts(self._reader, item):
                     count += 1
                     self.name, self.num_read = name, 0
                     yield Text(name, self._counted(blocks))
                 self._finished += _size(item)
         finally:
-            if count and self._reading.faults and not self._told:
+            if count and self._reader.faults and not self._told:
                 self._told = True
-                _tell(self._reading)
+                _tell(self._reader)
         if not count:
-            why = "".join(f"; {told(fault)}" for fault in self._reading.faults[:1])
+            why = "".join(f"; {told(fault)}" for fault in self._reader.faults[:1])
             raise InputError(f"there is no text in {self._sources}{why}")
 
     def _counted(self, blocks: Iterator[bytes]) -> Iterator[bytes]:
@@ -93,7 +93,7 @@ class Texts:
     @property
     def done(self) -> int:
         """Bytes, of num_bytes, read since the last iteration began."""
-        return self._finished + (self._reading.source.position if self._reading.source else 0)
+        return self._finished + (self._reader.source.position if self._reader.source else 0)
 
     def whole(self) -> bytes:
         """All documents, one behind the other."""
@@ -129,10 +129,10 @@ def texts_of(source: Source | Texts) -> Iterator[Iterator[bytes]]:
     elif isinstance(source, str | bytes):
         yield _cut(_encoded(source))
     elif hasattr(source, "read"):
-        reading = Reading()
-        yield reading.decoded(str(getattr(source, "name", "the file")), blocks_of(source))
-        if reading.faults:
-            _tell(reading)
+        reader = DocumentReader()
+        yield reader.decoded(str(getattr(source, "name", "the file")), blocks_of(source))
+        if reader.faults:
+            _tell(reader)
     else:
         yield map(_encoded, source)
 
@@ -143,11 +143,11 @@ def _encoded(text: str | bytes) -> bytes:
 
 
 def _cut(raw: bytes) -> Iterator[bytes]:
-    return (raw[at : at + BLOCK] for at in range(0, len(raw), BLOCK))
+    return (raw[at : at + BLOCK_BYTES] for at in range(0, len(raw), BLOCK_BYTES))
 
 
-def _texts(reading: Reading, path: Path) -> Iterator[Iterator[bytes]]:
-    for document in reading.documents(Part(str(path), 0, -1, 0)):
+def _texts(reader: DocumentReader, path: Path) -> Iterator[Iterator[bytes]]:
+    for document in reader.documents(Part(str(path), 0, -1, 0)):
         assert not isinstance(document.content, list), "these are chats"
         yield document.content
 
@@ -160,9 +160,9 @@ def _size(item: Path | bytes) -> int:
     return len(item) if isinstance(item, bytes) else 0 if is_stream(item) else stat_of(item).st_size
 
 
-def _tell(reading: Reading) -> None:
-    count = len(reading.faults) + reading.unlisted
+def _tell(reader: DocumentReader) -> None:
+    count = len(reader.faults) + reader.unlisted
     warnings.warn(
-        InputNote(f"{count:,} fault{'s' * (count > 1)} in what was read; the first is {told(reading.faults[0])}"),
+        InputNote(f"{count:,} fault{'s' * (count > 1)} in what was read; the first is {told(reader.faults[0])}"),
         stacklevel=3,
     )

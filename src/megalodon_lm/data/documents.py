@@ -21,7 +21,7 @@ from .sources import LINES, TABLES, compression_of, is_stream, kind_of, stat_of
 from .unpacked import FileOfBlocks, Unpacked
 
 LONGEST_LINE = 1 << 28  # bytes of a JSONL line
-LISTED = 1000  # faults of a Reading that are kept; more are counted
+LISTED = 1000  # faults of a reader that are kept; more are counted
 MARKS = (
     (codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"),
@@ -47,7 +47,7 @@ class Part(NamedTuple):
 class Document(NamedTuple):
     """A text in blocks of UTF-8 or the messages of a chat, and the byte or row it begins at."""
 
-    place: int
+    offset: int
     content: Iterator[bytes] | list[Message]
 
 
@@ -56,8 +56,8 @@ class _Wrong(Exception):
 
 
 @dataclass
-class Reading:
-    """How to read, and what was wrong with what was read.
+class DocumentReader:
+    """Reads documents, and notes what was wrong with them.
 
     Attributes:
         column: field of JSONL and Parquet that holds the text or the messages.
@@ -81,8 +81,8 @@ class Reading:
     def fault(self, path: str, reason: str, unit: str = "", number: int = 0, outcome: str = "left out") -> None:
         """Note one."""
         if len(self.faults) < LISTED:
-            place = {unit: number} if unit else {}
-            self.faults.append({"path": path, **place, "reason": reason, "outcome": outcome})
+            where = {unit: number} if unit else {}
+            self.faults.append({"path": path, **where, "reason": reason, "outcome": outcome})
         else:
             self.unlisted += 1
 
@@ -268,8 +268,8 @@ def parts_of(path: Path, largest: int) -> Iterator[Part]:
 
 def told(fault: dict[str, Any]) -> str:
     """A fault in words."""
-    place = "".join(f", {unit} {fault[unit]:,}" for unit in ("line", "row", "byte") if unit in fault)
-    return f"{fault['path']}{place}: {fault['reason']}, {fault['outcome']}"
+    where = "".join(f", {unit} {fault[unit]:,}" for unit in ("line", "row", "byte") if unit in fault)
+    return f"{fault['path']}{where}: {fault['reason']}, {fault['outcome']}"
 
 
 def _sizes(path: Path) -> list[int]:

@@ -20,7 +20,7 @@ from ..errors import InputError
 from ..files import check, digest, write_atomically
 from ..tables import read_sealed, write_sealed
 from .chat import ANSWERS, encode_chat
-from .documents import Document, Part, Reading, parts_of, told
+from .documents import Document, DocumentReader, Part, parts_of, told
 from .shards import DOCUMENT, MANIFEST, read_manifest, token_dtype
 from .sources import Found, find_files, is_stream, stat_of
 from .tokenizer import Tokenizer, load_tokenizer
@@ -42,7 +42,7 @@ class Plan:
         tokenizer: name or path.
         fingerprint: of the tokenizer.
         dtype: of tokens.
-        field, encoding, chats: see Reading.
+        field, encoding, chats: see DocumentReader.
         files: path, bytes and time of change of each file.
         parts: of files, that make each shard.
     """
@@ -203,7 +203,7 @@ def make_shard(plan: Plan, out: Path, number: int) -> dict[str, Any]:
 
     Until then its files have names of this process's own: another one may be at the same shard, with the same result.
     """
-    tokenizer, reading = load_tokenizer(plan.tokenizer), Reading(plan.field, plan.encoding, plan.chats)
+    tokenizer, reader = load_tokenizer(plan.tokenizer), DocumentReader(plan.field, plan.encoding, plan.chats)
     name = f"{number:05d}"
     names = [f"{name}.{kind}" for kind in ("tokens", "documents", "answers")[: 2 + plan.chats]]
     unfinished = {n: out / f".{n}.{os.getpid()}" for n in names}
@@ -212,8 +212,8 @@ def make_shard(plan: Plan, out: Path, number: int) -> dict[str, Any]:
         with contextlib.ExitStack() as stack:
             tokens_file, documents_file, *rest = opened = [stack.enter_context(unfinished[n].open("wb")) for n in names]
             for file, start, stop, size in plan.parts[number]:
-                part, lines, faults = Part(plan.files[file][0], start, stop, size), reading.lines, len(reading.faults)
-                for document in reading.documents(part):
+                part, lines, faults = Part(plan.files[file][0], start, stop, size), reader.lines, len(reader.faults)
+                for document in reader.documents(part):
                     for tokens, answers in _encoded(tokenizer, document):
                         tokens_file.write(tokens.astype(plan.dtype).tobytes())
                         record["tokens"] += len(tokens)
@@ -221,10 +221,10 @@ def make_shard(plan: Plan, out: Path, number: int) -> dict[str, Any]:
                             rest[0].write(answers.tobytes())
                             record["answers"] += int(answers.sum())
                     record["documents"] += 1
-                    documents_file.write(np.array([(record["tokens"], file, document.place)], DOCUMENT).tobytes())
-                for fault in reading.faults[faults:]:
+                    documents_file.write(np.array([(record["tokens"], file, document.offset)], DOCUMENT).tobytes())
+                for fault in reader.faults[faults:]:
                     fault["part"] = len(record["lines"])
-                record["lines"].append(reading.lines - lines)
+                record["lines"].append(reader.lines - lines)
             for file in opened:
                 file.flush()
                 os.fsync(file.fileno())
@@ -233,7 +233,7 @@ def make_shard(plan: Plan, out: Path, number: int) -> dict[str, Any]:
             os.replace(unfinished[n], out / n)
     except OSError as error:
         raise InputError(f"cannot write the shard {out / name}: {error.strerror or error}") from None
-    record |= {"faults": reading.faults, "unlisted": reading.unlisted}
+    record |= {"faults": reader.faults, "unlisted": reader.unlisted}
     write_sealed(out / f"{name}.json", record)
     return record
 

@@ -79,21 +79,21 @@ class Sequence:
         return self._learnt is not None
 
     def rest_of_document(self, at: int) -> int:
-        """Tokens from a place to the end of its document."""
+        """Tokens from a position to the end of its document."""
         at %= len(self)
         return int(self._ends[np.searchsorted(self._ends, at, "right")]) - at
 
     def read(self, at: int, count: int) -> Stretch:
-        """So many tokens from a place on."""
+        """So many tokens from a position on."""
         tokens, starts, learnt = np.empty(count, np.int64), np.zeros(count, np.bool_), np.ones(count, np.bool_)
         done = 0
         while done < count:
-            place = (at + done) % len(self)
-            document = int(np.searchsorted(self._ends, place, "right"))
+            position = (at + done) % len(self)
+            document = int(np.searchsorted(self._ends, position, "right"))
             end = int(self._ends[document])
             length = int(self._ends[document] - (self._ends[document - 1] if document else 0))
-            into = place - (end - length)
-            taken = min(end - place, count - done)
+            into = position - (end - length)
+            taken = min(end - position, count - done)
             begin, array = int(self._begin[document]) + into, self._array[document]
             tokens[done : done + taken] = self._tokens[array][begin : begin + taken]
             if self._learnt is not None:

@@ -3,7 +3,7 @@
 A prepared folder holds `prepared.json` and for each shard NNNNN
 
     NNNNN.tokens       tokens of its documents one after the other, each behind a begin token, little-endian
-    NNNNN.documents    a record a document: where its tokens end, the number of its file, and its place there
+    NNNNN.documents    a record a document: where its tokens end, the number of its file, and its offset there
     NNNNN.answers      of chats: a byte a token, 1 for those of an answer
 
 `prepared.json` names the tokenizer, the files the text came from, and size and SHA-256 of every shard file.
@@ -24,7 +24,7 @@ from ..files import check
 from ..tables import read_sealed
 
 MANIFEST = "prepared.json"
-DOCUMENT = np.dtype([("end", "<i8"), ("file", "<i4"), ("place", "<i8")])
+DOCUMENT = np.dtype([("end", "<i8"), ("file", "<i4"), ("offset", "<i8")])
 MAPS = 256
 """Files mapped at a time, of all prepared folders together: each holds a file descriptor, of which many have 1,024."""
 

@@ -2,7 +2,6 @@
 
 import codecs
 import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
@@ -13,9 +12,9 @@ import numpy as np
 
 from ..errors import InputError
 from ..files import write_atomically
-from .pieces import encode_in_pieces
-from .special_tokens import BEGIN_NAMES, END_NAMES, named, special_tokens, unspellable
-from .token_text import byte_level, byte_of, check_decoder, text_of
+from .spans import encode_in_spans
+from .token_text import byte_level, byte_of, text_of
+from .tokenizer_json import BEGIN_NAMES, END_NAMES, Description
 from .tokenizer_record import write_record
 
 
@@ -28,7 +27,7 @@ class _Subwords(ABC):
     begin: int
     end: int
     _silent: frozenset[int]  # tokens without a text
-    _unknown: int  # the token for what the vocabulary cannot spell, or -1
+    _unwritten: frozenset[int]  # and those that stand for what no token can spell
 
     @property
     def fingerprint(self) -> str:
@@ -59,20 +58,20 @@ class _Subwords(ABC):
     def writable(self, vocab_size: int) -> np.ndarray:
         """Which tokens of a vocabulary (vocab_size,) bool a model may write: text, and the ends of it."""
         found = np.arange(vocab_size) < self.vocab_size
-        found[[*self._silent, *([self._unknown] if self._unknown >= 0 else [])]] = False
+        found[[*self._unwritten]] = False
         found[list(self.ends)] = True
         return found
 
     def encode(self, text: str | bytes, begin: bool = False) -> np.ndarray:
         """Text to int64 tokens (L,); bytes are UTF-8, and what is not valid becomes U+FFFD."""
         text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
-        parts = [np.array(ids, np.int64) for ids in encode_in_pieces([text], self._ids)]
+        parts = [np.array(ids, np.int64) for ids in encode_in_spans([text], self._ids)]
         return np.concatenate([np.array([self.begin] * begin, np.int64), *parts])
 
     def encode_blocks(self, blocks: Iterable[bytes]) -> Iterator[np.ndarray]:
         """The tokens of a text that comes in blocks, in constant memory, however it is cut into blocks."""
         texts = codecs.iterdecode(blocks, "utf-8", "replace")
-        yield from (np.array(ids, np.int64) for ids in encode_in_pieces(texts, self._ids))
+        yield from (np.array(ids, np.int64) for ids in encode_in_spans(texts, self._ids))
 
     @cached_property
     def anchor(self) -> list[int]:
@@ -118,16 +117,12 @@ class SubwordTokenizer(_Subwords):
 
         self.content = content
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-            description = json.loads(content)
+            description = Description(tokenizers.Tokenizer.from_buffer(content))
         except Exception as error:  # the library raises nothing more special
             raise InputError(f"{path} is not a tokenizer of the tokenizers library: {error}") from None
-        kinds = check_decoder(description.get("decoder"), path)
-        specials = special_tokens(description)
-        self.begin, self.end = (named(specials, names, path) for names in (BEGIN_NAMES, END_NAMES))
-        guarded = unspellable(description)
-        if guarded is not description:
-            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(guarded))
+        description.check_tokenwise(path)
+        self.begin, self.end = (description.special(names, path) for names in (BEGIN_NAMES, END_NAMES))
+        self._tokenizer = description.unspellable()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # "<|end|>" in a text is text
@@ -135,18 +130,16 @@ class SubwordTokenizer(_Subwords):
             self._tokenizer.model.dropout = None  # it draws tokens at random, in training alone
         vocabulary = {token: piece for piece, token in self._tokenizer.get_vocab(with_added_tokens=True).items()}
         self.vocab_size = max(vocabulary) + 1
-        self._unknown = specials.get(str(description["model"].get("unk_token")), -1)
-        self._silent = frozenset(specials.values()) | (frozenset(range(self.vocab_size)) - vocabulary.keys())
-        before = json.dumps([description.get(part) for part in ("normalizer", "pre_tokenizer")])
-        if "ByteLevel" in kinds or (not kinds and '"ByteLevel"' in before):
+        missing = frozenset(range(self.vocab_size)) - vocabulary.keys()
+        self._silent = self._unwritten = missing | frozenset(description.specials.values())
+        self._bytes = {}
+        if description.spells_bytes:
             self._bytes = {token: byte_level(piece) for token, piece in vocabulary.items()}
-            for token in description.get("added_tokens") or ():
-                text = self.text([token["id"]])  # the library may take letters of added words for bytes
-                self._bytes[token["id"]] = (token["content"] if "\ufffd" in text else text).encode()
-        elif "ByteFallback" in kinds:
+            for added in description.added:
+                text = self.text([added["id"]])  # the library may take letters of added words for bytes
+                self._bytes[added["id"]] = (added["content"] if "\ufffd" in text else text).encode()
+        elif description.falls_back_to_bytes:
             self._bytes = {token: raw for token, piece in vocabulary.items() if (raw := byte_of(piece)) is not None}
-        else:
-            self._bytes = {}
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -190,7 +183,7 @@ class SentencePieceTokenizer(_Subwords):
         if self.begin < 0:
             raise InputError(f"the tokenizer {path} has neither a begin nor an end token")
         self._silent = frozenset(t for t in range(self.vocab_size) if model.is_control(t))
-        self._unknown = model.unk_id()
+        self._unwritten = self._silent | {model.unk_id()}
 
     def _ids(self, text: str) -> list[int]:
         return self._model.encode(text)

@@ -3,15 +3,12 @@
 import re
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Protocol
+from typing import Protocol
 
-from ..errors import InputError
-
-_TOKENWISE = {"ByteLevel", "WordPiece", "Metaspace", "BPEDecoder", "Replace", "ByteFallback", "Strip", "Fuse"}
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
-class Pieces(Protocol):
+class Subwords(Protocol):
     """What the text of tokens is made from."""
 
     @property
@@ -32,14 +29,14 @@ class Pieces(Protocol):
         """Tokens behind which a text begins anew."""
 
 
-def text_of(pieces: Pieces, after: int | None) -> Callable[[int], bytes]:
+def text_of(subwords: Subwords, after: int | None) -> Callable[[int], bytes]:
     """Take the tokens of a text one by one.
 
     The text of a token depends on the one before it, and on whether any text is before it at all: many decoders leave
     out a space there.
 
     Args:
-        pieces: of the tokenizer.
+        subwords: of the tokenizer.
         after: the token before; None where a text begins.
 
     Returns:
@@ -47,28 +44,28 @@ def text_of(pieces: Pieces, after: int | None) -> Callable[[int], bytes]:
     """
     head: list[int] | None = None  # tokens that gave no text yet, at the beginning of a text
     before: list[int] = []  # the token before, in the midst of a text
-    if after is None or after in pieces.ends:
+    if after is None or after in subwords.ends:
         head = []
-    elif not pieces.is_silent(after) and pieces.byte(after) is None:
+    elif not subwords.is_silent(after) and subwords.byte(after) is None:
         before = [after]
 
     def add(token: int) -> bytes:
         nonlocal head, before
-        if pieces.is_silent(token):
-            if token in pieces.ends:
+        if subwords.is_silent(token):
+            if token in subwords.ends:
                 head = []
             return b""
-        raw = pieces.byte(token)
+        raw = subwords.byte(token)
         if raw is not None:
             head, before = None, []
             return raw
         if head is not None:
-            text = pieces.text([*head, token])
+            text = subwords.text([*head, token])
             head = None if text else [*head, token]
         else:
-            window = [*pieces.anchor, *before]
-            known = pieces.text(window) if window else ""
-            text = pieces.text([*window, token])
+            window = [*subwords.anchor, *before]
+            known = subwords.text(window) if window else ""
+            text = subwords.text([*window, token])
             assert text.startswith(known)
             text = text[len(known) :]
         before = [token]
@@ -77,24 +74,8 @@ def text_of(pieces: Pieces, after: int | None) -> Callable[[int], bytes]:
     return add
 
 
-def check_decoder(decoder: dict[str, Any] | None, path: object) -> set[str]:
-    """The kinds of decoders that a tokenizer.json puts in a row.
-
-    Raises:
-        InputError: one whose text of a token depends on more than the token before it.
-    """
-    steps = decoder["decoders"] if decoder and decoder["type"] == "Sequence" else [decoder] if decoder else []
-    kinds = [step["type"] for step in steps]
-    unknown = sorted(set(kinds) - _TOKENWISE)
-    joined = kinds[kinds.index("Fuse") + 1 :] if "Fuse" in kinds else []
-    ends = [step for step in steps if step["type"] == "Strip" and step.get("stop") and joined]
-    if unknown or ends or set(joined) - {"Strip"} or ("ByteLevel" in kinds and len(kinds) > 1):
-        raise InputError(f"the tokenizer {path} decodes by {', '.join(kinds)}, which cannot be done token by token")
-    return set(kinds)
-
-
 def byte_of(piece: str) -> bytes | None:
-    """The byte of a piece such as <0x0A>; None of other pieces."""
+    """The byte of a piece such as <0x0A>; None of other subwords."""
     found = _BYTE.fullmatch(piece)
     return bytes([int(found[1], 16)]) if found else None
 

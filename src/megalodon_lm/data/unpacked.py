@@ -13,8 +13,8 @@ from .sources import STANDARD_INPUT, compression_of, stored
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-BLOCK = 1 << 16  # bytes
-ZSTD_BLOCK = 1 << 14  # bytes of a compressed file at a time, for there is no other limit on what comes out of it
+BLOCK_BYTES = 1 << 16
+ZSTD_BYTES = 1 << 14  # of a compressed file at a time, for there is no other limit on what comes out of it
 ZSTD_WINDOW = 1 << 31  # bytes, as zstd --long=31 writes
 
 
@@ -101,22 +101,22 @@ class FileOfBlocks(io.RawIOBase):
 def blocks_of(file: Any) -> Iterator[bytes]:
     """What a binary file gives, as it comes."""
     read = getattr(file, "read1", file.read)
-    while block := read(BLOCK):
+    while block := read(BLOCK_BYTES):
         yield block
 
 
 def _of_gzip(raw: Any) -> Iterator[bytes]:
     """As zcat: any number of members, zeros behind them, and of a damaged one all up to the damage."""
-    data, members = raw.read(BLOCK), 0
+    data, members = raw.read(BLOCK_BYTES), 0
     while data:
         if members and not (data := data.lstrip(b"\0")):
-            data = raw.read(BLOCK)
+            data = raw.read(BLOCK_BYTES)
             continue
         decoder = zlib.decompressobj(wbits=31)
         while not decoder.eof:
             before = decoder.copy()
             try:
-                found = decoder.decompress(data, 16 * BLOCK) if data else decoder.flush()
+                found = decoder.decompress(data, 16 * BLOCK_BYTES) if data else decoder.flush()
             except zlib.error as error:
                 yield from _until_error(before, data, zlib.error)
                 raise _Damaged(str(error)) from None
@@ -124,9 +124,9 @@ def _of_gzip(raw: Any) -> Iterator[bytes]:
                 yield found
             if not data and not decoder.eof:
                 raise _Damaged("the compressed data ends too early")
-            data = decoder.unused_data if decoder.eof else decoder.unconsumed_tail or raw.read(BLOCK)
+            data = decoder.unused_data if decoder.eof else decoder.unconsumed_tail or raw.read(BLOCK_BYTES)
         members += 1
-        data = data or raw.read(BLOCK)
+        data = data or raw.read(BLOCK_BYTES)
 
 
 def _of_zstd(raw: Any) -> Iterator[bytes]:
@@ -136,7 +136,7 @@ def _of_zstd(raw: Any) -> Iterator[bytes]:
     def decompressor() -> Any:
         return ZstdDecompressor(max_window_size=ZSTD_WINDOW).decompressobj()
 
-    data, start = raw.read(ZSTD_BLOCK), 0
+    data, start = raw.read(ZSTD_BYTES), 0
     while data:
         decoder, fed = decompressor(), 0
         while not decoder.eof:
@@ -148,10 +148,10 @@ def _of_zstd(raw: Any) -> Iterator[bytes]:
             if found:
                 yield found
             fed += len(data)
-            if not decoder.eof and not (data := raw.read(ZSTD_BLOCK)):
+            if not decoder.eof and not (data := raw.read(ZSTD_BYTES)):
                 raise _Damaged("the compressed data ends too early")
         start += fed - len(decoder.unused_data)
-        data = decoder.unused_data or raw.read(ZSTD_BLOCK)
+        data = decoder.unused_data or raw.read(ZSTD_BYTES)
 
 
 def _again(raw: Any, decoder: Any, start: int, fed: int, data: bytes, error: type[Exception]) -> Iterator[bytes]:
@@ -160,7 +160,7 @@ def _again(raw: Any, decoder: Any, start: int, fed: int, data: bytes, error: typ
         return
     raw.seek(start)
     while fed > 0:
-        before = raw.read(min(fed, ZSTD_BLOCK))
+        before = raw.read(min(fed, ZSTD_BYTES))
         decoder.decompress(before)
         fed -= len(before)
     yield from _until_error(decoder, data, error)

@@ -29,8 +29,8 @@ def find_tokenizer(recipe: Recipe, begun: Path | None) -> Tokenizer:
     if begun is not None and (saved or d.tokenizer == t.begin_from):  # what it began from is no longer needed
         tokenizer = load_tokenizer(begun)
     elif kind == "bpe" and size.isdecimal():
-        pieces = (b"".join(text.blocks).decode("utf-8", "replace") for text in Texts(d.train))
-        tokenizer = SubwordTokenizer(train_bpe(pieces, int(size)))
+        texts = (b"".join(text.blocks).decode("utf-8", "replace") for text in Texts(d.train))
+        tokenizer = SubwordTokenizer(train_bpe(texts, int(size)))
     else:
         tokenizer = load_tokenizer(d.tokenizer)
     if recipe.model.vocab_size < tokenizer.vocab_size:

@@ -1,20 +1,20 @@
-"""A long text in pieces, whose tokens one after the other are those of the whole text."""
+"""A long text in spans, whose tokens one after the other are those of the whole text."""
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 from ..errors import InputError
 
-PIECE = 1 << 16  # characters encoded at a time
+SPAN = 1 << 16  # characters encoded at a time
 MARGIN = 256  # characters on either side that a token at a cut may depend on
-PATIENCE = 16  # pieces without any place to cut at which a text is given up
+PATIENCE = 16  # spans without any place to cut at which a text is given up
 TRIES = 256  # places looked at for a cut
 
 
-def encode_in_pieces(parts: Iterable[str], encode: Callable[[str], list[int]]) -> Iterator[list[int]]:
+def encode_in_spans(parts: Iterable[str], encode: Callable[[str], list[int]]) -> Iterator[list[int]]:
     """The tokens of a text that comes in parts, in constant memory.
 
-    A piece is encoded behind the end of the piece before it, whose tokens are then left out: what a tokenizer does to
+    A span is encoded behind the end of the span before it, whose tokens are then left out: what a tokenizer does to
     the beginning of a text, such as putting a space there, happens to the whole text once.
 
     Args:
@@ -33,42 +33,42 @@ def encode_in_pieces(parts: Iterable[str], encode: Callable[[str], list[int]]) -
                 return False
         return True
 
-    for before, piece in pieces(parts, is_exact):
+    for before, span in spans(parts, is_exact):
         known = encode(before)
-        found = encode(before + piece)
+        found = encode(before + span)
         if found[: len(known)] != known:
-            raise _uncuttable(piece)
+            raise _uncuttable(span)
         yield found[len(known) :]
 
 
-def pieces(
+def spans(
     parts: Iterable[str], may_cut: Callable[[str, int], bool] = lambda text, at: True
 ) -> Iterator[tuple[str, str]]:
-    """A text in pieces, cut before a single space between words if that may be.
+    """A text in spans, cut before a single space between words if that may be.
 
     Args:
         parts: of the text; the cuts do not depend on them.
         may_cut: whether a text may be cut at a place.
 
     Yields:
-        The end of the text before the piece, MARGIN characters if there are so many; and the piece.
+        The end of the text before the span, MARGIN characters if there are so many; and the span.
 
     Raises:
-        InputError: no place to cut in PATIENCE pieces.
+        InputError: no place to cut in PATIENCE spans.
     """
-    before, held, length = "", "", PIECE
+    before, held, length = "", "", SPAN
     for part in _short(parts):
         held += part
         while len(held) >= length + MARGIN:
             text = before + held[: length + MARGIN]
             at = next((at for at in _places(text, len(before)) if may_cut(text, at)), None)
             if at is None:
-                length += PIECE
-                if length > PATIENCE * PIECE:
+                length += SPAN
+                if length > PATIENCE * SPAN:
                     raise _uncuttable(held)
                 continue
             yield before, text[len(before) : at]
-            before, held, length = text[max(0, at - MARGIN) : at], held[at - len(before) :], PIECE
+            before, held, length = text[max(0, at - MARGIN) : at], held[at - len(before) :], SPAN
     if held:
         yield before, held
 
@@ -82,11 +82,11 @@ def _uncuttable(text: str) -> InputError:
 
 def _short(parts: Iterable[str]) -> Iterator[str]:
     for part in parts:
-        yield from (part[at : at + PIECE] for at in range(0, len(part), PIECE))
+        yield from (part[at : at + SPAN] for at in range(0, len(part), SPAN))
 
 
 def _places(text: str, start: int) -> Iterator[int]:
     """Where a text may be cut, behind `start` and MARGIN before its end: single spaces first, the last ones first."""
-    places = range(len(text) - MARGIN, max(start, len(text) - MARGIN - PIECE // 2), -1)
+    places = range(len(text) - MARGIN, max(start, len(text) - MARGIN - SPAN // 2), -1)
     yield from islice((at for at in places if text[at] == " " and text[at - 1] != " " != text[at + 1]), TRIES)
     yield from islice(places, TRIES)
