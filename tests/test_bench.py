@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from dataclasses import fields
 
 import pytest
@@ -16,7 +15,7 @@ from megalodon_lm.benchmark.records import Record, write_records
 from megalodon_lm.benchmark.report import draw, table
 from megalodon_lm.benchmark.suite import LENGTHS, MEASURES, PEERS, QUICK_LENGTHS, left_out, plan
 from megalodon_lm.benchmark.worker import ContenderFailed, Worker
-from megalodon_lm.benchmark.workloads import contender, timed
+from megalodon_lm.benchmark.workloads import contender
 from megalodon_lm.training.memory import resident
 
 from .processes import megalodon
@@ -27,14 +26,14 @@ TINY = ModelConfig.named("tiny")
 def test_contenders_take_turns_and_ratios_are_those_of_their_rates():
     order = []
 
-    def sleeper(name, seconds):
-        return timed(lambda: (order.append(name), time.sleep(seconds)))
+    def timer(name, seconds):
+        return lambda: order.append(name) or seconds
 
-    ours, peer = alternate([sleeper("ours", 0.01), sleeper("peer", 0.03)], 4)
+    ours, peer = alternate([timer("ours", 0.01), timer("peer", 0.03)], 4)
     assert order == ["ours", "peer", "peer", "ours"] * 2
     ratio = rate_ratio(ours, peer)
     assert ratio.low <= ratio.median <= ratio.high
-    assert ratio.median == pytest.approx(3, rel=0.25)
+    assert ratio.median == pytest.approx(3)
     twice_the_work = rate_ratio(ours, peer, 2, 1)
     assert twice_the_work.median == pytest.approx(2 * ratio.median)
 
@@ -68,7 +67,7 @@ def test_floors_are_positive_and_grow_with_the_work(monkeypatch):
         assert long.flops == pytest.approx(128 * short.flops)
         assert 0 < short() < long()
     for floor in (MemoryRead(1e6), MemoryCopy(1e6)):
-        assert 0 < floor() < 1
+        assert floor() > 0
         assert "1.0 GB/s" in floor.describe(1e-3)
 
 
@@ -85,7 +84,7 @@ def test_every_measure_runs(name, measure, monkeypatch):
     competitor = contender(name, TINY, "bf16")
     assert competitor.settle(measure, 2, 100)
     timer = competitor.timer(measure, 2, 100)
-    assert 0 < timer() < 10
+    assert timer() > 0
 
 
 @pytest.mark.parametrize("name", NAMES)

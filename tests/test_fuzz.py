@@ -31,13 +31,14 @@ from megalodon_lm.cli.commands import Command
 from megalodon_lm.cli.main import main
 from megalodon_lm.training.recipe import DataRecipe, TrainingRecipe
 
+from .processes import HANGS
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
     pytest.mark.filterwarnings("always::megalodon_lm.errors.InputNote"),  # what commands say in one line
 ]
 SECONDS = 20  # until a case is interrupted; it must end then
-GRACE = 40
 FINE = (0, 2, 130, 141)
 
 RECIPE = """
@@ -193,7 +194,7 @@ def call(arguments, seconds=SECONDS, largest_file=None):
         if took > seconds and not interrupted:
             interrupted = True
             os.kill(child, signal.SIGINT)
-        if took > seconds + GRACE:
+        if took > seconds + HANGS:
             os.killpg(child, signal.SIGKILL)
             break
     os.close(reader)
