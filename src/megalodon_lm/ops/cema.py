@@ -105,14 +105,14 @@ def _cema(
     entry = None if state is None else _complex(torch.cat([state[..., 0], state[..., 1]], -1).to(p.dtype))
     last = blocks.last.clamp(min=0)
     y = torch.bmm(toeplitz, xb)  # (D, T, M)
-    if blocks.longest > 1:
+    if blocks.longest > 1 or torch.compiler.is_compiling():
         totals = torch.bmm(absorb.permute(1, 2, 0), xb)  # (D, 2N, M)
         entries = blocks.carry(_complex(totals.permute(2, 0, 1)), entry, powers[size])  # (M, D, N)
         y = y + torch.bmm(emit, _pairs(entries).permute(1, 2, 0))
         before_last = entries[last]
     else:  # no state goes from block to block, so none is held for each of them
         before_last = torch.zeros(batch, dim, ndim, dtype=q.dtype, device=x.device)
-        if entry is not None and (torch.compiler.is_compiling() or len(blocks.row)):
+        if entry is not None and len(blocks.row):
             (carried,) = blocks.carries.nonzero(as_tuple=True)
             y = y.index_add(2, carried, torch.bmm(emit, _pairs(entry[blocks.row[carried]]).permute(1, 2, 0)))
             before_last = torch.where(blocks.carries[last].view(-1, 1, 1), entry, before_last)
