@@ -43,6 +43,19 @@ def test_equals_reference_with_all_gradients(kind, fill, length, monkeypatch):
     assert torch.equal(fast.fill, slow.fill)
 
 
+@pytest.mark.parametrize("kind", ["none", "both"])
+@pytest.mark.parametrize("length", [4, 50])
+def test_layout_of_graphs_equals_reference_with_all_gradients(kind, length, monkeypatch):
+    """What is taken where a graph lets no value decide a shape; here without one, in several tiles."""
+    monkeypatch.setattr(attention, "TILE_SIZE", 5)
+    monkeypatch.setattr(portable, "_in_bins", portable._in_windows)
+    where, fill = boundaries(kind, B, length), torch.tensor([3, 15, 0])
+    actual = gradients(run(chunk_attention, where, fill), case(length))
+    expected = gradients(run(reference.chunk_attention, where, fill), case(length))
+    assert_close(actual[0], expected[0], 1e-12)
+    assert_close(actual[1], expected[1], 1e-11)
+
+
 def test_gradcheck():
     inputs = [t.requires_grad_() for t in case(20)]
     fill = torch.tensor([3, 15, 0])
