@@ -313,7 +313,7 @@ def test_a_bookmark_of_the_older_format_goes_on(generator, tmp_path, monkeypatch
     context = Context(generator.model)
     context.read(tokens[:4097])
     notes = {"tokenizer": generator.tokenizer.fingerprint, "scored": "4096", "nats": repr(context.nats)}
-    monkeypatch.setattr("megalodon_lm.state.FORMAT", OLDER_FORMAT)
+    monkeypatch.setattr("megalodon_lm.state_file.FORMAT", OLDER_FORMAT)
     rest = torch.from_numpy(tokens[4096:])
     StateFile(context._state.used(), generator.model.sampled_fingerprint(), rest, notes).write(tmp_path / "old.state")
     monkeypatch.undo()

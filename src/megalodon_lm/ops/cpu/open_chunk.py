@@ -64,7 +64,8 @@ def _return_all(grad: Any, stops: Any, fill: Any, piece: Any, cached: Any) -> No
 
 def _words(t: Tensor) -> np.ndarray:
     """(B, L, H * d); float32 as pairs of 16 bits, so that the same code moves float32 and bf16."""
-    return as_numpy(t).view(np.uint16).reshape(*t.shape[:2], -1)
+    words = as_numpy(t).view(np.uint16)
+    return words.reshape(*t.shape[:2], t.shape[2] * words.shape[3])  # of no rows too, where -1 would tell nothing
 
 
 def _take(piece: Tensor, cached: Tensor | None, stops: Tensor, fill: Tensor, chunk_size: int) -> Tensor:
