@@ -30,6 +30,11 @@ def linear_cross_entropy(
         hidden and weight: the mean once, its gradients being made along with it; the others by making logits again.
     """
     rows, answers, chosen = hidden.flatten(0, -2), targets.flatten(), None
+    if torch.compiler.is_compiling():  # a graph computes all: no size may depend on what counts
+        losses = _token_losses(rows, weight, answers).view_as(targets)
+        counts = torch.ones_like(targets, dtype=torch.bool) if learnt is None else learnt.to(hidden.device)
+        losses = torch.where(counts, losses, 0)
+        return losses if reduction == "none" else losses.sum() / counts.sum().clamp(min=1)
     if learnt is not None:
         chosen = learnt.flatten().nonzero()[:, 0].to(hidden.device)
         rows, answers = rows[chosen], answers[chosen]
