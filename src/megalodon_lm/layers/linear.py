@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.derived import rounded
+from ..ops.linear import rounded_linear
 from .initialization import Initialiser
 
 
@@ -37,5 +37,4 @@ class Linear(nn.Linear):
         device = x.device.type
         if torch.is_grad_enabled() or not torch.is_autocast_enabled(device) or self.weight.dtype == torch.float64:
             return F.linear(x, self.weight, self.bias)  # with gradients, autocast rounds and knows the way back
-        dtype = torch.get_autocast_dtype(device)
-        return F.linear(x, rounded(self.weight, dtype), None if self.bias is None else rounded(self.bias, dtype))
+        return rounded_linear(x, self.weight, self.bias, torch.get_autocast_dtype(device))
