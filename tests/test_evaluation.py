@@ -15,7 +15,7 @@ from megalodon_lm.evaluation import norm_statistics, perplexity, quickstart
 from megalodon_lm.evaluation.by_context import WHOLE, Curve, measure
 from megalodon_lm.evaluation.by_position import rise_by_position, window_starts
 from megalodon_lm.evaluation.compressors import compressors
-from megalodon_lm.evaluation.norm_statistics import Window
+from megalodon_lm.evaluation.norm_statistics import NormSchedule
 from megalodon_lm.evaluation.perplexity import Losses, score
 
 LENGTH = 250
@@ -53,22 +53,24 @@ def test_score_equals_one_forward_pass_a_window(tiny, context, block, monkeypatc
 
 
 @pytest.mark.parametrize("batch_tokens", [8192, 30, 16, 7])
-@pytest.mark.parametrize("window", [Window(2, 1, 2), Window(4, 2, 3), Window(3, 2, 1), Window(4, 4, 3)])
-def test_windowed_statistics_are_those_of_the_last_chunks_read_alone(window, batch_tokens, monkeypatch):
+@pytest.mark.parametrize(
+    "schedule", [NormSchedule(2, 1, 2), NormSchedule(4, 2, 3), NormSchedule(3, 2, 1), NormSchedule(4, 4, 3)]
+)
+def test_windowed_statistics_are_those_of_the_last_chunks_read_alone(schedule, batch_tokens, monkeypatch):
     """The procedure written out, chunk by chunk, in float64; whatever a chunk is to the tokens read at a time."""
     monkeypatch.setattr(perplexity, "BATCH_TOKENS", batch_tokens)
-    monkeypatch.setattr(norm_statistics, "PIECE", batch_tokens)
+    monkeypatch.setattr(norm_statistics, "MAX_TOKENS", batch_tokens)
     torch.manual_seed(1)
     model = Megalodon(ModelConfig.named("tiny", chunk_size=16)).double().eval()
     tokens = text(16 * 11 + 5)
     inputs = torch.cat([torch.tensor([256]), tokens[:-1]])
-    found = score(model, [tokens.numpy()], 256, window=window)
+    found = score(model, [tokens.numpy()], 256, schedule=schedule)
     state, nats = None, 0.0
     for number, (chunk, targets) in enumerate(zip(inputs.split(16), tokens.split(16), strict=True), 1):
         logits, state = model(chunk[None], state)
         nats += F.cross_entropy(logits[0], targets, reduction="sum").item()
-        if len(chunk) == 16 and number >= window.first and (number - window.first) % window.every == 0:
-            _, recent = model(inputs[(number - window.length) * 16 : number * 16][None])
+        if len(chunk) == 16 and number >= schedule.first and (number - schedule.first) % schedule.every == 0:
+            _, recent = model(inputs[(number - schedule.length) * 16 : number * 16][None])
             mixed = {**state.tensors(), **{n: t for n, t in recent.tensors().items() if "norm" in n}}
             values = iter(mixed.values())
             state = state.map(lambda _, values=values: next(values))
@@ -78,18 +80,18 @@ def test_windowed_statistics_are_those_of_the_last_chunks_read_alone(window, bat
 
 def test_windowed_statistics_of_windows_side_by_side(tiny, monkeypatch):
     """Contexts of more chunks than `first` that fit several at once give what each alone gives."""
-    window = Window(2, 2, 1)
+    schedule = NormSchedule(2, 2, 1)
     tokens = text(1000)
-    together = score(tiny, [tokens.numpy()], 256, 300, window=window)
-    alone = [score(tiny, [part.numpy()], 256, window=window).nats for part in tokens.split(300)]
+    together = score(tiny, [tokens.numpy()], 256, 300, schedule=schedule)
+    alone = [score(tiny, [part.numpy()], 256, schedule=schedule).nats for part in tokens.split(300)]
     assert together.nats == pytest.approx(sum(alone), rel=1e-6)
 
 
 def test_windows_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="length = 9 must be at most first = 8"):
-        Window(length=9)
+        NormSchedule(length=9)
     with pytest.raises(ValueError, match="every = 0 must be at least 1"):
-        Window(every=0)
+        NormSchedule(every=0)
 
 
 def test_contexts_are_measured_once_each_and_end_with_the_whole(tiny):

@@ -54,7 +54,7 @@ class Perplexity(Quiet):
 
         from ..data.corpus import Texts, texts_of
         from ..evaluation.by_context import draw, measure
-        from ..evaluation.norm_statistics import Window
+        from ..evaluation.norm_statistics import NormSchedule
         from ..evaluation.perplexity import Losses
         from ..files import FIGURES, PICTURE, check_writable, write_atomically
         from ..training.precision import choose_precision
@@ -66,10 +66,10 @@ class Perplexity(Quiet):
                 raise InputError(f"--contexts {context} must be at least 0; 0 means the whole text")
         if not self.contexts:
             raise InputError("--contexts needs at least one length; 0 means the whole text")
-        windowed = Window(self.window_first, self.window_every, self.window_length)
-        windows: list[Window | None] = [] if self.norm_statistics == "windowed" else [None]
+        windowed = NormSchedule(self.window_first, self.window_every, self.window_length)
+        schedules: list[NormSchedule | None] = [] if self.norm_statistics == "windowed" else [None]
         if self.norm_statistics != "cumulative":
-            windows.append(windowed)
+            schedules.append(windowed)
         for path, kind in ((self.json, FIGURES), (self.plot, PICTURE)):
             if path is not None:
                 check_writable(path, kind)
@@ -78,8 +78,8 @@ class Perplexity(Quiet):
         model, tokenizer = load_trained(self.model, self.device)
         precision = choose_precision(self.precision, torch.device(self.device))
         curves = []
-        for window in windows:
-            title = f"{'windowed' if window else 'cumulative'} norm statistics"
+        for schedule in schedules:
+            title = f"{'windowed' if schedule else 'cumulative'} norm statistics"
             with progress_bar(title, len(set(self.contexts)) * texts.num_bytes) as move:
                 finished: list[int] = []  # contexts
 
@@ -90,7 +90,7 @@ class Perplexity(Quiet):
                 def watch(context: int, losses: Losses, move: Any = move, finished: list[int] = finished) -> None:
                     move(sum(finished) + texts.done, f"context {context or 'whole text'}: {losses.mean:.3f} nats")
 
-                curves.append(measure(model, read, tokenizer, self.contexts, precision, window, watch))
+                curves.append(measure(model, read, tokenizer, self.contexts, precision, schedule, watch))
         num_bytes = curves[0].num_bytes
         results.print(f"{num_bytes:,} bytes, {precision}")
         for curve in curves:

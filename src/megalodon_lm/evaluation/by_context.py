@@ -12,7 +12,7 @@ from ..data.tokenizer import Tokenizer
 from ..model.decoder import Megalodon
 from ..plots import finite, length_axis, picture
 from ..training.precision import Precision
-from .norm_statistics import Window
+from .norm_statistics import NormSchedule
 from .perplexity import Losses, score_texts
 
 WHOLE = 0
@@ -74,7 +74,7 @@ def measure(
     tokenizer: Tokenizer,
     contexts: Sequence[int],
     precision: Precision,
-    window: Window | None = None,
+    schedule: NormSchedule | None = None,
     watch: Callable[[int, Losses], None] = lambda context, losses: None,
 ) -> Curve:
     """Score documents, each by itself, once for each context, in constant memory.
@@ -85,16 +85,16 @@ def measure(
         tokenizer: of the model.
         contexts: in tokens; WHOLE, and whatever is longer than the longest document, is a whole document.
         precision: of matrix products.
-        window: see norm_statistics; None for the statistics the model was trained with.
+        schedule: see norm_statistics; None for the statistics the model was trained with.
         watch: called now and then with the context and its losses so far.
     """
     found: dict[int, Losses] = {}
     for context in _ordered(contexts):
-        losses = score_texts(model, read(), tokenizer, context or None, precision, window, partial(watch, context))
+        losses = score_texts(model, read(), tokenizer, context or None, precision, schedule, partial(watch, context))
         found[losses.longest] = losses
         if context > losses.longest:
             break
-    return Curve("windowed" if window else "cumulative", losses.num_bytes, found)
+    return Curve("windowed" if schedule else "cumulative", losses.num_bytes, found)
 
 
 def _ordered(contexts: Sequence[int]) -> Iterator[int]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-BLOCK = 64  # neighbouring tokens whose mean counts as one observation
+OBSERVATION = 64  # neighbouring tokens whose mean counts as one observation
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,10 @@ def rise_by_position(rises: list[np.ndarray]) -> dict[int, Rise]:
     while low < longest:
         high = min(max(1, 2 * low), longest)
         parts = [
-            r[:, at : min(at + BLOCK, high)] for r in rises if r.shape[1] >= high for at in range(low, high, BLOCK)
+            r[:, at : min(at + OBSERVATION, high)]
+            for r in rises
+            if r.shape[1] >= high
+            for at in range(low, high, OBSERVATION)
         ]
         sums = np.concatenate([part.sum(1) for part in parts])
         sizes = np.concatenate([np.full(len(part), part.shape[1]) for part in parts])

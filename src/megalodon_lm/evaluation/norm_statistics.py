@@ -17,11 +17,11 @@ from ..model.decoder import Megalodon
 from ..state import State
 from ..training.precision import Precision, autocast, choose_precision
 
-PIECE = 8192  # tokens read at a time, at most
+MAX_TOKENS = 8192  # read at a time
 
 
 @dataclass(frozen=True)
-class Window:
+class NormSchedule:
     """When statistics are replaced, counted in chunks; as the authors do by default.
 
     Raises:
@@ -45,22 +45,22 @@ class Window:
             )
 
 
-class WindowedNorms:
+class WindowedStatistics:
     """Replaces the statistics while a text is read piece by piece.
 
     Args:
         model: that reads.
-        window: when.
+        schedule: when.
         precision: of matrix products.
     """
 
-    def __init__(self, model: Megalodon, window: Window, precision: Precision = "float32"):
-        self.model, self.window = model, window
+    def __init__(self, model: Megalodon, schedule: NormSchedule, precision: Precision = "float32"):
+        self.model, self.schedule = model, schedule
         self.device = next(model.parameters()).device
         self.precision = choose_precision(precision, self.device)
         self.chunk = model.config.chunk_size
-        self.unit = self.chunk * math.gcd(window.first, window.every)
-        """Tokens from one place where a replacement may be due to the next; no piece of the text may go past one."""
+        self.unit = self.chunk * math.gcd(schedule.first, schedule.every)
+        """Tokens from where a replacement may be due to where the next may; no piece of the text may go past one."""
         self._recent = torch.zeros(1, 0, dtype=torch.int64)
 
     def after(self, tokens: Tensor, state: State) -> State:
@@ -75,12 +75,12 @@ class WindowedNorms:
         """
         position, size = int(state.position[0]), tokens.shape[1]
         seen = tokens if position == size else torch.cat([self._recent, tokens], 1)
-        self._recent = seen[:, -self.window.length * self.chunk :]
+        self._recent = seen[:, -self.schedule.length * self.chunk :]
         chunks, rest = divmod(position, self.chunk)
-        if rest or chunks < self.window.first or (chunks - self.window.first) % self.window.every:
+        if rest or chunks < self.schedule.first or (chunks - self.schedule.first) % self.schedule.every:
             return state
         recent = None
-        for part in self._recent.split(min(self.unit, PIECE), dim=1):
+        for part in self._recent.split(min(self.unit, MAX_TOKENS), dim=1):
             with autocast(self.precision, self.device):
                 _, recent = self.model(part.to(self.device), recent, logits_to_keep=0)
         assert recent is not None

@@ -12,7 +12,7 @@ from ..data.tokenizer import Tokenizer
 from ..generation.scoring import token_losses
 from ..model.decoder import Megalodon
 from ..training.precision import Precision
-from .norm_statistics import Window, WindowedNorms
+from .norm_statistics import NormSchedule, WindowedStatistics
 
 BATCH_TOKENS = 8192
 LOG2 = math.log(2)
@@ -88,7 +88,7 @@ def score(
     begin: int,
     context: int | None = None,
     precision: Precision = "float32",
-    window: Window | None = None,
+    schedule: NormSchedule | None = None,
     watch: Callable[[Losses], None] = lambda losses: None,
     keep: Callable[[np.ndarray], None] = lambda nats: None,
     losses: Losses | None = None,
@@ -104,10 +104,10 @@ def score(
         begin: the begin token.
         context: tokens in a window; None for one window over everything.
         precision: of the matrix products.
-        window: normalise with statistics of the last chunks, see norm_statistics; None with those of the whole window.
+        schedule: normalise with statistics of the last chunks, see norm_statistics; None with those of all.
         watch: called now and then with the losses so far.
-        keep: called with the losses of each piece in nats, (windows, columns) float64; without `window` in the order of
-            the text.
+        keep: called with the losses of each piece in nats, (windows, columns) float64; without
+            `schedule` in the order of the text.
         losses: to add to; None for new ones.
 
     Raises:
@@ -115,7 +115,7 @@ def score(
     """
     model.eval()
     losses, state = losses or Losses(), None
-    norms = WindowedNorms(model, window, precision) if window is not None else None
+    norms = WindowedStatistics(model, schedule, precision) if schedule is not None else None
     for position, before, tokens in _pieces(blocks, context, norms.unit if norms else BATCH_TOKENS, begin):
         inputs = torch.cat([before, tokens[:, :-1]], 1)
         nats, state = token_losses(model, inputs, tokens, state if position else None, precision)
@@ -133,7 +133,7 @@ def score_texts(
     tokenizer: Tokenizer,
     context: int | None = None,
     precision: Precision = "float32",
-    window: Window | None = None,
+    schedule: NormSchedule | None = None,
     watch: Callable[[Losses], None] = lambda losses: None,
 ) -> Losses:
     """Losses of several documents, each by itself; its bytes are counted too. Arguments as for score.
@@ -151,7 +151,7 @@ def score_texts(
 
     for text in texts:
         tokens = tokenizer.encode_blocks(counted(text))
-        score(model, tokens, tokenizer.begin, context, precision, window, watch, losses=losses)
+        score(model, tokens, tokenizer.begin, context, precision, schedule, watch, losses=losses)
     return losses
 
 
