@@ -84,12 +84,12 @@ def chunk_attention(
         out = out.masked_fill(spoilt(v, cached_values, slots), math.nan)
 
     fill = where.exit_position(fill, length) % chunk_size
-    stops = torch.full_like(fill, length) if where.lengths is None else where.lengths
 
     def leave(piece: Tensor, cached: Tensor | None) -> Tensor:
-        if start is None:
-            return open_chunk(piece, cached, stops, fill, chunk_size)
-        return even_open_chunk(piece, cached, (start + length) % chunk_size, chunk_size)
+        if start is not None:
+            return even_open_chunk(piece, cached, (start + length) % chunk_size, chunk_size)
+        stops = torch.full_like(fill, length) if where.lengths is None else where.lengths
+        return open_chunk(piece, cached, stops, fill, chunk_size)
 
     return out, KeyValueCache(leave(k, cached_keys), leave(v, cached_values), fill)
 
@@ -113,22 +113,23 @@ def _common_start(cache: KeyValueCache | None, boundaries: Boundaries | None) ->
 
 def _in_slices(q: Tensor, keys: Side, values: Side, chunk_size: int, drop: Drop, start: int) -> Tensor:
     """All rows stand at slot `start`: finish the open chunk, take the whole ones together, begin the next."""
-    length = q.shape[1]
+    (k, cached_keys), (v, cached_values), length = keys, values, q.shape[1]
     ending = min(-start % chunk_size, length)
     whole = (length - ending) // chunk_size * chunk_size
-    beginning = length - ending - whole
-    parts = (t.split([ending, whole, beginning], 1) for t in (q, keys[0], values[0]))
-    (q_end, q_whole, q_begin), (k_end, k_whole, k_begin), (v_end, v_whole, v_begin) = parts
     out = []
     if ending:
-        opened = ((keys[1], k_end), (values[1], v_end))
-        k_end, v_end = (torch.cat([c[:, :start].to(t.dtype), t], 1) for c, t in opened if c is not None)
-        out.append(causal_attention(q_end, k_end, v_end, *drop))
+        assert cached_keys is not None
+        assert cached_values is not None
+        k_open = torch.cat([cached_keys[:, :start].to(k.dtype), k[:, :ending]], 1)
+        v_open = torch.cat([cached_values[:, :start].to(v.dtype), v[:, :ending]], 1)
+        out.append(causal_attention(q[:, :ending], k_open, v_open, *drop))
     if whole:
-        qs, ks, vs = (t.unflatten(1, (-1, chunk_size)).flatten(0, 1) for t in (q_whole, k_whole, v_whole))
+        parts = (t[:, ending : ending + whole] for t in (q, k, v))
+        qs, ks, vs = (t.unflatten(1, (-1, chunk_size)).flatten(0, 1) for t in parts)
         out.append(causal_attention(qs, ks, vs, *drop).unflatten(0, (len(q), -1)).flatten(1, 2))
-    if beginning:
-        out.append(causal_attention(q_begin, k_begin, v_begin, *drop))
+    if ending + whole < length:
+        q, k, v = (t[:, ending + whole :] for t in (q, k, v))
+        out.append(causal_attention(q, k, v, *drop))
     return out[0] if len(out) == 1 else torch.cat(out, 1)
 
 

@@ -1,6 +1,7 @@
 """The unfinished chunk at the exit of a piece, out of its last tokens and of the cache at its entry."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .boundaries import take
@@ -31,9 +32,9 @@ def open_chunk(piece: Tensor, cached: Tensor | None, stops: Tensor, fill: Tensor
 
 def even_open_chunk(piece: Tensor, cached: Tensor | None, fill: int, chunk_size: int) -> Tensor:
     """`open_chunk` where no row is padded and all end at one slot."""
-    new = min(fill, piece.shape[1])
-    parts = [piece[:, piece.shape[1] - new :], piece.new_zeros(len(piece), chunk_size - fill, *piece.shape[2:])]
-    if fill > new:
-        assert cached is not None
-        parts.insert(0, cached[:, : fill - new].to(piece.dtype))
-    return torch.cat(parts, 1)
+    old = fill - piece.shape[1]
+    if old <= 0:
+        return F.pad(piece[:, piece.shape[1] - fill :], (0, 0, 0, 0, 0, chunk_size - fill))
+    assert cached is not None
+    empty = piece.new_zeros(len(piece), chunk_size - fill, *piece.shape[2:])
+    return torch.cat([cached[:, :old].to(piece.dtype), piece, empty], 1)
