@@ -25,7 +25,8 @@ from megalodon_lm.training import trainer as trainer_module
 from megalodon_lm.training.checkpoint import CONTENTS, MANIFEST_FILE, checkpoints
 from megalodon_lm.training.compiling import compile_kernels
 from megalodon_lm.training.recipe import Recipe
-from megalodon_lm.training.trainer import Trainer, accumulated
+from megalodon_lm.training.schedule import accumulated
+from megalodon_lm.training.trainer import Trainer
 
 from .processes import HANGS, Nursery, megalodon
 from .runs import TEXT, metrics, recipe, same_weights, steps
@@ -119,7 +120,7 @@ def test_checkpoints_of_an_older_version_are_gone_on_with(tmp_path):
     progress = {k: v for k, v in now.progress.items() if k not in ("averaged_steps", "warmup_seconds")}
     dataclasses.replace(now, training=training, progress=progress).write(tmp_path / "run", trainer.run.id)
     resumed = Trainer(given, tmp_path / "run", resume="last")
-    assert resumed.averaged_steps == 4
+    assert resumed.average.steps == 4
     for name, t in trainer.state.tensors().items():
         assert torch.equal(resumed.state.tensors()[name], t)
 

@@ -4,8 +4,9 @@ import math
 
 from ..evaluation.validation import Validation
 from ..training.memory import keep_freed_memory
+from ..training.metrics import StepMetrics
 from ..training.tensorboard import TensorBoard
-from ..training.trainer import StepMetrics, Trainer
+from ..training.trainer import Trainer
 from .progress import console, progress_bar
 
 SAMPLES_FILE = "samples.txt"

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from ..data.batches import Batches, SequentialBatches, ShuffledBatches
 from ..data.corpus import Texts
 from ..data.mixture import load_mixture
@@ -10,7 +12,24 @@ from ..data.subword import SubwordTokenizer, train_bpe
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..errors import InputError
 from ..model.decoder import Megalodon
+from ..ops.device import check_memory
 from .recipe import Recipe
+
+
+def check_size(recipe: Recipe, device: torch.device) -> None:
+    """Refuse a training that needs more memory than the device has, as far as one can tell.
+
+    Raises:
+        InputError: with both sizes.
+    """
+    t = recipe.training
+    with torch.device("meta"):
+        state_bytes = Megalodon(recipe.model).state_bytes(t.batch_size)
+    activations = 4 * t.batch_size * t.length * recipe.model.model_dim  # of one of many
+    check_memory(
+        16 * recipe.model.num_parameters + state_bytes + activations,
+        device, "this training", "lower the sizes in [model], training.batch_size or training.length",
+    )  # fmt: skip
 
 
 def find_tokenizer(recipe: Recipe, begun: Path | None) -> Tokenizer:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,29 @@ from ..errors import InputError
 from ..files import flush, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass
+class StepMetrics:
+    """What one step did.
+
+    Loss in bits per token, validation loss in bits per byte where it was measured, time in seconds of all steps so far,
+    memory in resident bytes; utilisation is the model's operations per second over those of the machine's matrix
+    products.
+    """
+
+    step: int
+    tokens: int
+    bits_per_token: float
+    learning_rate: float
+    gradient_norm: float
+    tokens_per_second: float
+    seconds: float
+    progress: float
+    utilisation: float
+    memory: int | None
+    validation: float | None = None
+    event: str = ""
 
 
 class MetricsFile:

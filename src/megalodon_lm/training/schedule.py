@@ -1,4 +1,4 @@
-"""The learning rate over a run."""
+"""The learning rate and the size of a step over a run."""
 
 import math
 
@@ -26,3 +26,10 @@ def learning_rate(recipe: TrainingRecipe, step: int, progress: float, warmup: fl
     done = min(1.0, (progress - begins) / (1 - begins)) if begins < 1 else 1.0
     height = (1 + math.cos(math.pi * done)) / 2 if recipe.schedule == "cosine" else 1 - done
     return peak * (recipe.final_learning_rate + (1 - recipe.final_learning_rate) * height)
+
+
+def accumulated(recipe: TrainingRecipe, step: int) -> int:
+    """Batches of a step: grows evenly from 1 to `accumulate` over `ramp_steps`."""
+    if step >= recipe.ramp_steps:
+        return recipe.accumulate
+    return 1 + (recipe.accumulate - 1) * step // recipe.ramp_steps

@@ -9,7 +9,7 @@ from ..errors import InputError
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-    from .trainer import StepMetrics
+    from .metrics import StepMetrics
 
 
 def summary_writer() -> "type[SummaryWriter]":

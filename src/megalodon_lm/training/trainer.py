@@ -1,60 +1,36 @@
 """The trainer: reads documents, carries the State from step to step, and leaves a run that can be resumed."""
 
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ..data.batches import Batch, prefetched
 from ..errors import InputError
 from ..files import write_atomically
 from ..model.decoder import Megalodon
-from ..ops.device import check_memory, choose_device
+from ..ops.device import choose_device
 from ..state import State
-from .checkpoint import Checkpoint, checkpoints, export, newest, prefixed, step_of, under
+from .averaging import WeightAverage
+from .bad_steps import BadSteps
+from .checkpoint import Checkpoint, checkpoints, export, newest, step_of
 from .checkpoint_writer import CheckpointWriter
 from .compiling import compile_blocks, compile_kernels
-from .inputs import find_tokenizer, load_base, open_text
+from .inputs import check_size, find_tokenizer, load_base, open_text
+from .interrupts import interruptible
 from .machine import product_rate
 from .memory import resident
-from .metrics import MetricsFile
+from .metrics import MetricsFile, StepMetrics
 from .optimizer import build_optimizer
 from .precision import autocast, choose_precision
-from .recipe import Recipe, TrainingRecipe
+from .recipe import Recipe
 from .run_folder import RECIPE_FILE, Resume, begin_run, find_run, recorded_recipe
-from .schedule import learning_rate
-
-MOST_BAD_STEPS = 10  # skipped in a row, or gone back from to the same checkpoint, at which the run gives up
-USUAL_LOSS_STEPS = 50  # of the running mean that spikes are measured from
-
-
-@dataclass
-class StepMetrics:
-    """What one step did.
-
-    Loss in bits per token, validation loss in bits per byte where it was measured, time in seconds of all steps so far,
-    memory in resident bytes; utilisation is the model's operations per second over those of the machine's matrix
-    products.
-    """
-
-    step: int
-    tokens: int
-    bits_per_token: float
-    learning_rate: float
-    gradient_norm: float
-    tokens_per_second: float
-    seconds: float
-    progress: float
-    utilisation: float
-    memory: int | None
-    validation: float | None = None
-    event: str = ""
+from .schedule import accumulated, learning_rate
+from .snapshot import capture, reinstate
 
 
 class Trainer:
@@ -78,13 +54,7 @@ class Trainer:
         self.recipe, self.device = recipe, choose_device(device)
         t = recipe.training
         recipe.check()  # also what was changed since it was read
-        with torch.device("meta"):
-            state_bytes = Megalodon(recipe.model).state_bytes(t.batch_size)
-        activations = 4 * t.batch_size * t.length * recipe.model.model_dim  # of one of many
-        check_memory(
-            16 * recipe.model.num_parameters + state_bytes + activations,
-            self.device, "this training", "lower the sizes in [model], training.batch_size or training.length",
-        )  # fmt: skip
+        check_size(recipe, self.device)
         with ExitStack() as undo:
             run = find_run(Path(folder), recipe, resume)
             checkpoint: Checkpoint | None = None
@@ -106,14 +76,13 @@ class Trainer:
                 compile_blocks(self.model, self.device)
             self.precision = choose_precision(t.precision, self.device)
             self.optimizer = build_optimizer(self.model, t, self.precision)
-            self.average = {n: p.detach().clone() for n, p in self.model.named_parameters()} if t.average else None
+            self.average = WeightAverage(self.model, t.average) if t.average else None
+            self.bad_steps = BadSteps(t)
             self.state: State | None = None
-            self.step = self.tokens = self.averaged_steps = 0
+            self.step = self.tokens = 0
             self.saved_step: int | None = None
             self.seconds = self.warmup_seconds = 0.0
-            self.usual_loss = math.nan
             self.best: tuple[float, int] | None = None
-            self.went_back = (-1, 0)  # to which step, and how many times
             if checkpoint is not None:
                 self.restore(checkpoint)
             if run is None:  # nothing can go wrong any more but the folder itself
@@ -162,10 +131,10 @@ class Trainer:
         metrics.cut(self.step)
         writer = CheckpointWriter(self.folder, self.run.id, t.keep_checkpoints)
         operations = self.recipe.model.flops_per_token(backward=True) / product_rate(self.precision, self.device)
-        saved, bad, event = time.perf_counter(), 0, ""
+        saved, event = time.perf_counter(), ""
         self.model.train()
         try:
-            with _interruptible() as interrupted, closing(prefetched(self.batches, self.cursor)) as batches:
+            with interruptible() as interrupted, closing(prefetched(self.batches, self.cursor)) as batches:
                 compile_kernels(self.model, self.precision, self.device, t)
                 while self.progress < 1 and not interrupted():
                     writer.check()
@@ -178,9 +147,8 @@ class Trainer:
                     self.seconds += took
                     if self.step == t.warmup_steps:
                         self.warmup_seconds = self.seconds
-                    bad = bad + 1 if trouble else 0
                     if trouble:
-                        event = self._trouble(trouble, bad, writer, metrics)
+                        event = self._recover(trouble, writer, metrics)
                         if t.bad_step == "rewind":
                             continue
                     validation = None
@@ -233,21 +201,13 @@ class Trainer:
                 total += loss.item() * share
             self.tokens += inputs.numel()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.clip).item()
-        if not math.isfinite(total + norm):
-            return f"the loss is {total} and the gradient's norm {norm}", total, norm
-        if t.spike and total > self.usual_loss + t.spike:
-            return f"the loss is {total:.3f}, usually {self.usual_loss:.3f}", total, norm
-        fresh = 1.0 if math.isnan(self.usual_loss) else 1 / min(self.step + 1, USUAL_LOSS_STEPS)
-        self.usual_loss = total if fresh == 1.0 else self.usual_loss + fresh * (total - self.usual_loss)
+        if trouble := self.bad_steps.judge(self.step, total, norm):
+            return trouble, total, norm
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         self.optimizer.step()
         if self.average is not None:
-            names, weights = zip(*self.model.named_parameters(), strict=True)
-            self.averaged_steps += 1
-            # The share that leaves no trace of the initial weights: decay d sums 1 + d + ... + d^(n - 1) over n steps.
-            newest_share = (1 - t.average) / -math.expm1(self.averaged_steps * math.log(t.average))
-            torch._foreach_lerp_([self.average[n] for n in names], [w.detach() for w in weights], newest_share)
+            self.average.update(self.model)
         return "", total, norm
 
     def _save(self, writer: CheckpointWriter, metrics: MetricsFile) -> None:
@@ -256,35 +216,25 @@ class Trainer:
             writer.submit(self.checkpoint(), self.best and self.best[1])
             self.saved_step = self.step
 
-    def _trouble(self, trouble: str, bad: int, writer: CheckpointWriter, metrics: MetricsFile) -> str:
+    def _recover(self, trouble: str, writer: CheckpointWriter, metrics: MetricsFile) -> str:
         """Do with a bad step what the recipe says; the step itself changed no weight.
 
         Returns:
             What was done, for the record.
         """
-        t, step = self.recipe.training, self.step
-        advice = f"lower training.learning_rate = {t.learning_rate}, or raise training.warmup_steps"
-        if t.bad_step == "stop":
-            raise InputError(f"{trouble} at step {step}; {advice}, or set training.bad_step to skip or rewind")
         self.state = None  # what it carries may be spoilt
-        if t.bad_step == "skip":
-            if bad >= MOST_BAD_STEPS:
-                raise InputError(f"{trouble} at step {step}, the {bad}th time in a row; {advice}")
-            return f"skipped: {trouble}"
+        if self.recipe.training.bad_step != "rewind":
+            return self.bad_steps.pass_over(trouble, self.step)
         writer.wait()
         checkpoint, _ = newest(self.folder, self.run.id, accept_older=True)
-        if checkpoint is None:
-            raise InputError(f"{trouble} at step {step}, and there is no checkpoint yet to go back to; {advice}")
-        times = self.went_back[1] + 1 if self.went_back[0] == checkpoint.step else 1
-        if times >= MOST_BAD_STEPS:
-            raise InputError(f"{trouble} at step {step}, the {times}th time since step {checkpoint.step}; {advice}")
-        self.went_back = (checkpoint.step, times)
+        event = self.bad_steps.go_back(trouble, self.step, None if checkpoint is None else checkpoint.step)
+        assert checkpoint is not None
         cursor, tokens, seconds = self.cursor, self.tokens, self.seconds
         self.restore(checkpoint)
         self.cursor, self.tokens, self.seconds = cursor, tokens, seconds  # past the batches that led here
         self.state = None
         metrics.cut(self.step)
-        return f"went back from step {step}: {trouble}"
+        return event
 
     def _validate(self, validate: Callable[[Megalodon], float]) -> float:
         with self.averaged():
@@ -298,46 +248,25 @@ class Trainer:
     def _is_best(self) -> bool:
         return self.best is not None and self.best[1] == self.step
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaged(self) -> AbstractContextManager[None]:
         """The model with the averaged weights, if the recipe asks for them."""
-        own = {n: p.detach().clone() for n, p in self.model.named_parameters()} if self.average else {}
-        self._put(self.average or {})
-        try:
-            yield
-        finally:
-            self._put(own)
-
-    @torch.no_grad()
-    def _put(self, weights: dict[str, Tensor]) -> None:
-        parameters = dict(self.model.named_parameters())
-        for name, weight in weights.items():
-            parameters[name].copy_(weight)
+        return nullcontext() if self.average is None else self.average.applied(self.model)
 
     def checkpoint(self) -> Checkpoint:
         """Everything the run is now, copied."""
-        weights: dict[str, Tensor] = dict(self.model.named_parameters())
-        names = {parameter: name for name, parameter in weights.items()}
-        training: dict[str, Tensor] = {"random": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            training["random_cuda"] = torch.cuda.get_rng_state(self.device)
-        for parameter, moments in self.optimizer.state.items():
-            training |= prefixed(f"optimizer.{names[parameter]}", moments)
-        if self.average is not None:
-            training |= prefixed("weights", weights)
-        if self.state is not None:
-            training |= prefixed("state", self.state.used())
+        weights, training = capture(self.model, self.optimizer, self.average, self.state)
+        usual_loss = self.bad_steps.usual_loss
         progress = {
             "tokens": self.tokens,
             "seconds": self.seconds,
             "warmup_seconds": self.warmup_seconds,
-            "averaged_steps": self.averaged_steps,
-            "usual_loss": None if math.isnan(self.usual_loss) else self.usual_loss,
+            "averaged_steps": self.average.steps if self.average else 0,
+            "usual_loss": None if math.isnan(usual_loss) else usual_loss,
             "best": self.best,
             "place": self.cursor,
             "data": self.batches.fingerprint,
         }
-        return Checkpoint(self.step, self.recipe.model, _copied(self.average or weights), _copied(training), progress)
+        return Checkpoint(self.step, self.recipe.model, weights, training, progress)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Be what the run was at a checkpoint.
@@ -345,33 +274,17 @@ class Trainer:
         Raises:
             InputError: the text is not the same.
         """
-        progress, t = checkpoint.progress, self.recipe.training
+        progress = checkpoint.progress
         if progress["data"] != self.batches.fingerprint:
             raise InputError("the training text is not the one the run was begun with; restore it, or begin a new run")
-        shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
-        if shapes != {name: weight.shape for name, weight in checkpoint.weights.items()}:
-            raise InputError(f"the checkpoint of step {checkpoint.step} has other weights than the model of the recipe")
-        raw = under("weights", checkpoint.training)
-        self._put(raw or dict(checkpoint.weights))
-        if self.average is not None:
-            self.average = {name: weight.to(self.device) for name, weight in checkpoint.weights.items()}
-        for name, parameter in self.model.named_parameters():
-            moments = under(f"optimizer.{name}", checkpoint.training)
-            if moments:
-                self.optimizer.state[parameter] = {
-                    key: value if key == "step" and self.device.type == "cpu" else value.to(self.device)
-                    for key, value in moments.items()
-                }
-        carried = under("state", checkpoint.training)
-        self.state = State.from_tensors(carried, self.model).to(self.device) if carried and t.carry_state else None
-        torch.set_rng_state(checkpoint.training["random"])
-        if self.device.type == "cuda" and "random_cuda" in checkpoint.training:
-            torch.cuda.set_rng_state(checkpoint.training["random_cuda"], self.device)
+        carried = reinstate(checkpoint, self.model, self.optimizer, self.average)
+        self.state = carried if self.recipe.training.carry_state else None
         self.step = self.saved_step = checkpoint.step
         self.tokens, self.seconds = progress["tokens"], progress["seconds"]
         self.warmup_seconds = progress.get("warmup_seconds", 0.0)  # these two: not yet known to the first checkpoints
-        self.averaged_steps = progress.get("averaged_steps", self.step)
-        self.usual_loss = math.nan if progress["usual_loss"] is None else progress["usual_loss"]
+        if self.average is not None:
+            self.average.steps = progress.get("averaged_steps", self.step)
+        self.bad_steps.usual_loss = math.nan if progress["usual_loss"] is None else progress["usual_loss"]
         self.best = progress["best"] and tuple(progress["best"])
         self.cursor = progress["place"]
 
@@ -382,35 +295,3 @@ def _taken(batches: Iterator[Batch], count: int) -> list[Batch]:
     while not any(batch.num_learnt for batch in taken):
         taken.append(next(batches))
     return taken
-
-
-def accumulated(recipe: TrainingRecipe, step: int) -> int:
-    """Batches of a step: grows evenly from 1 to `accumulate` over `ramp_steps`."""
-    if step >= recipe.ramp_steps:
-        return recipe.accumulate
-    return 1 + (recipe.accumulate - 1) * step // recipe.ramp_steps
-
-
-def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a flag, so that no step is cut in half; the second one is immediate."""
-    seen: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread
-        before = {}
-    try:
-        yield lambda: bool(seen)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
