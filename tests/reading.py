@@ -9,7 +9,7 @@ TEXT = bundled("validation")["dracula"][5000:12000]
 
 
 def written(generator, context, sampling):
-    return [piece.token for piece in generator.stream([context], sampling)]
+    return [delta.token for delta in generator.stream([context], sampling)]
 
 
 def in_blocks(raw, size):

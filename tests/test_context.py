@@ -61,7 +61,7 @@ def one_thread():
 @pytest.mark.parametrize(("chunk", "piece"), [(150, 64), (64, 150), (100, 33)])
 def test_pieces_and_chunks_of_any_lengths(chunk, piece, one_thread, tmp_path, monkeypatch):
     """A bookmark holds no cache, and goes on bitwise, where chunks are longer than pieces too."""
-    monkeypatch.setattr(context_module, "PIECE", piece)
+    monkeypatch.setattr(context_module, "MAX_PIECE_LENGTH", piece)
     torch.manual_seed(0)
     generator = Generator(Megalodon(ModelConfig.named("tiny", chunk_size=chunk)).eval(), ByteTokenizer())
     text = TEXT[:500]

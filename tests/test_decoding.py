@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from megalodon_lm import Megalodon, ModelConfig, State
-from megalodon_lm.generation.decoding import Decoder
 from megalodon_lm.generation.decoding_weights import prepare
+from megalodon_lm.generation.engine import DecodingEngine
 from megalodon_lm.generation.fused_step import FusedStep
-from megalodon_lm.generation.stream import read
 from megalodon_lm.ops import backend
 from megalodon_lm.ops.cpu import decoding_kernels, simd
 from megalodon_lm.ops.derived import rounded
@@ -38,8 +37,14 @@ def tokens_of(rows, length, seed=0):
     return torch.randint(0, 259, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def steps(decoder, tokens):
-    return torch.stack([decoder.step(t).clone() for t in tokens.unbind(1)], 1)
+def read(model, tokens):
+    """Logits of all tokens, and the state after them."""
+    with torch.no_grad():
+        return model(tokens)
+
+
+def steps(engine, tokens):
+    return torch.stack([engine.step(t).clone() for t in tokens.unbind(1)], 1)
 
 
 def assert_same_state(found, expected, atol):
@@ -53,13 +58,13 @@ def test_steps_give_what_one_piece_gives(name, rows):
     model = model_of(CONFIGS[name])
     prompt, more = tokens_of(rows, 200), tokens_of(rows, 150, 1)
     _, state = read(model, prompt)
-    decoder = Decoder(model, state, "float32")
-    assert decoder.fused
+    engine = DecodingEngine(model, state, "float32")
+    assert engine.fused
     before = state.clone()
     with torch.no_grad():
         expected, leaving = model(more, state)
-    torch.testing.assert_close(steps(decoder, more), expected, atol=2e-4, rtol=2e-4)
-    assert_same_state(decoder.state(), leaving, 2e-4)
+    torch.testing.assert_close(steps(engine, more), expected, atol=2e-4, rtol=2e-4)
+    assert_same_state(engine.state(), leaving, 2e-4)
     assert_same_state(state, before, 0)
 
 
@@ -72,7 +77,7 @@ def test_the_definition_in_float64_is_the_judge():
     with torch.no_grad():
         expected, _ = judge(tokens)
     _, state = read(model, tokens[:, :40])
-    found = steps(Decoder(model, state, "float32"), tokens[:, 40:])
+    found = steps(DecodingEngine(model, state, "float32"), tokens[:, 40:])
     torch.testing.assert_close(found.double(), expected[:, 40:], atol=1e-4, rtol=1e-4)
 
 
@@ -89,7 +94,7 @@ def test_small_offsets_stored_in_bf16_have_their_effect():
     tokens = tokens_of(1, 40)
     with torch.no_grad():
         expected, _ = judge(tokens)
-    found = steps(Decoder(model, model.empty_state(), "float32"), tokens)
+    found = steps(DecodingEngine(model, model.empty_state(), "float32"), tokens)
     torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -106,10 +111,10 @@ def test_bf16_differs_by_the_rounding_of_weights_and_cache_alone():
     state.model = None  # of unknown make, so that the other model takes it
     with torch.no_grad():
         expected, _ = rounded(tokens)
-    found = steps(Decoder(model, state, "bf16"), tokens[:, 1:])
+    found = steps(DecodingEngine(model, state, "bf16"), tokens[:, 1:])
     error = (found - expected[:, 1:]).square().mean().sqrt() / expected.square().mean().sqrt()
     assert error < 4e-3
-    exact = steps(Decoder(model, state, "float32"), tokens[:, 1:])
+    exact = steps(DecodingEngine(model, state, "float32"), tokens[:, 1:])
     assert (exact - expected[:, 1:]).abs().max() > 1e-4  # the weights were rounded indeed
 
 
@@ -119,10 +124,10 @@ def test_rows_at_different_positions():
     prompts = [tokens_of(1, n, n) for n in lengths]
     more = tokens_of(4, 230, 9)
     states = [read(model, p)[1] for p in prompts]
-    together = Decoder(model, type(states[0]).cat(states), "float32")
+    together = DecodingEngine(model, type(states[0]).cat(states), "float32")
     found = steps(together, more)
     for row, state in enumerate(states):
-        alone = steps(Decoder(model, state, "float32"), more[row : row + 1])
+        alone = steps(DecodingEngine(model, state, "float32"), more[row : row + 1])
         assert torch.equal(found[row : row + 1], alone)
 
 
@@ -133,20 +138,20 @@ def test_steps_are_bitwise_the_same_on_every_number_of_threads():
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = steps(Decoder(model, state, "bf16"), more)
+        one = steps(DecodingEngine(model, state, "bf16"), more)
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(steps(Decoder(model, state, "bf16"), more), one)
+    assert torch.equal(steps(DecodingEngine(model, state, "bf16"), more), one)
 
 
 def test_a_state_goes_out_and_comes_back():
     model = model_of(CONFIGS["swiglu"])
     more = tokens_of(2, 60, 1)
-    decoder = Decoder(model, read(model, tokens_of(2, 90))[1], "float32")
-    whole = steps(decoder, more)
-    again = Decoder(model, read(model, tokens_of(2, 90))[1], "float32")
+    engine = DecodingEngine(model, read(model, tokens_of(2, 90))[1], "float32")
+    whole = steps(engine, more)
+    again = DecodingEngine(model, read(model, tokens_of(2, 90))[1], "float32")
     first = steps(again, more[:, :23])
-    resumed = Decoder(model, again.state(), "float32")
+    resumed = DecodingEngine(model, again.state(), "float32")
     again.step(more[:, 0])  # must not touch what was handed out
     assert torch.equal(torch.cat([first, steps(resumed, more[:, 23:])], 1), whole)
 
@@ -159,13 +164,13 @@ def test_what_is_not_finite_shows_and_stays_in_its_row():
     entered = [part for layer in state.parts["layers"] for part in (layer.norm.mean, layer.cema, *layer.attention[:2])]
     for part in entered:
         part[1].view(-1)[0] = worst.to(part.dtype)
-        logits = steps(Decoder(model, state, "bf16"), more)
+        logits = steps(DecodingEngine(model, state, "bf16"), more)
         part[1].view(-1)[0] = 0
         assert torch.isnan(logits[1]).all()
         assert torch.isfinite(logits[::2]).all()
     with torch.no_grad():
         model.layers[0].mega.wz.weight.fill_(worst)
-    assert torch.isnan(steps(Decoder(model, state, "float32"), more)).all()
+    assert torch.isnan(steps(DecodingEngine(model, state, "float32"), more)).all()
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -175,15 +180,15 @@ def test_a_state_may_lie_in_any_order_in_memory(fused):
     turned = state.map(lambda t: t.transpose(0, -1).clone(memory_format=torch.contiguous_format).transpose(0, -1))
     assert not turned.parts["layers"][0].norm.mean.is_contiguous()
     before, more = turned.clone(), tokens_of(2, 30, 1)
-    decoder = Decoder(model, turned, "float32")
-    assert decoder.fused == fused
+    engine = DecodingEngine(model, turned, "float32")
+    assert engine.fused == fused
     with torch.no_grad():
         expected, leaving = model(more, state)
         piece, after = model(more, turned)
     torch.testing.assert_close(piece, expected)
     assert_same_state(after, leaving, 1e-6)
-    torch.testing.assert_close(steps(decoder, more), expected, atol=2e-4, rtol=2e-4)
-    assert_same_state(decoder.state(), leaving, 2e-4)
+    torch.testing.assert_close(steps(engine, more), expected, atol=2e-4, rtol=2e-4)
+    assert_same_state(engine.state(), leaving, 2e-4)
     assert_same_state(turned, before, 0)
 
 
@@ -193,9 +198,9 @@ def test_what_the_compiled_step_cannot_do_the_model_does(changes):
     torch.manual_seed(0)
     model = Megalodon(config).train("dropout" in changes)
     _, state = read(model, tokens_of(1, 20))
-    decoder = Decoder(model, state, "float32")
-    assert not decoder.fused
-    assert decoder.step(tokens_of(1, 1)[:, 0]).shape == (1, 259)
+    engine = DecodingEngine(model, state, "float32")
+    assert not engine.fused
+    assert engine.step(tokens_of(1, 1)[:, 0]).shape == (1, 259)
 
 
 @simd.compiled
@@ -209,13 +214,13 @@ def test_steps_whose_kernels_cannot_be_compiled_are_taken_by_the_model(monkeypat
     model = model_of(CONFIGS["swiglu"])
     prompt, more = tokens_of(2, 20), tokens_of(2, 5, 1)
     _, state = read(model, prompt)
-    decoder = Decoder(model, state, "float32")
-    found = steps(decoder, more)
+    engine = DecodingEngine(model, state, "float32")
+    found = steps(engine, more)
     with torch.no_grad():
         expected, leaving = model(more, state)
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
-    assert_same_state(decoder.state(), leaving, 2e-4)
-    assert not decoder.fused
+    assert_same_state(engine.state(), leaving, 2e-4)
+    assert not engine.fused
     (record,) = caplog.records
     assert "_impossible" in record.message
 
@@ -224,12 +229,12 @@ def test_the_portable_choice_is_obeyed():
     model = model_of(CONFIGS["swiglu"])
     _, state = read(model, tokens_of(1, 20))
     more = tokens_of(1, 70, 1)
-    native = steps(Decoder(model, state, "float32"), more)
+    native = steps(DecodingEngine(model, state, "float32"), more)
     backend.set_backend("portable")
     try:
-        decoder = Decoder(model, state, "float32")
-        assert not decoder.fused
-        torch.testing.assert_close(steps(decoder, more), native, atol=2e-4, rtol=2e-4)
+        engine = DecodingEngine(model, state, "float32")
+        assert not engine.fused
+        torch.testing.assert_close(steps(engine, more), native, atol=2e-4, rtol=2e-4)
     finally:
         backend.set_backend("auto")
 
@@ -238,30 +243,29 @@ def test_the_portable_choice_is_obeyed():
 def test_bad_tokens_and_states_are_refused(fused):
     model = model_of(ModelConfig.named("tiny", model_dim=64 if fused else 72))
     _, state = read(model, tokens_of(2, 20))
-    decoder = Decoder(model, state, "float32")
-    assert decoder.fused == fused
+    engine = DecodingEngine(model, state, "float32")
+    assert engine.fused == fused
     with pytest.raises(ValueError, match="token 259 is outside the vocabulary of 259"):
-        decoder.step(torch.tensor([0, 259]))
+        engine.step(torch.tensor([0, 259]))
     with pytest.raises(ValueError, match="token -1 is outside"):
-        decoder.step(torch.tensor([-1, 0]))
+        engine.step(torch.tensor([-1, 0]))
     with pytest.raises(ValueError, match="2 rows"):
-        decoder.step(torch.tensor([0]))
+        engine.step(torch.tensor([0]))
     with pytest.raises(ValueError, match="another model"):
-        Decoder(model_of(ModelConfig.named("tiny", chunk_size=32)), state)
+        DecodingEngine(model_of(ModelConfig.named("tiny", chunk_size=32)), state)
 
 
 def test_memory_does_not_grow_with_steps():
     code = """
 import resource, torch
 from megalodon_lm import Megalodon, ModelConfig, State
-from megalodon_lm.generation.decoding import Decoder
+from megalodon_lm.generation.engine import DecodingEngine
 from megalodon_lm.generation.fused_step import FusedStep
-from megalodon_lm.generation.stream import read
 model = Megalodon(ModelConfig.named("tiny")).eval()
-decoder = Decoder(model, read(model, torch.zeros(1, 10, dtype=torch.int64))[1])
+engine = DecodingEngine(model, model.empty_state())
 def steps(n):
     for _ in range(n):
-        decoder.step(torch.zeros(1, dtype=torch.int64))
+        engine.step(torch.zeros(1, dtype=torch.int64))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = steps(1000)
 print(steps(20_000) - before)
@@ -272,21 +276,22 @@ print(steps(20_000) - before)
     assert int(out.stdout) < 2048  # KiB
 
 
-def test_weights_are_prepared_once_for_reading_and_all_steps_until_one_changes(tiny):
+def test_weights_are_prepared_once_for_reading_and_all_steps_until_one_changes():
     """One copy of all that is as large as a matrix, or that takes more than a conversion to make."""
+    model = model_of(CONFIGS["swiglu"])
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        tiny(torch.zeros(1, 5, dtype=torch.int64))
-    first, second = (prepare(tiny, torch.bfloat16).layers[0] for _ in range(2))
+        model(torch.zeros(1, 5, dtype=torch.int64))
+    first, second = (prepare(model, torch.bfloat16).layers[0] for _ in range(2))
     with torch.inference_mode():
-        read = rounded(tiny.layers[0].mega.wv.weight, torch.bfloat16)
+        read = rounded(model.layers[0].mega.wv.weight, torch.bfloat16)
     assert first.wv.weight.ctypes.data == second.wv.weight.ctypes.data == read.data_ptr()
     for one, other in zip((*first.cema, *first.heads, *first.timenorm), (*second.cema, *second.heads, *second.timenorm),
                           strict=True):  # fmt: skip
         assert one.ctypes.data == other.ctypes.data
     with torch.no_grad():
-        tiny.layers[0].mega.wv.weight.add_(1)
-        tiny.layers[0].mega.cema.gamma.add_(1)
-    third = prepare(tiny, torch.bfloat16).layers[0]
+        model.layers[0].mega.wv.weight.add_(1)
+        model.layers[0].mega.cema.gamma.add_(1)
+    third = prepare(model, torch.bfloat16).layers[0]
     assert (third.wv.weight != first.wv.weight).any()
     assert (third.cema.g != first.cema.g).any()
     assert third.wz.weight.ctypes.data == first.wz.weight.ctypes.data
@@ -316,11 +321,11 @@ def test_a_part_of_another_kind_is_computed_by_the_model(part):
     model = model_of(CONFIGS["swiglu"])
     _, state = read(model, tokens_of(2, 20))
     more = tokens_of(2, 10, 1)
-    native = Decoder(model, state, "float32")
+    native = DecodingEngine(model, state, "float32")
     assert native.fused
     changed = model.layers[1].get_submodule(part)
     kind = type(changed)
     changed.__class__ = type("Other", (kind,), {"forward": lambda self, *args: kind.forward(self, *args)})
-    decoder = Decoder(model, state, "float32")
-    assert not decoder.fused
-    torch.testing.assert_close(steps(decoder, more), steps(native, more), atol=2e-4, rtol=2e-4)
+    engine = DecodingEngine(model, state, "float32")
+    assert not engine.fused
+    torch.testing.assert_close(steps(engine, more), steps(native, more), atol=2e-4, rtol=2e-4)

@@ -20,7 +20,7 @@ from megalodon_lm.data.subword import SubwordTokenizer
 from megalodon_lm.errors import InputError
 from megalodon_lm.generation import context as context_module
 from megalodon_lm.generation.context import Context, bookmark_bytes, describe, unit_length
-from megalodon_lm.generation.decoding import Decoder
+from megalodon_lm.generation.engine import DecodingEngine
 from megalodon_lm.generation.generator import Generator
 from megalodon_lm.generation.sampling import Sampling, sample
 from megalodon_lm.state_file import OLDER_FORMAT, StateFile
@@ -33,7 +33,7 @@ from .test_tokenizers import FILES
 
 @pytest.fixture
 def short_pieces(monkeypatch):
-    monkeypatch.setattr(context_module, "PIECE", 128)
+    monkeypatch.setattr(context_module, "MAX_PIECE_LENGTH", 128)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
@@ -79,7 +79,9 @@ from megalodon_lm.state_file import StateFile
 generator = Generator(Megalodon.load("model").eval(), ByteTokenizer())
 context = Context.load("book.state", generator.model, generator.tokenizer)
 generator.read(Path("rest.txt"), context)
-print([piece.token for piece in generator.stream([context], {SEEDED!r})])
+print([delta.token for delta in generator.stream([context], {SEEDED!r})])
+left_open = generator.stream([context], {SEEDED!r})  # to the exit, which must be a clean one
+next(left_open)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert run.stdout.strip() == str(written(generator, generator.read(TEXT), SEEDED))
@@ -92,8 +94,8 @@ def test_a_batch_equals_single_runs_token_by_token(generator, sampling):
     contexts = [generator.read(TEXT[:n]) for n in lengths]
     alone = [written(generator, context.fork(), sampling) for context in contexts]
     together = [[] for _ in contexts]
-    for piece in generator.stream(contexts, sampling):
-        together[piece.row].append(piece.token)
+    for delta in generator.stream(contexts, sampling):
+        together[delta.row].append(delta.token)
     assert together == alone
 
 
@@ -156,11 +158,11 @@ def scripted(generator, text, monkeypatch, last=ByteTokenizer.end):
 )
 def test_stop_strings_never_show_even_in_part(generator, monkeypatch, stop, expected, reason):
     scripted(generator, "abcabdéf", monkeypatch)
-    shown, pieces = "", list(generator.stream([generator.read("x")], Sampling(max_tokens=50, stop=stop)))
-    for piece in pieces:
-        shown += piece.text
+    shown, deltas = "", list(generator.stream([generator.read("x")], Sampling(max_tokens=50, stop=stop)))
+    for delta in deltas:
+        shown += delta.text
         assert expected.startswith(shown)
-    assert (shown, pieces[-1].finished) == (expected, reason)
+    assert (shown, deltas[-1].finish_reason) == (expected, reason)
 
 
 @pytest.mark.parametrize("last", [ByteTokenizer.begin, ByteTokenizer.end])
@@ -168,8 +170,8 @@ def test_a_text_ends_where_training_ended_it(generator, monkeypatch, last):
     """Behind a document of plain text comes the begin token of the next one, behind a message the end token."""
     scripted(generator, "abc", monkeypatch, last)
     context = generator.read("x")
-    pieces = list(generator.stream([context], Sampling(max_tokens=50)))
-    assert ("".join(piece.text for piece in pieces), pieces[-1].finished) == ("abc", "end")
+    deltas = list(generator.stream([context], Sampling(max_tokens=50)))
+    assert ("".join(delta.text for delta in deltas), deltas[-1].finish_reason) == ("abc", "end")
     assert context.position == 5
 
 
@@ -191,8 +193,8 @@ def test_a_model_trained_on_whole_documents_ends_them(tmp_path):
     trainer = Trainer(recipe, tmp_path / "run")
     trainer.train()
     generator = Generator(trainer.model.eval(), trainer.tokenizer, "float32")
-    pieces = list(generator.stream([generator.read("Ro")], Sampling(max_tokens=100, temperature=0)))
-    assert ("".join(piece.text for piece in pieces), pieces[-1].finished) == (poem[2:], "end")
+    deltas = list(generator.stream([generator.read("Ro")], Sampling(max_tokens=100, temperature=0)))
+    assert ("".join(delta.text for delta in deltas), deltas[-1].finish_reason) == (poem[2:], "end")
 
 
 def test_special_tokens_that_end_nothing_are_never_drawn(monkeypatch):
@@ -229,9 +231,9 @@ def test_what_is_written_joins_the_prompt(kind, monkeypatch):
 
 def test_the_limit_on_tokens_shows_what_was_held_back(generator, monkeypatch):
     scripted(generator, "abcabdef", monkeypatch)
-    pieces = list(generator.stream([generator.read("x")], Sampling(max_tokens=5, stop=("abd",))))
-    assert "".join(piece.text for piece in pieces) == "abcab"
-    assert pieces[-1].finished == "length"
+    deltas = list(generator.stream([generator.read("x")], Sampling(max_tokens=5, stop=("abd",))))
+    assert "".join(delta.text for delta in deltas) == "abcab"
+    assert deltas[-1].finish_reason == "length"
 
 
 def test_writing_nothing_is_allowed_and_reading_nothing_is_not(generator):
@@ -330,10 +332,10 @@ def test_a_model_can_be_trained_from_what_was_read_or_written(generator, portabl
     context = Context(model)
     context.read(np.arange(100))
     _, state = context.finish()
-    decoder = Decoder(model, state)
-    assert decoder.fused != portable
-    decoder.step(torch.tensor([1]))
-    for entry in (state, decoder.state()):
+    engine = DecodingEngine(model, state)
+    assert engine.fused != portable
+    engine.step(torch.tensor([1]))
+    for entry in (state, engine.state()):
         logits, _ = model(torch.arange(20)[None], entry)
         logits.sum().backward()
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)

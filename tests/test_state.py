@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megalodon_lm import Megalodon, ModelConfig, State
 from megalodon_lm.errors import InputError
-from megalodon_lm.generation.decoding import Decoder
+from megalodon_lm.generation.engine import DecodingEngine
 from megalodon_lm.state_spec import declare
 
 
@@ -327,7 +327,7 @@ def test_a_state_of_another_model_of_the_same_shape_is_refused(tiny, state):
     other_choice = Megalodon(ModelConfig.named("tiny", rope_base=5000.0))
     other_choice.load_state_dict(tiny.state_dict())
     with pytest.raises(InputError, match="another model of the same shape"):
-        Decoder(other_choice, state)
+        DecodingEngine(other_choice, state)
 
 
 def test_the_joined_state_knows_the_model_that_one_of_them_knows(tiny, state, tmp_path):

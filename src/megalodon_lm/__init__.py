@@ -15,12 +15,11 @@ if TYPE_CHECKING:
     from .generation.context import Context
     from .generation.generator import Generator
     from .generation.sampling import Sampling
-    from .generation.stream import generate
     from .model.decoder import Megalodon
     from .state import State
 
 __version__ = "0.1.0"
-__all__ = ["ByteTokenizer", "Context", "Generator", "Megalodon", "ModelConfig", "Sampling", "State", "generate"]
+__all__ = ["ByteTokenizer", "Context", "Generator", "Megalodon", "ModelConfig", "Sampling", "State"]
 
 _HOME = {
     "ByteTokenizer": "data.tokenizer",
@@ -30,7 +29,6 @@ _HOME = {
     "ModelConfig": "config",
     "Sampling": "generation.sampling",
     "State": "state",
-    "generate": "generation.stream",
 }
 
 

@@ -14,8 +14,7 @@ from torch import nn
 
 from ..baselines import baseline
 from ..config import ModelConfig
-from ..generation.decoding import Decoder
-from ..generation.stream import read
+from ..generation.engine import DecodingEngine
 from ..layers.complex_ema import ComplexEMA
 from ..model.decoder import Megalodon
 from ..ops import backend
@@ -24,6 +23,7 @@ from .floor import floor_timer
 from .pairs import Timer
 
 Measure = Literal["training", "prefill", "decode", "cema"]
+PREFILL_LENGTH = 4096  # tokens read at once
 STEPS = 64  # tokens written in one run of decode
 TRIAL_STEPS = 4
 CPU = torch.device("cpu")
@@ -112,7 +112,10 @@ class Ours:
     @torch.inference_mode()
     def _read(self, tokens: torch.Tensor) -> Any:
         with autocast(self.precision, CPU):
-            return read(self.model, tokens)
+            state = None
+            for piece in tokens.split(PREFILL_LENGTH, dim=1):
+                logits, state = self.model(piece, state, logits_to_keep=1)
+            return logits[:, 0], state
 
     def _decode(self, length: int) -> Timer:
         """Half a chunk is read after the context, so that the unfinished chunk is as full as it is on average."""
@@ -120,11 +123,11 @@ class Ours:
         _, state = self._read(random_tokens(1, length + self.config.chunk_size // 2, self.config.vocab_size))
 
         def timer() -> float:
-            decoder = Decoder(self.model, state, self.precision)
+            engine = DecodingEngine(self.model, state, self.precision)
             token = torch.zeros(1, dtype=torch.int64)
             began = time.perf_counter()
             for _ in range(STEPS):
-                token = decoder.step(token).argmax(-1)
+                token = engine.step(token).argmax(-1)
             return time.perf_counter() - began
 
         return timer

@@ -88,15 +88,15 @@ class Conversation:
         answer = self.generator.stream([self.context], self.sampling, [seed], fresh=self.roles)
         try:
             if self.answers:
-                piece = next(answer, None)
+                delta = next(answer, None)
             else:
                 with console.status("the first answer loads the compiled kernels, or compiles them once ..."):
-                    piece = next(answer, None)
-            while piece is not None:
-                sys.stdout.write(piece.text)
+                    delta = next(answer, None)
+            while delta is not None:
+                sys.stdout.write(delta.text)
                 sys.stdout.flush()
                 count += 1
-                piece = next(answer, None)
+                delta = next(answer, None)
         except KeyboardInterrupt:
             answer.close()
         if self.roles:

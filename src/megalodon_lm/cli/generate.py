@@ -93,8 +93,8 @@ class Generate(Quiet):
             self._print_json(generator, contexts, sampling, seeds)
         elif self.samples == 1:
             sys.stdout.write(self.prompt)
-            for piece in generator.stream(contexts, sampling):
-                sys.stdout.write(piece.text)
+            for delta in generator.stream(contexts, sampling):
+                sys.stdout.write(delta.text)
                 sys.stdout.flush()
             print()
         else:
@@ -111,12 +111,12 @@ class Generate(Quiet):
         found: list[dict[str, Any]] = [
             {"seed": seed, "text": "", "tokens": [], "logprobs": [], "finish_reason": "length"} for seed in seeds
         ]
-        for piece in generator.stream(contexts, sampling, seeds, logprobs=True):
-            row = found[piece.row]
-            row["text"] += piece.text
-            row["tokens"].append(piece.token)
-            row["logprobs"].append(piece.logprob)
-            row["finish_reason"] = piece.finished
+        for delta in generator.stream(contexts, sampling, seeds, logprobs=True):
+            row = found[delta.row]
+            row["text"] += delta.text
+            row["tokens"].append(delta.token)
+            row["logprobs"].append(delta.logprob)
+            row["finish_reason"] = delta.finish_reason
         try:
             print(json.dumps({"prompt": self.prompt, "samples": found}, indent=2, allow_nan=False))
         except ValueError:

@@ -27,18 +27,18 @@ from ..state_spec import named
 from ..training.precision import Precision, autocast, choose_precision
 from .scoring import token_losses
 
-PIECE = 512  # tokens at most; see docs/architecture.md
+MAX_PIECE_LENGTH = 512  # tokens that are read at once; see docs/architecture.md
 
 
 def unit_length(config: ModelConfig) -> int:
     """Tokens after which a piece and a chunk end together."""
-    return max(config.chunk_size, PIECE // config.chunk_size * config.chunk_size)
+    return max(config.chunk_size, MAX_PIECE_LENGTH // config.chunk_size * config.chunk_size)
 
 
 def piece_length(config: ModelConfig) -> int:
     """Tokens in which a model reads: whole chunks, or a chunk that is longer than a piece in even parts."""
     unit = unit_length(config)
-    return -(-unit // -(-unit // PIECE))
+    return -(-unit // -(-unit // MAX_PIECE_LENGTH))
 
 
 class Context:
@@ -46,7 +46,7 @@ class Context:
 
     Args:
         model: in evaluation mode.
-        precision: of the matrix products; see Decoder.
+        precision: of the matrix products; see DecodingEngine.
     """
 
     def __init__(self, model: Megalodon, precision: Precision = "auto"):

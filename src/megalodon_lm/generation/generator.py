@@ -19,18 +19,18 @@ from ..model.decoder import Megalodon
 from ..state import State
 from ..training.precision import Precision
 from .context import Context
-from .decoding import Decoder
+from .engine import DecodingEngine
 from .sampling import Draws, Sampling, sample
 
 
-class Piece(NamedTuple):
-    """One token of one row."""
+class Delta(NamedTuple):
+    """What one token adds to one row."""
 
     row: int
     token: int
     text: str
     """What can be shown now: whole characters, and nothing that may yet turn out to be a stop string."""
-    finished: Literal["", "length", "stop", "end"]
+    finish_reason: Literal["", "length", "stop", "end"]
     """Why the row ends here: max_tokens, a stop string, an end as the model was trained with; or empty."""
     logprob: float | None = None
     """Where asked for: log-probability of the token by the model, in nats, before temperature and limits."""
@@ -46,7 +46,7 @@ class Generator:
     Args:
         model: in evaluation mode.
         tokenizer: that of the model.
-        precision: of matrix products; see Decoder.
+        precision: of matrix products; see DecodingEngine.
     """
 
     def __init__(self, model: Megalodon, tokenizer: Tokenizer, precision: Precision = "auto"):
@@ -58,7 +58,7 @@ class Generator:
         context = Context(self.model, self.precision)
         context.read(np.zeros(32, np.int64))
         logits, state = context.finish()
-        Decoder(self.model, state, self.precision).step(logits.argmax(-1))
+        DecodingEngine(self.model, state, self.precision).step(logits.argmax(-1))
 
     def context(self, bookmark: Path | None = None) -> Context:
         """What to read into: empty but for the begin token, or as a bookmark keeps it.
@@ -103,7 +103,7 @@ class Generator:
         contexts: Sequence[Context | str],
         sampling: Sampling,
         seeds: Sequence[int] | None = None,
-        watch: Callable[[Piece], None] = lambda piece: None,
+        watch: Callable[[Delta], None] = lambda delta: None,
         fresh: bool = False,
     ) -> list[str]:
         """Continue texts to their ends; arguments as in `stream`.
@@ -112,9 +112,9 @@ class Generator:
             What was written to each.
         """
         texts = [""] * len(contexts)
-        for piece in self.stream(contexts, sampling, seeds, fresh=fresh):
-            texts[piece.row] += piece.text
-            watch(piece)
+        for delta in self.stream(contexts, sampling, seeds, fresh=fresh):
+            texts[delta.row] += delta.text
+            watch(delta)
         return texts
 
     def stream(
@@ -124,7 +124,7 @@ class Generator:
         seeds: Sequence[int] | None = None,
         logprobs: bool = False,
         fresh: bool = False,
-    ) -> PythonGenerator[Piece]:
+    ) -> PythonGenerator[Delta]:
         """Continue several texts side by side, token by token.
 
         What a row says depends on its own context and seed alone, not on its neighbours nor on how its text was cut.
@@ -135,11 +135,11 @@ class Generator:
             contexts: each with something read, or a text that is read first; they may differ in length.
             sampling: one for all rows.
             seeds: one a row; by default sampling.seed for each.
-            logprobs: whether the pieces tell them.
+            logprobs: whether the deltas tell them.
             fresh: what is written is a text of its own, such as an answer, and not the rest of the one that was read.
 
         Yields:
-            A Piece for each row in turn, until all rows are finished.
+            A Delta for each row in turn, until all rows are finished.
         """
         if sampling.max_tokens == 0 or not contexts:
             return
@@ -150,7 +150,7 @@ class Generator:
             raise InputError("one context was given twice; give context.fork() for each continuation")
         read = [context.finish() for context in grown]
         logits = torch.cat([logits for logits, _ in read])
-        decoder = Decoder(self.model, State.cat([state for _, state in read]), self.precision)
+        engine = DecodingEngine(self.model, State.cat([state for _, state in read]), self.precision)
         rows = [_Row(self.tokenizer, sampling, None if fresh else context.last) for context in grown]
         draws = Draws(list(seeds) if seeds is not None else [sampling.seed] * len(rows))
         written = torch.zeros(logits.shape, dtype=torch.bool)
@@ -161,11 +161,11 @@ class Generator:
                 written[torch.arange(len(rows)), tokens] = True
                 scores = _logprobs(logits, tokens) if logprobs else [None] * len(rows)
                 for number, (row, token, score) in enumerate(zip(rows, tokens.tolist(), scores, strict=True)):
-                    if not row.finished:
-                        yield Piece(number, token, row.add(token), row.finished, score)
-                if all(row.finished for row in rows):
+                    if not row.finish_reason:
+                        yield Delta(number, token, row.add(token), row.finish_reason, score)
+                if all(row.finish_reason for row in rows):
                     return
-                logits = decoder.step(tokens.to(decoder.device))
+                logits = engine.step(tokens.to(engine.device))
         finally:
             if not sys.is_finalizing():  # a stream left open at the interpreter's exit: PyTorch may be gone
                 for context, row in zip(grown, rows, strict=True):
@@ -184,7 +184,7 @@ class _Row:
     def __init__(self, tokenizer: Tokenizer, sampling: Sampling, after: int | None):
         self.ends, self.sampling = tokenizer.ends, sampling
         self.tokens: list[int] = []
-        self.finished: Literal["", "length", "stop", "end"] = ""
+        self.finish_reason: Literal["", "length", "stop", "end"] = ""
         self._bytes = tokenizer.decoder(after)
         self._decode = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
@@ -192,17 +192,17 @@ class _Row:
     def add(self, token: int) -> str:
         """Take a token; the text that can be shown now."""
         if token in self.ends:
-            self.finished = "end"
+            self.finish_reason = "end"
             return self._held + self._decode.decode(b"", True)
         self.tokens.append(token)
         last = len(self.tokens) == self.sampling.max_tokens
         text = self._held + self._decode.decode(self._bytes(token), last)
         found = [at for at in (text.find(stop) for stop in self.sampling.stop) if at >= 0]
         if found:
-            self.finished = "stop"
+            self.finish_reason = "stop"
             return text[: min(found)]
         if last:
-            self.finished = "length"
+            self.finish_reason = "length"
             return text
         held = max((_overlap(text, stop) for stop in self.sampling.stop), default=0)
         self._held = text[len(text) - held :]

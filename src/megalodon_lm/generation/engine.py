@@ -1,4 +1,4 @@
-"""Decoder: one token after another, from any state."""
+"""DecodingEngine: one token after another, from any state, for several rows at once."""
 
 from typing import TYPE_CHECKING, Literal
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .fused_step import FusedStep
 
 
-class Decoder:
+class DecodingEngine:
     """Steps of one token for B rows, which may stand at different positions.
 
     On the CPU each layer is one compiled call on a preallocated state; elsewhere, for widths that are no multiples of
@@ -65,7 +65,7 @@ class Decoder:
             InputError: a token outside the vocabulary, or another number of them than rows.
         """
         if tokens.shape != self.rows:
-            raise InputError(f"the decoder has {self.rows[0]} rows but the tokens are {tuple(tokens.shape)}")
+            raise InputError(f"the engine has {self.rows[0]} rows but the tokens are {tuple(tokens.shape)}")
         self.model.check_tokens(tokens[:, None])
         entry, self._entry = self._entry, None
         try:
