@@ -166,6 +166,8 @@ class Megalodon(nn.Module):
             x, None if state is None else Sealed(state.parts["norm"]), boundaries, padding,
             targets=targets, learnt=learnt, reduction=reduction, logits_to_keep=logits_to_keep,
         )  # fmt: skip
+        if state is not None and length == 0:
+            return made, state
         position = torch.zeros(batch, dtype=torch.int64) if state is None else state.position
         position = (boundaries or Boundaries()).exit_position(position, length)
         parts = {"layers": layers, "norm": norm, "position": position}
