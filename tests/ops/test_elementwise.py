@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from megalodon_lm.ops import gates, norms, reference, rotary
+from megalodon_lm.ops import gates, norms, reference, residual, rotary
 from megalodon_lm.ops.cpu import gates as native_gates
 from megalodon_lm.ops.cpu import norms as native_norms
+from megalodon_lm.ops.cpu import residual as native_residual
 from megalodon_lm.ops.cpu import rotary as native_rope
 from megalodon_lm.ops.cpu.timestep_norm import timestep_norm as native_timestep_norm
 from megalodon_lm.ops.timestep_norm import timestep_norm
@@ -35,6 +36,10 @@ def gate_definition(gate, x):
     return [gate / (1 + torch.exp(-gate)) * x]
 
 
+def sum_definition(x, branch, other):
+    return [x + branch + other]
+
+
 def rope_definition(x):
     rows = [[reference.rope(x[b, t], 3 * b + t, 1e4) for t in range(x.shape[1])] for b in range(len(x))]
     return [torch.stack([torch.stack(r) for r in rows])]
@@ -46,13 +51,14 @@ CASES = {
     "layer": (layer_definition, draw((2, 70, 32), (32,), (32,))),
     "head": (head_definition, draw((2, 70, 3, 32), (3, 32), (3, 32))),
     "gate": (gate_definition, [10 * t for t in draw((3, 16), (3, 16))]),
+    "sum": (sum_definition, draw((3, 70, 16), (3, 70, 16), (3, 70, 16))),
     "rope": (rope_definition, draw((2, 70, 2, 16))),
 }
 
 
 def implementation(name, native):
     modules = {**dict.fromkeys(("rms", "layer", "head"), (norms, native_norms)), "gate": (gates, native_gates),
-               "rope": (rotary, native_rope)}  # fmt: skip
+               "sum": (residual, native_residual), "rope": (rotary, native_rope)}  # fmt: skip
     m = modules[name][native]
 
     def of(op):
@@ -63,6 +69,7 @@ def implementation(name, native):
         "layer": lambda x, w, b: [of(m.layer_norm)(x, w, b, 1e-5)],
         "head": lambda z, scale, shift: [of(m.head_rms_norm)(z, scale, shift, 1e-5)],
         "gate": lambda a, x: [of(m.silu_gate)(a, x)],
+        "sum": lambda x, a, b: [of(m.add_branch)(x, a, b)],
         "rope": lambda x: [(m.rotate if native else m.rope)(x, SLOTS, 1e4, 80)],
     }[name]
 
@@ -126,7 +133,21 @@ def test_gate_saturates_without_overflow():
     assert_close([native_gates.silu_gate(gate, torch.ones(16))], [torch.nn.functional.silu(gate)], 1e-6)
 
 
+@pytest.mark.parametrize("types", [(torch.float32, torch.bfloat16), (torch.bfloat16,) * 2, (torch.float32,) * 2])
+@pytest.mark.parametrize("number", [1, 2])
+def test_branches_are_added_to_the_last_bit_as_tensors_are(number, types):
+    x, *branches = draw(*[(7, 33, 16)] * (1 + number))
+    x, branches = x.to(types[0]), [t.to(types[1]) for t in branches]
+    branches[0][3, 5, 1], x[2, 2, 2] = torch.nan, torch.inf
+    assert residual.add_branch.implementation(x, *branches) is native_residual.add_branch
+    found = gradients(lambda *a: [residual.add_branch(*a)], [x, *branches])
+    expected = gradients(lambda *a: [residual.add_branch.portable(*a)], [x, *branches])
+    for a, e in zip([*found[0], *found[1]], [*expected[0], *expected[1]], strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=0, equal_nan=True)
+
+
 def test_operators_are_well_formed():
     x, w, b = (t.float().requires_grad_() for t in draw((2, 5, 32), (32,), (32,)))
     torch.library.opcheck(native_norms.norm_forward, (x, w, b, True, 1e-5, torch.float32))
     torch.library.opcheck(native_gates.silu_gate_forward, (x, x.detach().clone().requires_grad_()))
+    torch.library.opcheck(native_residual.add_branch_forward, (x, x.detach().bfloat16(), x.detach().bfloat16()))

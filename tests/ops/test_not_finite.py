@@ -15,7 +15,7 @@ from megalodon_lm.ops.cpu import causal_attention
 from megalodon_lm.ops.timestep_norm import NormState
 
 from .cases import boundaries
-from .test_elementwise import gate_definition, head_definition, layer_definition, rms_definition
+from .test_elementwise import gate_definition, head_definition, layer_definition, rms_definition, sum_definition
 
 B, L, D, N, G, H, C = 2, 18, 32, 2, 2, 2, 8
 FILL = torch.tensor([3, 7])
@@ -72,6 +72,7 @@ TOKEN_OPS = {
     "layer_norm": (layer_definition, (1e-5,), draw((B, L, D), (D,), (D,))),
     "head_rms_norm": (head_definition, (1e-5,), draw(HEADS[0], (H, 16), (H, 16))),
     "silu_gate": (gate_definition, (), draw((B, L, D), (B, L, D))),
+    "add_branch": (sum_definition, (), draw((B, L, D), (B, L, D), (B, L, D))),
 }
 
 

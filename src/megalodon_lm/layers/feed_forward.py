@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.gates import silu_gate
+from ..ops.residual import add_branch
 from .initialization import Initialiser
 from .linear import Linear
 from .norms import LayerNorm
@@ -54,4 +55,4 @@ class FeedForward(nn.Module):
         hidden = F.silu(self.fc1(n)) if self.fc3 is None else silu_gate(self.fc1(n), self.fc3(n))
         out = self.fc2(F.dropout(hidden, self.hidden_dropout, self.training))
         out = F.dropout(out, self.dropout, self.training)
-        return residual + (out if self.alpha is None else self.alpha * out)
+        return add_branch(residual, out if self.alpha is None else self.alpha * out)

@@ -12,6 +12,7 @@ from ..ops.boundaries import Boundaries
 from ..ops.chunk_attention import KeyValueCache
 from ..ops.gates import silu_gate
 from ..ops.norms import head_rms_norm
+from ..ops.residual import add_branch
 from ..ops.timestep_norm import NormState
 from .chunk_attention import ChunkAttention
 from .complex_ema import ComplexEMA
@@ -110,8 +111,10 @@ class GatedAttention(nn.Module):
         attention, cache_out = self.attention(*self._queries_and_keys(z), v, cache_in, boundaries)
         gated = silu_gate(r, attention.flatten(-2))
         gated = F.dropout(gated, self.hidden_dropout, self.training)
-        h = self.wh1(mx) + self.wh2(gated)
-        return x + F.dropout(h, self.dropout, self.training), GatedAttentionState(norm_out, cema_out, cache_out)
+        state = GatedAttentionState(norm_out, cema_out, cache_out)
+        if self.training and self.dropout:
+            return add_branch(x, F.dropout(self.wh1(mx) + self.wh2(gated), self.dropout)), state
+        return add_branch(x, self.wh1(mx), self.wh2(gated)), state
 
     def _queries_and_keys(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Normalise z (B, L, H, Z/H) per head, with one affine map each: two tensors of that shape."""

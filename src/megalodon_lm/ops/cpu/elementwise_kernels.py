@@ -1,10 +1,10 @@
-"""Kernels over independent tokens: norms over features, gated products. All arrays are flat."""
+"""Kernels over independent tokens: norms over features, gated products, sums of branches. All arrays are flat."""
 
 from typing import Any
 
 import numpy as np
 
-from .simd import LANES, compiled, inner, load, sigmoid, splat, store, total
+from .simd import LANES, compiled, exact_sum, inner, load, sigmoid, splat, store, total
 from .team import share
 
 
@@ -112,6 +112,20 @@ def gate_backward(
         store(grad_gate, i, grad * load(x, i) * (s + y * (one - s)))
 
 
+@inner
+def add_one(first: int, last: int, size: int, x: Any, branch: Any, y: Any) -> None:
+    """Stretches first..last of `size` elements, a multiple of 16: y = x + branch."""
+    for i in range(first * size, min(last * size, len(y)), LANES):
+        store(y, i, load(x, i) + load(branch, i))
+
+
+@inner
+def add_two(first: int, last: int, size: int, x: Any, branch: Any, other: Any, y: Any) -> None:
+    """Stretches first..last of `size` elements, a multiple of 16: y = x + (branch + other), rounded as tensors are."""
+    for i in range(first * size, min(last * size, len(y)), LANES):
+        store(y, i, load(x, i) + exact_sum(branch, load(branch, i), load(other, i)))
+
+
 @compiled
 def norm_forward_on_team(threads: int, num_tasks: int, args: Any) -> None:
     """norm_forward for all tasks."""
@@ -134,3 +148,15 @@ def gate_forward_on_team(threads: int, num_tasks: int, args: Any) -> None:
 def gate_backward_on_team(threads: int, num_tasks: int, args: Any) -> None:
     """gate_backward for all tasks."""
     share(gate_backward, threads, num_tasks, args)
+
+
+@compiled
+def add_one_on_team(threads: int, num_tasks: int, args: Any) -> None:
+    """add_one for all tasks."""
+    share(add_one, threads, num_tasks, args)
+
+
+@compiled
+def add_two_on_team(threads: int, num_tasks: int, args: Any) -> None:
+    """add_two for all tasks."""
+    share(add_two, threads, num_tasks, args)

@@ -108,7 +108,7 @@ def load(typingctx: Any, array: Any, offset: Any) -> Any:
         if isinstance(kind.dtype, types.Float):
             return builder.load(builder.bitcast(pointer, _FLOATS.as_pointer()), align=4)
         halves = builder.load(builder.bitcast(pointer, _HALVES.as_pointer()), align=2)
-        return builder.bitcast(builder.shl(builder.zext(halves, _WORDS), _words(16)), _FLOATS)
+        return _widened(builder, halves)
 
     return float32x16(array, types.intp), codegen
 
@@ -129,6 +129,24 @@ def store(typingctx: Any, array: Any, offset: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(array, types.intp, float32x16), codegen
+
+
+@intrinsic
+def exact_sum(typingctx: Any, array: Any, a: Any, b: Any) -> Any:
+    """a + b as tensors of the array's type are added: to nearest, not in another order, rounded if that is bf16."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        added = builder.fadd(args[1], args[2])
+        if isinstance(signature.args[0].dtype, types.Float):
+            return added
+        round_to_bf16 = _round_by_instruction if rounds_to_bf16() else _round_bits
+        return _widened(builder, round_to_bf16(builder, added))
+
+    return float32x16(array, float32x16, float32x16), codegen
+
+
+def _widened(builder: Any, halves: Any) -> Any:
+    return builder.bitcast(builder.shl(builder.zext(halves, _WORDS), _words(16)), _FLOATS)
 
 
 class _BFloat16(ir.types.Type):
