@@ -131,8 +131,7 @@ def test_a_run_on_a_gpu_goes_on_as_if_it_had_never_stopped(change, tmp_path):
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # asked by PyTorch 2.11 itself
-@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex operators")
+@pytest.mark.filterwarnings("ignore")  # what the compiler says of complex numbers and of itself
 def test_compiled_training_on_a_gpu_learns_the_same(tmp_path):
     """As eager training, to the accuracy of float32."""
     given = {"model": {"dropout": 0.0}, "steps": 6}

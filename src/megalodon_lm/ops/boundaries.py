@@ -41,12 +41,10 @@ class Boundaries:
         Returns:
             (B, L) int64 on the CPU.
         """
-        steps = torch.arange(length)
-        position = entry[:, None] + steps
-        if self.starts is None:
-            return position
-        begin = torch.where(self.starts, steps, -1).cummax(1).values
-        return torch.where(begin >= 0, steps - begin, position)
+        steps, begin = torch.arange(length), -entry[:, None]
+        if self.starts is not None:  # no `where` over sums of `entry`: inductor gets it wrong for processors with AVX2
+            begin = torch.maximum(begin, torch.where(self.starts, steps, torch.iinfo(torch.int64).min).cummax(1).values)
+        return steps - begin
 
     def exit_position(self, entry: Tensor, length: int) -> Tensor:
         """(B,) int64: tokens of the last document of each row up to the end of the piece."""
