@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from megalodon_lm import Megalodon, ModelConfig
 from megalodon_lm.data.prepare import prepare
 from megalodon_lm.errors import InputError
+from megalodon_lm.ops import backend
+from megalodon_lm.ops.cpu import elementwise_kernels, simd
 from megalodon_lm.training.recipe import Recipe, TrainingRecipe, bundled_recipes
 from megalodon_lm.training.schedule import learning_rate
 from megalodon_lm.training.trainer import Trainer
@@ -295,3 +297,21 @@ def test_compiling_without_a_compiler_is_refused_in_one_line(text, tmp_path, mon
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
     with pytest.raises(ValueError, match="needs a C\\+\\+ compiler"):
         Trainer(recipe(text, compile=True), tmp_path / "run")
+
+
+@simd.compiled
+def _impossible(threads, num_tasks, args):
+    args.no_such_thing()
+
+
+def test_a_kernel_of_the_backward_pass_that_cannot_be_compiled_leaves_the_run_to_portable_operators(
+    text, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(backend, "_failures", {})
+    monkeypatch.setattr(elementwise_kernels, "norm_backward_on_team", _impossible)
+    _, losses = run_to_end(text, tmp_path / "run")
+    (record,) = caplog.records
+    assert "_impossible" in record.message
+    assert "portable" in record.message
+    monkeypatch.setattr(backend, "_chosen", "portable")
+    assert losses == run_to_end(text, tmp_path / "portable")[1]

@@ -231,7 +231,7 @@ def describe(path: str | Path) -> dict[str, str | int | float]:
     file = StateFile.read(path)
     notes = dict(file.notes)
     scored, nats = int(notes.pop("scored", 0)), float(notes.pop("nats", 0))
-    positions = [place + len(file.tokens) for place in file.position]
+    positions = [position + len(file.tokens) for position in file.position]
     return {
         "kind": "bookmark" if file.is_bookmark else "bare state",
         "rows": len(positions),

@@ -204,10 +204,10 @@ class Megalodon(nn.Module):
         Raises:
             InputError: more than the memory of the device.
         """
-        place = self.embed.weight.device if device is None else device
+        device = self.embed.weight.device if device is None else device
         remedy = f"chunk_size = {self.config.chunk_size} decides its size"
-        check_memory(self.state_bytes(batch, dtype), place, f"a state of {batch} rows", remedy)
-        parts = tree_map(lambda leaf: leaf.empty(batch, place, dtype or self.embed.weight.dtype), self.state_spec)
+        check_memory(self.state_bytes(batch, dtype), device, f"a state of {batch} rows", remedy)
+        parts = tree_map(lambda leaf: leaf.empty(batch, device, dtype or self.embed.weight.dtype), self.state_spec)
         return State(parts, self.state_spec, weakref.ref(self))
 
     def state_bytes(self, batch: int = 1, dtype: torch.dtype | None = None) -> int:

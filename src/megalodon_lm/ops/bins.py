@@ -23,7 +23,7 @@ class Bins:
     queries: Tensor  # (M, Q) token of each query, -1 for none
     low: Tensor  # (M, Q) first key that a query sees
     high: Tensor  # (M, Q) last one, its own
-    place: Tensor  # (B, L) query m * Q + i of each token, -1 at padding
+    query_of: Tensor  # (B, L) query m * Q + i of each token, -1 at padding
     into: Tensor  # (R,) key m * K + j of each cached key
     cached: Tensor  # (R,) row of the cache b * c + slot that goes there
     reach: list[int]  # (Q,) for each query, the key after the last one that it sees in any bin
@@ -76,11 +76,11 @@ def pack_into_bins(slots: Tensor, chunk_size: int, device: torch.device) -> Bins
     high = low + slot_of[tokens]
     query = own_bin * most + np.arange(len(tokens)) - token_starts[edges[own_bin]]
     shape = (len(heads), most)
-    keys, queries, place = (np.full(n, -1) for n in (len(heads) * width, len(heads) * most, len(slot_of)))
+    keys, queries, query_of = (np.full(n, -1) for n in (len(heads) * width, len(heads) * most, len(slot_of)))
     lows, highs = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     keys[own_bin * width + high] = tokens
     queries[query] = tokens
-    place[tokens] = query
+    query_of[tokens] = query
     lows.reshape(-1)[query] = low
     highs.reshape(-1)[query] = high
 
@@ -96,7 +96,7 @@ def pack_into_bins(slots: Tensor, chunk_size: int, device: torch.device) -> Bins
         queries=here(queries, *shape),
         low=here(lows, *shape),
         high=here(highs, *shape),
-        place=here(place, *slots.shape),
+        query_of=here(query_of, *slots.shape),
         into=here(into, -1),
         cached=here(cached, -1),
         reach=(highs.max(0, initial=0) + 1).tolist(),

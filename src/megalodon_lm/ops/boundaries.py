@@ -96,7 +96,7 @@ class Blocks:
     """
 
     index: Tensor | None  # (M, T) token b * L + t in each slot, -1 for an empty slot; None: rows cut evenly
-    place: Tensor | None  # (B, L) slot m * T + s of each token, -1 for padding; None as above
+    slot_of: Tensor | None  # (B, L) slot m * T + s of each token, -1 for padding; None as above
     first: Tensor  # (M,) bool, the block begins its segment
     carries: Tensor  # (M,) bool, the block begins a segment that continues the entry state
     row: Tensor  # (M,)
@@ -120,9 +120,9 @@ class Blocks:
     def scatter(self, y: Tensor) -> Tensor:
         """(M, T, ...) to (B, L, ...), zero at padding."""
         batch, length = self.shape
-        if self.place is None:
+        if self.slot_of is None:
             return y.reshape(batch, -1, *y.shape[2:])[:, :length]
-        return take(y.reshape(-1, *y.shape[2:]), self.place)
+        return take(y.reshape(-1, *y.shape[2:]), self.slot_of)
 
     def tail(self, x: Tensor) -> Tensor:
         """(B, T, ...): the tokens of each row's last block moved to the end of the block, zeros before them."""
@@ -219,14 +219,14 @@ def cut_into_blocks(
     (heads,) = opens.flatten().nonzero(as_tuple=True)  # the token that begins each block
     if torch.compiler.is_compiling():
         torch._check(len(heads) > 0)
-    place = torch.where(valid, (opens.flatten().cumsum(0).view_as(since) - 1) * size + since % size, -1)
+    slot_of = torch.where(valid, (opens.flatten().cumsum(0).view_as(since) - 1) * size + since % size, -1)
     slots = torch.arange(len(heads))[:, None] * size + torch.arange(size)
     tokens = (heads[:, None] + torch.arange(size)).clamp(max=batch * length - 1)
     first = since.flatten()[heads] == 0
-    end = place.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
+    end = slot_of.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
     return Blocks(
-        index=torch.where(place.flatten()[tokens] == slots, tokens, -1).to(device),
-        place=place.to(device),
+        index=torch.where(slot_of.flatten()[tokens] == slots, tokens, -1).to(device),
+        slot_of=slot_of.to(device),
         first=first.to(device),
         carries=(first & ~started.flatten()[heads]).to(device),
         row=(heads // length).to(device),

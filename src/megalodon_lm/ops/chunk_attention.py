@@ -139,7 +139,7 @@ def _in_bins(q: Tensor, keys: Side, values: Side, chunk_size: int, drop: Drop, s
     k, v = bins.gather_keys(*keys), bins.gather_keys(*values)
     q = take(q.flatten(0, 1), bins.queries)
     out = attend(q, k, v, bins.low, bins.high, bins.reach, None, *drop)
-    return take(out.flatten(0, 1), bins.place)
+    return take(out.flatten(0, 1), bins.query_of)
 
 
 def _in_windows(q: Tensor, keys: Side, values: Side, chunk_size: int, drop: Drop, slots: Tensor) -> Tensor:

@@ -59,9 +59,9 @@ def timestep_norm(
     # Moments are taken about the entry mean, or about the first token of a document that starts here.
     shift = means[:, 0].detach()
     steps = torch.arange(len(shift), device=x.device)
-    place = torch.where(blocks.first, blocks.segment, len(shift))
+    slots = torch.where(blocks.first, blocks.segment, len(shift))
     # For each block the first one of its segment.
-    began = steps.new_zeros(len(shift) + 1).scatter(0, place, steps)[blocks.segment]
+    began = steps.new_zeros(len(shift) + 1).scatter(0, slots, steps)[blocks.segment]
     shift = shift[began]  # (M, G)
     before = torch.zeros(len(shift), dtype=torch.float64, device=x.device)  # tokens before the piece
     if state is not None:

@@ -6,6 +6,7 @@ import torch
 
 from ..errors import InputError
 from ..model.decoder import Megalodon
+from ..ops.backend import KernelError, give_up
 from .precision import autocast
 from .recipe import TrainingRecipe
 
@@ -33,16 +34,27 @@ def compile_kernels(
 ) -> None:
     """Run the two kinds of batches once, with and without a document's start, so that a run's clock finds all compiled.
 
-    Neither weights nor random numbers change, and no gradient is left.
+    Where a kernel of the backward pass cannot be compiled, the run takes portable operators, as a forward pass does by
+    itself. Neither weights nor random numbers change, and no gradient is left.
     """
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            _run_once(model, precision, device, recipe)
+        except KernelError as error:
+            give_up(device.type, error)
+            _run_once(model, precision, device, recipe)
+    model.zero_grad(set_to_none=True)
+
+
+def _run_once(
+    model: Megalodon, precision: Literal["bf16", "float32"], device: torch.device, recipe: TrainingRecipe
+) -> None:
     tokens = torch.zeros(recipe.batch_size, recipe.length, dtype=torch.int64, device=device)
     first = torch.zeros(tokens.shape, dtype=torch.bool)
     first[:, 0] = True
     state = None
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for starts in (first, None):
-            with autocast(precision, device):
-                loss, state = model(tokens, state, targets=tokens, document_starts=starts)
-            loss.backward()
-            state = state.detach() if recipe.carry_state else None
-    model.zero_grad(set_to_none=True)
+    for starts in (first, None):
+        with autocast(precision, device):
+            loss, state = model(tokens, state, targets=tokens, document_starts=starts)
+        loss.backward()
+        state = state.detach() if recipe.carry_state else None

@@ -37,19 +37,19 @@ def keep(dispatcher: Any) -> Any:
 @functools.cache
 def folder() -> Path | None:
     """The folder of compiled kernels, chosen once; where they do not stay with the user, one line says so."""
-    for place in _lasting():
-        if _writable(place):
-            return place
+    for path in _lasting():
+        if _writable(path):
+            return path
     try:
-        place = _private()
+        path = _private()
     except OSError:
         _log.warning(
             "kernels are compiled anew by every process, which takes a minute: no folder can be written to keep them; "
             "set NUMBA_CACHE_DIR to one that can"
         )
         return None
-    _log.warning("compiled kernels are kept in %s for now; set NUMBA_CACHE_DIR to a folder that stays", place)
-    return place
+    _log.warning("compiled kernels are kept in %s for now; set NUMBA_CACHE_DIR to a folder that stays", path)
+    return path
 
 
 def _lasting() -> Iterator[Path]:
@@ -64,10 +64,10 @@ def _lasting() -> Iterator[Path]:
         yield user / installation
 
 
-def _writable(place: Path) -> bool:
+def _writable(path: Path) -> bool:
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=place).close()
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
     except OSError:
         return False
     return True
@@ -80,14 +80,14 @@ def _private() -> Path:
         OSError: there is none.
     """
     user = os.getuid() if hasattr(os, "getuid") else "user"
-    place = Path(tempfile.gettempdir(), f"megalodon_lm_{user}")
-    place.mkdir(mode=0o700, exist_ok=True)
-    found = place.lstat()
+    path = Path(tempfile.gettempdir(), f"megalodon_lm_{user}")
+    path.mkdir(mode=0o700, exist_ok=True)
+    found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or (hasattr(os, "getuid") and (found.st_uid != user or found.st_mode & 0o077)):
-        raise PermissionError(f"{place} is open to others")
-    if not _writable(place):
-        raise PermissionError(f"{place} cannot be written")
-    return place
+        raise PermissionError(f"{path} is open to others")
+    if not _writable(path):
+        raise PermissionError(f"{path} cannot be written")
+    return path
 
 
 @functools.cache
@@ -168,5 +168,5 @@ class _Kept(FunctionCache):
 
     def __init__(self, function: Any):
         super().__init__(function)
-        place = self._impl.locator
-        self._cache_file = _Files(self._cache_path, self._impl.filename_base, place.get_source_stamp())
+        locator = self._impl.locator
+        self._cache_file = _Files(self._cache_path, self._impl.filename_base, locator.get_source_stamp())
