@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import os
 import signal
 
 import pytest
@@ -9,6 +10,7 @@ from megalodon_lm import ByteTokenizer, Generator, Megalodon, ModelConfig
 from megalodon_lm.ops import backend
 
 torch.set_num_threads(2)
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which the next line refuses products on a GPU
 torch.use_deterministic_algorithms(True)  # fills what torch.empty and its like leave uninitialised with NaN
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs, and their children, ignore
 

@@ -179,11 +179,18 @@ def implements(
 def _load(name: str, device: str) -> bool:
     """Whether an op has an implementation for a kind of device; the first call loads it."""
     implementations = OPS[name].implementations
-    if _usable(device) and device not in implementations:
-        module = f"{_package(device)}.{OPS[name].portable.__module__.rpartition('.')[2]}"
-        if importlib.util.find_spec(module):
-            importlib.import_module(module)
-    return _usable(device) and device in implementations
+    if not _usable(device):
+        return False
+    if device not in implementations:
+        _import_if_there(f"{_package(device)}.{OPS[name].portable.__module__.rpartition('.')[2]}")
+    return device in implementations
+
+
+@functools.cache
+def _import_if_there(module: str) -> None:
+    """Look once: an op that a device has no file for is called as often as any other."""
+    if importlib.util.find_spec(module):
+        importlib.import_module(module)
 
 
 def _usable(device: str) -> bool:

@@ -13,18 +13,7 @@ from .team import num_threads, share
 
 
 def open_chunk(piece: Tensor, cached: Tensor | None, stops: Tensor, fill: Tensor, chunk_size: int) -> Tensor:
-    """Keys or values of the unfinished chunks.
-
-    Args:
-        piece: (B, L, H, d).
-        cached: (B, c, H, d) the unfinished chunks at the entry, or None for empty ones.
-        stops: (B,) int64, tokens of each row.
-        fill: (B,) int64, tokens of the unfinished chunk at the exit.
-        chunk_size: c.
-
-    Returns:
-        (B, c, H, d), zero from slot `fill` on.
-    """
+    """As megalodon_lm.ops.open_chunk.open_chunk."""
     run = form(take_open_chunk, _take, piece, cached)
     stops, fill = stops.contiguous(), fill.contiguous()
     return run(piece.contiguous(), None if cached is None else cached.contiguous(), stops, fill, chunk_size)
