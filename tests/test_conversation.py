@@ -24,6 +24,8 @@ from megalodon_lm.generation.generator import Generator
 
 from .processes import HANGS
 
+PATIENCE = 20  # seconds of silence after which what was sent is taken for lost
+
 
 @pytest.fixture
 def talk(saved, monkeypatch, capsys, tmp_path):
@@ -146,31 +148,38 @@ def test_in_a_terminal_an_interrupt_clears_the_line_and_a_second_one_leaves(save
     process = subprocess.Popen(command, stdin=end, stdout=end, stderr=end)
     seen = b""
 
-    def until(text, count=1):
+    def until(text, count=1, send=lambda: None):
         nonlocal seen
         late = time.monotonic() + HANGS
+        send()
         while seen.count(text) < count:
             assert time.monotonic() < late, seen
-            if select.select([terminal], [], [], 1)[0]:
+            if select.select([terminal], [], [], PATIENCE)[0]:
                 seen += os.read(terminal, 4096)
+            else:
+                send()
+
+    def interrupt():
+        """Sent again after a silence: one that comes between the prompt and the wait for a key is noticed then only.
+
+        Python holds it back until something wakes that wait, and raises one KeyboardInterrupt for both.
+        """
+        process.send_signal(signal.SIGINT)
 
     try:
         until(b"> ")
         assert b"loading" in seen
         os.write(terminal, b"not sent")
         until(b"not sent")
-        process.send_signal(signal.SIGINT)
-        until(b"/save FILE keeps it")
+        until(b"/save FILE keeps it", 1, interrupt)
         until(b"> ", 2)
         os.write(terminal, b"/stats\n")
         until(b"tokens read")
         assert b"1 tokens read" in seen, "the line was cleared"
         until(b"> ", 3)
-        process.send_signal(signal.SIGINT)
-        until(b"/save FILE keeps it", 2)
+        until(b"/save FILE keeps it", 2, interrupt)
         until(b"> ", 4)
-        process.send_signal(signal.SIGINT)
-        until(b"megalodon: interrupted")
+        until(b"megalodon: interrupted", 1, interrupt)
         assert process.wait() == 130
     finally:
         process.kill()
