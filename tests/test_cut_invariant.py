@@ -116,7 +116,7 @@ def test_every_place_of_a_cut(model, tolerance):
 
 @pytest.mark.parametrize(("model", "tolerance"), [(MODEL, 1e-9), (FLOAT32, 2e-4)], ids=["float64", "float32"])
 @pytest.mark.parametrize(("packed", "padded"), [(False, False), (True, True)])
-def test_pieces_longer_than_the_blocks_of_the_operators(model, tolerance, packed, padded):
+def test_pieces_longer_than_the_strips_of_the_operators(model, tolerance, packed, padded):
     g = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 30, (2, 400), generator=g)
     starts, mask = torch.rand(2, 400, generator=g) < 0.01, torch.rand(2, 400, generator=g) < 0.9

@@ -7,7 +7,7 @@ import torch
 from megalodon_lm.ops import reference
 from megalodon_lm.ops.chunk_attention import chunk_attention as portable
 from megalodon_lm.ops.cpu import amx, amx_attention, causal_attention
-from megalodon_lm.ops.cpu.amx_blocks import BLOCK_WORDS, pack, pack_transposed
+from megalodon_lm.ops.cpu.amx_packing import SQUARE_WORDS, pack, pack_transposed
 from megalodon_lm.ops.cpu.chunk_attention import chunk_attention
 from megalodon_lm.ops.cpu.emulated_tiles import EMULATED
 from megalodon_lm.ops.cpu.processor import multiplies_tiles
@@ -34,41 +34,41 @@ def use(tiles, monkeypatch):
 
 
 @compiled
-def product(tiles, a, packed, step, blocks, c):
-    """c += the product of a (32, 32 blocks) with packed blocks."""
+def product(tiles, a, packed, step, squares, c):
+    """c += the product of a (32, 32 squares) with packed squares."""
     own = amx.enter_tiles(tiles)
     amx.clear(own)
     amx.store_sums(own, c[32 * 32 :], 0, 32)
     amx.load_sums(own, c, 0, 32)
-    amx.multiply(own, a, 0, 32 * blocks, packed, 0, step, blocks)
+    amx.multiply(own, a, 0, 32 * squares, packed, 0, step, squares)
     amx.store_sums(own, c, 0, 32)
     amx.leave_tiles(own)
 
 
 @compiled
-def pack_rows(rows, width, blocks, packed):
-    for i in range(blocks):
-        pack(rows, i * 32 * width, width, width, packed, i * BLOCK_WORDS, blocks * BLOCK_WORDS)
+def pack_rows(rows, width, squares, packed):
+    for i in range(squares):
+        pack(rows, i * 32 * width, width, width, packed, i * SQUARE_WORDS, squares * SQUARE_WORDS)
 
 
 @compiled
 def pack_columns(words, width, packed):
-    pack_transposed(words, width, packed, 0, BLOCK_WORDS)
+    pack_transposed(words, width, packed, 0, SQUARE_WORDS)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_product_of_tiles_is_a_matrix_product(tiles, transposed):
     g = torch.Generator().manual_seed(0)
-    blocks = 3
-    a, b = (torch.randn(s, generator=g).bfloat16() for s in ((32, 32 * blocks), (32 * blocks, 32)))
+    squares = 3
+    a, b = (torch.randn(s, generator=g).bfloat16() for s in ((32, 32 * squares), (32 * squares, 32)))
     c = torch.cat([torch.randn(32, 32, generator=g), torch.ones(32, 32)])
     expected = c[:32].double() + a.double() @ b.double()
-    packed = np.empty(blocks * BLOCK_WORDS, np.uint32)
+    packed = np.empty(squares * SQUARE_WORDS, np.uint32)
     if transposed:
-        pack_columns(as_numpy(b.T.contiguous()).reshape(-1).view(np.uint32), 32 * blocks, packed)
+        pack_columns(as_numpy(b.T.contiguous()).reshape(-1).view(np.uint32), 32 * squares, packed)
     else:
-        pack_rows(as_numpy(b).reshape(-1), 32, blocks, packed)
-    product(tiles, as_numpy(a).reshape(-1), packed, BLOCK_WORDS, blocks, as_numpy(c).reshape(-1))
+        pack_rows(as_numpy(b).reshape(-1), 32, squares, packed)
+    product(tiles, as_numpy(a).reshape(-1), packed, SQUARE_WORDS, squares, as_numpy(c).reshape(-1))
     torch.testing.assert_close(c[:32].double(), expected, rtol=1e-5, atol=1e-5)
     assert not c[32:].any()
 

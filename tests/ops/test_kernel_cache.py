@@ -102,7 +102,7 @@ def test_a_change_of_any_file_that_a_kernel_is_made_of_makes_it_new(tmp_path):
 
     before = stamps()
     for changed, remade in (
-        ("cema_blocks", {"cema_kernels"}),
+        ("cema_strips", {"cema_kernels"}),
         ("simd", {"cema_kernels", "attention_kernels"}),
         ("team", {"cema_kernels", "attention_kernels"}),
         ("scalars", {"attention_kernels"}),

@@ -1,8 +1,8 @@
-"""Where documents begin and rows end in a piece, and how to cut such a piece into equal blocks.
+"""Where documents begin and rows end in a piece, and how to cut such a piece into equal strips.
 
 Every op treats a row as a run of segments: the continued document of the entry state first, if there is one, then each
-document that starts inside the piece. Cutting every segment into blocks of one size turns ragged, packed rows into one
-dense tensor whose blocks depend on each other only along a segment, so that nothing can leak between documents.
+document that starts inside the piece. Cutting every segment into strips of one size turns ragged, packed rows into one
+dense tensor whose strips depend on each other only along a segment, so that nothing can leak between documents.
 """
 
 from dataclasses import dataclass
@@ -89,22 +89,22 @@ class Padding:
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """A piece of shape (B, L) cut into M blocks of T slots; every field is on the device of the piece.
+class Strips:
+    """A piece of shape (B, L) cut into M strips of T slots; every field is on the device of the piece.
 
-    A block holds tokens of one segment. Blocks of a segment follow each other; segments of a row too.
+    A strip holds tokens of one segment. Strips of a segment follow each other; segments of a row too.
     """
 
     index: Tensor | None  # (M, T) token b * L + t in each slot, -1 for an empty slot; None: rows cut evenly
     slot_of: Tensor | None  # (B, L) slot m * T + s of each token, -1 for padding; None as above
-    first: Tensor  # (M,) bool, the block begins its segment
-    carries: Tensor  # (M,) bool, the block begins a segment that continues the entry state
+    first: Tensor  # (M,) bool, the strip begins its segment
+    carries: Tensor  # (M,) bool, the strip begins a segment that continues the entry state
     row: Tensor  # (M,)
     segment: Tensor  # (M,)
-    last: Tensor  # (B,) last block of each row, -1 for a row without tokens
-    used: Tensor  # (B,) slots up to and with the last token of the row in its last block
+    last: Tensor  # (B,) last strip of each row, -1 for a row without tokens
+    used: Tensor  # (B,) slots up to and with the last token of the row in its last strip
     size: int
-    longest: int  # blocks in the longest segment, or more
+    longest: int  # strips in the longest segment, or more
     shape: tuple[int, int]
 
     def gather(self, x: Tensor) -> Tensor:
@@ -125,19 +125,19 @@ class Blocks:
         return take(y.reshape(-1, *y.shape[2:]), self.slot_of)
 
     def tail(self, x: Tensor) -> Tensor:
-        """(B, T, ...): the tokens of each row's last block moved to the end of the block, zeros before them."""
-        blocks = self.gather(x)
+        """(B, T, ...): the tokens of each row's last strip moved to the end of the strip, zeros before them."""
+        strips = self.gather(x)
         slots = torch.arange(self.size, device=x.device) - (self.size - self.used)[:, None]
         index = torch.where((slots >= 0) & (self.last >= 0)[:, None], self.last[:, None] * self.size + slots, -1)
-        return take(blocks.reshape(-1, *blocks.shape[2:]), index)
+        return take(strips.reshape(-1, *strips.shape[2:]), index)
 
     def carry(self, totals: Tensor, entry: Tensor | None, decay: Tensor | None = None) -> Tensor:
-        """State at the entry of each block: e_m = decay * e_{m-1} + totals_{m-1} inside a segment.
+        """State at the entry of each strip: e_m = decay * e_{m-1} + totals_{m-1} inside a segment.
 
         Args:
-            totals: (M, ...), what each block adds to a state that was zero at its entry.
+            totals: (M, ...), what each strip adds to a state that was zero at its entry.
             entry: (B, ...) state at the entry of the piece, or None for zero.
-            decay: (...) factor over one whole block, or None for 1.
+            decay: (...) factor over one whole strip, or None for 1.
 
         Returns:
             (M, ...), by recursive doubling in log2(longest segment) steps.
@@ -165,7 +165,7 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _size(segments: Tensor, most: int) -> int:
-    """Slots in a block for segments of these lengths: halved from `most` while that saves four slots of ten."""
+    """Slots in a strip for segments of these lengths: halved from `most` while that saves four slots of ten."""
     size = most
     while size > 1:
         slots, fewer = (int((-(-segments // n)).sum()) * n for n in (size, (size + 1) // 2))
@@ -175,19 +175,19 @@ def _size(segments: Tensor, most: int) -> int:
     return size
 
 
-def cut_into_blocks(
+def cut_into_strips(
     batch: int,
     length: int,
     most: int,
     boundaries: Boundaries | None,
     device: torch.device,
-) -> Blocks:
-    """Cut a piece into blocks of one size, aligned to the start of each segment.
+) -> Strips:
+    """Cut a piece into strips of one size, aligned to the start of each segment.
 
     Args:
         batch: B.
         length: L, at least 1.
-        most: slots in a block; fewer where short segments would leave much of it empty, but not in a graph of
+        most: slots in a strip; fewer where short segments would leave much of it empty, but not in a graph of
             torch.compile, where no value may decide a size.
         boundaries: of the piece.
         device: where the result lives.
@@ -199,7 +199,7 @@ def cut_into_blocks(
         first = (torch.arange(batch * per_row, device=device) % max(per_row, 1)) == 0
         last = torch.arange(1, batch + 1, device=device) * per_row - 1
         used = torch.full((batch,), length - (per_row - 1) * size, device=device)
-        return Blocks(None, None, first, first, row, row, last, used, size, per_row, (batch, length))
+        return Strips(None, None, first, first, row, row, last, used, size, per_row, (batch, length))
 
     lengths = torch.full((batch,), length) if boundaries.lengths is None else boundaries.lengths
     steps = torch.arange(length)
@@ -215,8 +215,8 @@ def cut_into_blocks(
 
     opens = valid & (since % size == 0)
     if torch.compiler.is_compiling():
-        opens[0, 0] = True  # at least one block, if an empty one: a graph with gradients must know that there is one
-    (heads,) = opens.flatten().nonzero(as_tuple=True)  # the token that begins each block
+        opens[0, 0] = True  # at least one strip, if an empty one: a graph with gradients must know that there is one
+    (heads,) = opens.flatten().nonzero(as_tuple=True)  # the token that begins each strip
     if torch.compiler.is_compiling():
         torch._check(len(heads) > 0)
     slot_of = torch.where(valid, (opens.flatten().cumsum(0).view_as(since) - 1) * size + since % size, -1)
@@ -224,7 +224,7 @@ def cut_into_blocks(
     tokens = (heads[:, None] + torch.arange(size)).clamp(max=batch * length - 1)
     first = since.flatten()[heads] == 0
     end = slot_of.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
-    return Blocks(
+    return Strips(
         index=torch.where(slot_of.flatten()[tokens] == slots, tokens, -1).to(device),
         slot_of=slot_of.to(device),
         first=first.to(device),

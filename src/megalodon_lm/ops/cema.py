@@ -1,7 +1,7 @@
 """CEMA, the complex exponential moving average: a diagonal state space model per channel.
 
-The portable path is the block form: inside a block of T tokens the average is a Toeplitz matrix product, and only the
-state at the entry of each block travels. No tensor of size L x D x N, no FFT, no loop over tokens.
+The portable path works in strips: inside one of T tokens the average is a Toeplitz matrix product, and only the
+state at the entry of each strip travels. No tensor of size L x D x N, no FFT, no loop over tokens.
 """
 
 import math
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .backend import op
-from .boundaries import Boundaries, cut_into_blocks
+from .boundaries import Boundaries, cut_into_strips
 from .finite import any_seen, finite_part, is_finite
 
-BLOCK_SIZE = 64
+STRIP_SIZE = 64
 
 
 def cema_coefficients(alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,11 +85,11 @@ def _cema(
     state: Tensor | None,
     boundaries: Boundaries | None,
 ) -> tuple[Tensor, Tensor]:
-    """cema, but within a block what is not finite may reach earlier tokens of its channel."""
+    """cema, but within a strip what is not finite may reach earlier tokens of its channel."""
     batch, length, dim = x.shape
     ndim = p.shape[1]
-    blocks = cut_into_blocks(batch, length, BLOCK_SIZE, boundaries, x.device)
-    size = blocks.size
+    strips = cut_into_strips(batch, length, STRIP_SIZE, boundaries, x.device)
+    size = strips.size
     xs = x.to(p.dtype)
 
     powers = _powers(q, size)  # (T + 1, D, N): q^0 .. q^T
@@ -97,34 +97,34 @@ def _cema(
     lag = torch.arange(size, device=x.device)
     lag = lag[:, None] - lag  # (T, T): token minus source
     toeplitz = torch.where((lag >= 0)[..., None], kernel[lag.clamp(min=0)], 0).permute(2, 0, 1)
-    absorb = _pairs(p * powers[:size].flip(0))  # (T, D, 2N): source to the state at the end of the block
+    absorb = _pairs(p * powers[:size].flip(0))  # (T, D, 2N): source to the state at the end of the strip
     emit = g * powers[1:]  # entry state to token t
     emit = torch.cat([emit.real, -emit.imag], -1).transpose(0, 1)  # (D, T, 2N)
 
-    xb = blocks.gather(xs).permute(2, 1, 0)  # (D, T, M)
+    xb = strips.gather(xs).permute(2, 1, 0)  # (D, T, M)
     entry = None if state is None else _complex(torch.cat([state[..., 0], state[..., 1]], -1).to(p.dtype))
-    last = blocks.last.clamp(min=0)
+    last = strips.last.clamp(min=0)
     y = torch.bmm(toeplitz, xb)  # (D, T, M)
-    if blocks.longest > 1 or torch.compiler.is_compiling():
+    if strips.longest > 1 or torch.compiler.is_compiling():
         totals = torch.bmm(absorb.permute(1, 2, 0), xb)  # (D, 2N, M)
-        entries = blocks.carry(_complex(totals.permute(2, 0, 1)), entry, powers[size])  # (M, D, N)
+        entries = strips.carry(_complex(totals.permute(2, 0, 1)), entry, powers[size])  # (M, D, N)
         y = y + torch.bmm(emit, _pairs(entries).permute(1, 2, 0))
         before_last = entries[last]
-    else:  # no state goes from block to block, so none is held for each of them
+    else:  # no state goes from strip to strip, so none is held for each of them
         before_last = torch.zeros(batch, dim, ndim, dtype=q.dtype, device=x.device)
-        if entry is not None and len(blocks.row):
-            (carried,) = blocks.carries.nonzero(as_tuple=True)
-            y = y.index_add(2, carried, torch.bmm(emit, _pairs(entry[blocks.row[carried]]).permute(1, 2, 0)))
-            before_last = torch.where(blocks.carries[last].view(-1, 1, 1), entry, before_last)
-    y = blocks.scatter(y.permute(2, 1, 0)) + omega.to(p.dtype) * xs
+        if entry is not None and len(strips.row):
+            (carried,) = strips.carries.nonzero(as_tuple=True)
+            y = y.index_add(2, carried, torch.bmm(emit, _pairs(entry[strips.row[carried]]).permute(1, 2, 0)))
+            before_last = torch.where(strips.carries[last].view(-1, 1, 1), entry, before_last)
+    y = strips.scatter(y.permute(2, 1, 0)) + omega.to(p.dtype) * xs
     if boundaries is not None and boundaries.lengths is not None:
         y = torch.where(boundaries.valid(length)[..., None].to(x.device), y, 0)
 
-    added = _complex(torch.einsum("tdn,btd->bdn", absorb, blocks.tail(xs)))
-    leaving = powers[blocks.used] * before_last + added
+    added = _complex(torch.einsum("tdn,btd->bdn", absorb, strips.tail(xs)))
+    leaving = powers[strips.used] * before_last + added
     if (boundaries is not None) and (boundaries.lengths is not None):
         before = torch.zeros_like(leaving) if entry is None else entry
-        leaving = torch.where((blocks.last >= 0).view(-1, 1, 1), leaving, before)
+        leaving = torch.where((strips.last >= 0).view(-1, 1, 1), leaving, before)
     assert leaving.shape == (batch, dim, ndim)
     return y.to(x.dtype), torch.view_as_real(leaving)
 

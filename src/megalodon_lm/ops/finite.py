@@ -1,6 +1,6 @@
 """Keeping NaN and infinity to what depends on them.
 
-Matrix products take tokens in blocks, with zeros where one does not see another, and zero times NaN is NaN: it would
+Matrix products take many tokens at once, with zeros where one does not see another, and zero times NaN is NaN: it would
 reach earlier tokens and other documents. So an op looks at its output, and if that is not finite it computes anew
 without what was not finite in its input, and puts NaN where that belongs.
 """

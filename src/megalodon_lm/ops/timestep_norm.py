@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .backend import op
-from .boundaries import Boundaries, cut_into_blocks
+from .boundaries import Boundaries, cut_into_strips
 
-BLOCK_SIZE = 64
+STRIP_SIZE = 64
 
 
 class NormState(NamedTuple):
@@ -50,49 +50,49 @@ def timestep_norm(
         y (B, L, D), and the statistics at the exit.
     """
     batch, length, dim = x.shape
-    blocks = cut_into_blocks(batch, length, BLOCK_SIZE, boundaries, x.device)
+    strips = cut_into_strips(batch, length, STRIP_SIZE, boundaries, x.device)
     groups = x.to(torch.promote_types(x.dtype, torch.float32)).view(batch, length, num_groups, -1)
     token_mean = groups.mean(-1, keepdim=True)
     token_var = (groups - token_mean).square().mean(-1).double()
-    means = blocks.gather(token_mean.squeeze(-1).double())  # (M, T, G)
+    means = strips.gather(token_mean.squeeze(-1).double())  # (M, T, G)
 
     # Moments are taken about the entry mean, or about the first token of a document that starts here.
     shift = means[:, 0].detach()
     steps = torch.arange(len(shift), device=x.device)
-    slots = torch.where(blocks.first, blocks.segment, len(shift))
-    # For each block the first one of its segment.
-    began = steps.new_zeros(len(shift) + 1).scatter(0, slots, steps)[blocks.segment]
+    slots = torch.where(strips.first, strips.segment, len(shift))
+    # For each strip the first one of its segment.
+    began = steps.new_zeros(len(shift) + 1).scatter(0, slots, steps)[strips.segment]
     shift = shift[began]  # (M, G)
     before = torch.zeros(len(shift), dtype=torch.float64, device=x.device)  # tokens before the piece
     if state is not None:
-        continued = blocks.carries[began]
-        before = torch.where(continued, state.count[blocks.row], 0).double()
-        shift = torch.where((before > 0)[:, None], state.mean[blocks.row], shift)
+        continued = strips.carries[began]
+        before = torch.where(continued, state.count[strips.row], 0).double()
+        shift = torch.where((before > 0)[:, None], state.mean[strips.row], shift)
 
     ones = torch.ones(batch, length, 1, dtype=torch.float64, device=x.device)
-    taken = blocks.gather(ones)  # (M, T, 1): 1 in used slots
+    taken = strips.gather(ones)  # (M, T, 1): 1 in used slots
     offset = (means - shift[:, None]) * taken
-    moments = torch.cat([offset, offset.square() + blocks.gather(token_var), taken], -1).cumsum(1)
-    moments = moments + blocks.carry(moments[:, -1], None)[:, None]
+    moments = torch.cat([offset, offset.square() + strips.gather(token_var), taken], -1).cumsum(1)
+    moments = moments + strips.carry(moments[:, -1], None)[:, None]
     first, second, count = moments.split([num_groups, num_groups, 1], -1)
     count = count + before[:, None, None]
     if state is not None:
-        entered = torch.where((before > 0)[:, None], before[:, None] * state.var[blocks.row], 0)
+        entered = torch.where((before > 0)[:, None], before[:, None] * state.var[strips.row], 0)
         second = second + entered[:, None]
     drift = first / count.clamp(min=1)
     mean = shift[:, None] + drift
     var = (second / count.clamp(min=1) - drift.square()).clamp(min=0)
 
-    statistics = blocks.scatter(torch.cat([mean, (var + eps).rsqrt()], -1)).to(groups.dtype)
+    statistics = strips.scatter(torch.cat([mean, (var + eps).rsqrt()], -1)).to(groups.dtype)
     centre, scale = (s.unsqueeze(-1) for s in statistics.chunk(2, -1))
     y = ((groups - centre) * scale).view(batch, length, dim) * (weight.to(groups.dtype) + 1) + bias.to(groups.dtype)
     if boundaries is not None and boundaries.lengths is not None:
         y = torch.where(boundaries.valid(length)[..., None].to(x.device), y, 0)
 
-    at = (blocks.last.clamp(min=0), blocks.used.clamp(min=1) - 1)
+    at = (strips.last.clamp(min=0), strips.used.clamp(min=1) - 1)
     leaving = NormState(count[at].squeeze(-1).round().long(), mean[at], var[at])
     if boundaries is not None and boundaries.lengths is not None:
-        empty = blocks.last < 0
+        empty = strips.last < 0
         entry = state if state is not None else empty_norm_state(batch, num_groups, x.device)
         leaving = NormState(
             torch.where(empty, entry.count, leaving.count),

@@ -1,11 +1,11 @@
-"""Matrix products of bf16 blocks by AMX, the tile registers of some Intel processors, inside compiled kernels.
+"""Matrix products of bf16 squares by AMX, the tile registers of some Intel processors, inside compiled kernels.
 
 A kernel takes `tiles`, which says by its type what it is compiled for: PROCESSOR for the processor's own, EMULATED for
 plain code that does the same anywhere (emulated_tiles), so that tests need no such processor. `enter_tiles` makes of it
 what the functions here take.
 
-A product is made in blocks of 32 x 32 sums in float32, kept in four tiles while `accumulate` adds the product of
-32 x 32 elements of A, as they lie in memory, with 32 x 32 of B, packed: a packed block holds two tiles, its left 16
+A product is made in squares of 32 x 32 sums in float32, kept in four tiles while `accumulate` adds the product of
+32 x 32 elements of A, as they lie in memory, with 32 x 32 of B, packed: a packed square holds two tiles, its left 16
 columns and its right ones, each of 16 rows of 16 words, and word (i, j) of a tile is the pair B[2 i, j], B[2 i + 1, j].
 So transposing the words of a row-major matrix packs its transpose, and pairing its rows packs the matrix itself.
 On one core this reached 1.5 times the rate of oneDNN's own products at the shapes of attention.
@@ -25,7 +25,7 @@ from . import emulated_tiles
 from .emulated_tiles import TILE
 from .simd import inner
 
-BLOCK = 32  # rows, columns and depth
+SQUARE = 32  # rows, columns and depth
 _SUMS, _LEFT, _RIGHT = 0, 4, 6  # first tile of each use
 _BYTE, _INT = ir.IntType(8), ir.IntType(64)
 _POINTER = _BYTE.as_pointer()
@@ -151,14 +151,14 @@ store_sums = _move_sums("store")
 
 @intrinsic
 def accumulate(typingctx: Any, tiles: Any, a: Any, a_at: Any, stride: Any, b: Any, b_at: Any) -> Any:
-    """Add to the sums the product of 32 rows of A, 32 elements each, with a packed block of B.
+    """Add to the sums the product of 32 rows of A, 32 elements each, with a packed square of B.
 
     Args:
         tiles: from `enter_tiles`.
         a: flat uint16 (bf16) array.
         a_at, stride: first element, and elements from one row to the next.
-        b: flat uint32 array of packed blocks.
-        b_at: first word of the block.
+        b: flat uint32 array of packed squares.
+        b_at: first word of the square.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -167,9 +167,9 @@ def accumulate(typingctx: Any, tiles: Any, a: Any, a_at: Any, stride: Any, b: An
         instructions = _Instructions(context, builder, kind, tiles)
         for half in range(2):
             row = builder.add(a_at, builder.mul(stride, _INT(TILE * half)))
-            block = builder.add(b_at, _INT(half * TILE * TILE))
+            square = builder.add(b_at, _INT(half * TILE * TILE))
             instructions.move("load", _LEFT + half, kind_a, a, row, stride)
-            instructions.move("load", _RIGHT + half, kind_b, b, block, _INT(TILE))
+            instructions.move("load", _RIGHT + half, kind_b, b, square, _INT(TILE))
         for tile in range(4):
             instructions.multiply(_SUMS + tile, _LEFT + tile // 2, _RIGHT + tile % 2)
         return context.get_dummy_value()
@@ -178,7 +178,7 @@ def accumulate(typingctx: Any, tiles: Any, a: Any, a_at: Any, stride: Any, b: An
 
 
 @inner
-def multiply(tiles: Any, a: Any, at: int, stride: int, b: Any, b_at: int, step: int, blocks: int) -> None:
-    """Add the product of 32 rows of A, `blocks` blocks wide, with as many packed blocks, `step` words apart."""
-    for i in range(blocks):
-        accumulate(tiles, a, at + i * BLOCK, stride, b, b_at + i * step)
+def multiply(tiles: Any, a: Any, at: int, stride: int, b: Any, b_at: int, step: int, squares: int) -> None:
+    """Add the product of 32 rows of A, `squares` squares wide, with as many packed squares, `step` words apart."""
+    for i in range(squares):
+        accumulate(tiles, a, at + i * SQUARE, stride, b, b_at + i * step)

@@ -1,6 +1,6 @@
 """Causal attention of groups by the processor's own matrix tiles; the same two functions as tiled_attention.
 
-A group is computed in one compiled call, in blocks of 32 by 32: scores go from the tiles through the softmax and back
+A group is computed in one compiled call, in squares of 32 by 32: scores go from the tiles through the softmax and back
 into the tiles without leaving the cache. Forward holds 32 queries by a chunk for each thread, backward two tiles of 256
 keys by the queries of a chunk.
 """
@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .amx import BLOCK, PROCESSOR
-from .amx_backward import KEY_BLOCKS, Exchange, Queries, attend_backward
-from .amx_blocks import BLOCK_WORDS, Group, Operands, Result
+from .amx import PROCESSOR, SQUARE
+from .amx_backward import KEY_STRIPS, Exchange, Queries, attend_backward
 from .amx_forward import Packed, attend
+from .amx_packing import SQUARE_WORDS, Group, Operands, Result
 from .processor import multiplies_tiles
 from .simd import as_numpy
 from .team import num_threads
@@ -22,7 +22,7 @@ tiles = PROCESSOR  # those that kernels are compiled for
 
 def fits(q: Tensor, v: Tensor) -> bool:
     """Whether these go into tiles: bf16, and widths of heads a multiple of 32."""
-    return q.dtype == torch.bfloat16 and q.shape[3] % BLOCK == 0 and v.shape[3] % BLOCK == 0 and multiplies_tiles()
+    return q.dtype == torch.bfloat16 and q.shape[3] % SQUARE == 0 and v.shape[3] % SQUARE == 0 and multiplies_tiles()
 
 
 def _words(count: int) -> np.ndarray:
@@ -30,9 +30,9 @@ def _words(count: int) -> np.ndarray:
     return torch.empty(count, dtype=torch.int32).numpy().view(np.uint32)
 
 
-def _blocks(lengths: np.ndarray) -> int:
-    """Blocks of the longest."""
-    return -(-int(lengths.max()) // BLOCK)
+def _strips(lengths: np.ndarray) -> int:
+    """Strips of the longest."""
+    return -(-int(lengths.max()) // SQUARE)
 
 
 def _operands(*given: Tensor) -> Operands:
@@ -60,8 +60,8 @@ def forward(
     length, heads = q.shape[1:3]
     given = _operands(q, k, v, k if keys is None else keys, v if values is None else values)
     slots_of, sums_of, target = as_numpy(slots), as_numpy(sums), as_numpy(out)
-    longest = _blocks(groups[:, 2] - groups[:, 1] + groups[:, 3])
-    packed = Packed(*(_words(heads * longest * BLOCK * t.shape[3] // 2) for t in (k, v)))
+    longest = _strips(groups[:, 2] - groups[:, 1] + groups[:, 3])
+    packed = Packed(*(_words(heads * longest * SQUARE * t.shape[3] // 2) for t in (k, v)))
     for group in (Group(*row) for row in groups.tolist()):
         result = Result(target, _sums_of(group, length, heads, sums_of))
         attend(num_threads(), tiles, given, group, slots_of[group.row, group.begin : group.end], packed, result)
@@ -90,14 +90,14 @@ def backward(
         keys, values, grad_keys, grad_values = k, v, grad_k, grad_v
     given, grads = _operands(q, k, v, keys, values), _operands(grad_q, grad_k, grad_v, grad_keys, grad_values)
     incoming, output, sums_of = as_numpy(grad), as_numpy(out), as_numpy(sums)
-    blocks = heads * _blocks(groups[:, 2] - groups[:, 1])  # of queries
-    packed = (_words(blocks * BLOCK * d // 2) for d in (dk, dv, dk, dv))
-    queries = Queries(*packed, *(_words(blocks * BLOCK).view(np.float32) for _ in range(2)))
-    turned = _words(heads * dk * KEY_BLOCKS * BLOCK // 2).view(np.uint16)
-    scores = _words(blocks * KEY_BLOCKS * BLOCK_WORDS)
+    strips = heads * _strips(groups[:, 2] - groups[:, 1])  # of queries
+    packed = (_words(strips * SQUARE * d // 2) for d in (dk, dv, dk, dv))
+    queries = Queries(*packed, *(_words(strips * SQUARE).view(np.float32) for _ in range(2)))
+    turned = _words(heads * dk * KEY_STRIPS * SQUARE // 2).view(np.uint16)
+    scores = _words(strips * KEY_STRIPS * SQUARE_WORDS)
     for group in (Group(*row) for row in groups.tolist()):
         n = group.end - group.begin
-        exchange = Exchange(turned, scores, torch.zeros(heads * -(-n // BLOCK) * BLOCK * dk).numpy())
+        exchange = Exchange(turned, scores, torch.zeros(heads * -(-n // SQUARE) * SQUARE * dk).numpy())
         result = Result(output, _sums_of(group, length, heads, sums_of))
         last = ends[group.row, group.begin : group.end] - group.begin
         attend_backward(

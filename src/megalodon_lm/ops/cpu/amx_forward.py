@@ -1,19 +1,19 @@
-"""Causal attention of a group of queries with both its matrix products in AMX tiles; see amx and amx_blocks."""
+"""Causal attention of a group of queries with both its matrix products in AMX tiles; see amx and amx_packing."""
 
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .amx import BLOCK, clear, enter_tiles, leave_tiles, multiply, store_sums
-from .amx_blocks import BLOCK_WORDS, Group, num_blocks, pack, pack_transposed, read_rows, scratch, write_rows
+from .amx import SQUARE, clear, enter_tiles, leave_tiles, multiply, store_sums
+from .amx_packing import SQUARE_WORDS, Group, num_strips, pack, pack_transposed, read_rows, scratch, write_rows
 from .simd import LANES, compiled, exp, highest, inner, larger, load, splat, store, total
 from .team import share
 
-TOGETHER = 2  # blocks of queries for each time that the keys come from the outer caches
+TOGETHER = 2  # strips of queries for each time that the keys come from the outer caches
 
 
 class Packed(NamedTuple):
-    """Packed blocks as words: H * blocks of keys * dk / 32 of keys, H * dv / 32 * blocks of keys of values."""
+    """Packed squares as words: H * strips of keys * dk / 32 of keys, H * dv / 32 * strips of keys of values."""
 
     keys: Any
     values: Any
@@ -23,16 +23,16 @@ class Packed(NamedTuple):
 def _pack_keys(first: int, last: int, given: Any, group: Any, packed: Any) -> None:
     _, k, v, keys, values = given
     dk, dv = k.shape[3], v.shape[3]
-    blocks = num_blocks(group.before + group.end - group.begin)
-    words = scratch(BLOCK * max(dk, dv) // 2)
+    strips = num_strips(group.before + group.end - group.begin)
+    words = scratch(SQUARE * max(dk, dv) // 2)
     rows = words.view(np.uint16)
     for task in range(first, last):
-        h, block = task // blocks, task % blocks
-        read_rows(keys, k, group, h, block * BLOCK, rows)
-        pack_transposed(words, dk, packed.keys, task * (dk // BLOCK) * BLOCK_WORDS, BLOCK_WORDS)
-        read_rows(values, v, group, h, block * BLOCK, rows)
-        to = (h * (dv // BLOCK) * blocks + block) * BLOCK_WORDS
-        pack(rows, 0, dv, dv, packed.values, to, blocks * BLOCK_WORDS)
+        h, strip = task // strips, task % strips
+        read_rows(keys, k, group, h, strip * SQUARE, rows)
+        pack_transposed(words, dk, packed.keys, task * (dk // SQUARE) * SQUARE_WORDS, SQUARE_WORDS)
+        read_rows(values, v, group, h, strip * SQUARE, rows)
+        to = (h * (dv // SQUARE) * strips + strip) * SQUARE_WORDS
+        pack(rows, 0, dv, dv, packed.values, to, strips * SQUARE_WORDS)
 
 
 @inner
@@ -59,45 +59,45 @@ def _softmax_row(scores: Any, at: int, begin: int, low: int, high: int, end: int
 
 
 @inner
-def _attend_blocks(
+def _attend_strips(
     first: int, last: int, tiles: Any, q: Any, group: Any, slots: Any, packed_k: Any, packed_v: Any, result: Any
 ) -> None:
-    """One task is TOGETHER blocks of queries of a head."""
+    """One task is TOGETHER strips of queries of a head."""
     out, sums = result
     row, begin, end, before = group
     queries_alone = Group(row, begin, end, 0)
     dk, dv = q.shape[3], out.shape[3]
-    size = TOGETHER * BLOCK
+    size = TOGETHER * SQUARE
     parts = -(-(end - begin) // size)
-    blocks = num_blocks(before + end - begin)
-    width = blocks * BLOCK
-    rows = scratch(BLOCK * dk // 2).view(np.uint16)
-    scores = scratch(BLOCK * width).view(np.float32)
+    strips = num_strips(before + end - begin)
+    width = strips * SQUARE
+    rows = scratch(SQUARE * dk // 2).view(np.uint16)
+    scores = scratch(SQUARE * width).view(np.float32)
     weights = scratch(size * width // 2).view(np.uint16)
-    mixed = scratch(BLOCK * BLOCK).view(np.float32)
-    scale = np.empty((TOGETHER, BLOCK), np.float32)
-    seen = np.empty((TOGETHER, 2), np.int64)  # first block of keys that a block of queries sees, and the one after
+    mixed = scratch(SQUARE * SQUARE).view(np.float32)
+    scale = np.empty((TOGETHER, SQUARE), np.float32)
+    seen = np.empty((TOGETHER, 2), np.int64)  # first strip of keys that a strip of queries sees, and the one after
     own = enter_tiles(tiles)
     for task in range(first, last):
         h, start = task // parts, (parts - 1 - task % parts) * size  # the longest first
-        count = num_blocks(min(size, end - begin - start))
+        count = num_strips(min(size, end - begin - start))
         for b in range(count):
-            query = start + b * BLOCK
-            queries = min(BLOCK, end - begin - query)
+            query = start + b * SQUARE
+            queries = min(SQUARE, end - begin - query)
             read_rows(q, q, queries_alone, h, query, rows)
             low = before + query - slots[query]
             for r in range(1, queries):
                 low = min(low, before + query + r - slots[query + r])
-            low, high = low // BLOCK, num_blocks(before + query + queries)
+            low, high = low // SQUARE, num_strips(before + query + queries)
             seen[b, 0], seen[b, 1] = low, high
             for j in range(low, high):
                 clear(own)
-                at = (h * blocks + j) * dk // BLOCK * BLOCK_WORDS
-                multiply(own, rows, 0, dk, packed_k, at, BLOCK_WORDS, dk // BLOCK)
-                store_sums(own, scores, j * BLOCK, width)
-            left, right = low * BLOCK, high * BLOCK
-            for r in range(BLOCK):
-                to = (b * BLOCK + r) * width
+                at = (h * strips + j) * dk // SQUARE * SQUARE_WORDS
+                multiply(own, rows, 0, dk, packed_k, at, SQUARE_WORDS, dk // SQUARE)
+                store_sums(own, scores, j * SQUARE, width)
+            left, right = low * SQUARE, high * SQUARE
+            for r in range(SQUARE):
+                to = (b * SQUARE + r) * width
                 if r < queries:
                     key = before + query + r
                     lowest = key - slots[query + r]
@@ -107,14 +107,14 @@ def _attend_blocks(
                 else:
                     for i in range(left, right):
                         weights[to + i] = 0
-        for c in range(dv // BLOCK):
+        for c in range(dv // SQUARE):
             for b in range(count):
                 low, high = seen[b]
                 clear(own)
-                at = ((h * (dv // BLOCK) + c) * blocks + low) * BLOCK_WORDS
-                multiply(own, weights, b * BLOCK * width + low * BLOCK, width, packed_v, at, BLOCK_WORDS, high - low)
-                store_sums(own, mixed, 0, BLOCK)
-                write_rows(mixed, scale[b], c * BLOCK, out, out, queries_alone, h, start + b * BLOCK)
+                at = ((h * (dv // SQUARE) + c) * strips + low) * SQUARE_WORDS
+                multiply(own, weights, b * SQUARE * width + low * SQUARE, width, packed_v, at, SQUARE_WORDS, high - low)
+                store_sums(own, mixed, 0, SQUARE)
+                write_rows(mixed, scale[b], c * SQUARE, out, out, queries_alone, h, start + b * SQUARE)
     leave_tiles(own)
 
 
@@ -133,6 +133,6 @@ def attend(threads: int, tiles: Any, given: Any, group: Any, slots: Any, packed:
     """
     queries = group.end - group.begin
     heads = given.q.shape[2]
-    share(_pack_keys, threads, heads * num_blocks(group.before + queries), (given, group, packed))
-    tasks = heads * -(-queries // (TOGETHER * BLOCK))
-    share(_attend_blocks, threads, tasks, (tiles, given.q, group, slots, packed.keys, packed.values, result))
+    share(_pack_keys, threads, heads * num_strips(group.before + queries), (given, group, packed))
+    tasks = heads * -(-queries // (TOGETHER * SQUARE))
+    share(_attend_strips, threads, tasks, (tiles, given.q, group, slots, packed.keys, packed.values, result))

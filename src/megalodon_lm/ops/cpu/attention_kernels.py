@@ -196,16 +196,16 @@ def _place(cached: Any, piece: Any, group: Any, key: int, h: int) -> Any:
 
 @inner(fastmath=_CONTRACT)
 def _few_scores(
-    first: int, last: int, q: Any, k: Any, keys: Any, slots: Any, groups: Any, scores: Any, blocks: int
+    first: int, last: int, q: Any, k: Any, keys: Any, slots: Any, groups: Any, scores: Any, parts: int
 ) -> None:
     heads = q.shape[2]
     for task in range(first, last):
-        g, h, block = task // blocks // heads, task // blocks % heads, task % blocks
+        g, h, part = task // parts // heads, task // parts % heads, task % parts
         row, begin, end, before = groups[g]
         for t in range(begin, end):
             high = before + t - begin + 1
             low = high - 1 - slots[row, t]
-            for key in range(max(low, block * _STEP), min(high, (block + 1) * _STEP)):
+            for key in range(max(low, part * _STEP), min(high, (part + 1) * _STEP)):
                 scores[g, h, t - begin, key] = _dot(q[row, t, h], _place(keys, k, groups[g], key, h))
 
 
@@ -221,14 +221,14 @@ def _few_outputs(
     first: int, last: int, v: Any, values: Any, slots: Any, groups: Any, scores: Any, out: Any, sums: Any, size: int
 ) -> None:
     heads, width = v.shape[2], v.shape[3]
-    blocks = -(-width // size)
+    parts = -(-width // size)
     weights = np.empty(scores.shape[3] + _STEP, np.float32)
     mixed = np.empty(size, np.float32)
     for task in range(first, last):
-        g, h, block = task // blocks // heads, task // blocks % heads, task % blocks
+        g, h, part = task // parts // heads, task // parts % heads, task % parts
         group = groups[g]
         row, begin, end, before = group
-        left, right = block * size, min(block * size + size, width)
+        left, right = part * size, min(part * size + size, width)
         for t in range(begin, end):
             high = before + t - begin + 1
             low = high - 1 - slots[row, t]
@@ -251,7 +251,7 @@ def _few_outputs(
             scale = np.float32(1) / total
             for i in range(len(target)):
                 target[i] = rounded(mixed[i] * scale, out)
-            if block == 0:
+            if part == 0:
                 sums[heads * (row * slots.shape[1] + begin) + h * (end - begin) + t - begin] = highest + np.log(total)
 
 
@@ -280,8 +280,8 @@ def attend_few(
         out: (B, L, H, dv), out.
         sums: (B * L * H,) float32, out: as from softmax, (H, n) for each group in turn.
     """
-    blocks = -(-scores.shape[3] // _STEP)
+    parts = -(-scores.shape[3] // _STEP)
     tasks = groups.shape[0] * q.shape[2]
     size = max(_STEP, v.shape[3] // 4)
-    share(_few_scores, threads, tasks * blocks, (q, k, keys, slots, groups, scores, blocks))
+    share(_few_scores, threads, tasks * parts, (q, k, keys, slots, groups, scores, parts))
     share(_few_outputs, threads, tasks * -(-v.shape[3] // size), (v, values, slots, groups, scores, out, sums, size))

@@ -12,8 +12,8 @@ from ..backend import implements
 from ..boundaries import Boundaries
 from ..derived import derived
 from . import cema_kernels as kernels
-from .cema_blocks import CHANNELS, TOKENS, plan_blocks
 from .cema_step import step
+from .cema_strips import CHANNELS, TOKENS, plan_strips
 from .operators import form, tracked
 from .team import run_on_team
 
@@ -55,19 +55,19 @@ def pack(p: Tensor, q: Tensor, g: Tensor) -> Tensor:
 
 def _saved_shape(x: Tensor, coefficients: Tensor, keep: bool) -> tuple[int, ...]:
     """(B, C, K, N', 2, CHANNELS)."""
-    blocks, ndim = coefficients.shape[:2]
-    return x.shape[0], blocks, -(-x.shape[1] // TOKENS) if keep else 0, ndim, 2, CHANNELS
+    parts, ndim = coefficients.shape[:2]
+    return x.shape[0], parts, -(-x.shape[1] // TOKENS) if keep else 0, ndim, 2, CHANNELS
 
 
 def _plan(batch: int, length: int, starts: Tensor | None, lengths: Tensor | None) -> tuple[np.ndarray, ...]:
-    """edges, slots and counts of plan_blocks."""
+    """edges, slots and counts of plan_strips."""
     most = -(-length // TOKENS) + (0 if starts is None else int(starts.sum(1).max()))
     edges = np.empty((batch, most + 1), np.int64)
     slots = np.empty((batch, most), np.int64)
     counts = np.empty(batch, np.int64)
     began = np.zeros((batch, 0), np.bool_) if starts is None else starts.contiguous().numpy()
     valid = np.full(batch, length) if lengths is None else lengths.contiguous().numpy()
-    plan_blocks(began, valid, edges, slots, counts)
+    plan_strips(began, valid, edges, slots, counts)
     return edges, slots, counts
 
 

@@ -1,15 +1,15 @@
-"""CEMA as a recurrence over tokens, in registers: forward, and backward with states recomputed block by block.
+"""CEMA as a recurrence over tokens, in registers: forward, and backward with states recomputed strip by strip.
 
-A block is taken two states at a time: they run over its tokens together, coefficients and gradients in registers. One
+A strip is taken two states at a time: they run over its tokens together, coefficients and gradients in registers. One
 alone would wait for its own last product: in the sums below, what comes from the token before is added last. Backward
-starts each block from its saved entry state, or from zero where a document starts.
+starts each strip from its saved entry state, or from zero where a document starts.
 """
 
 from typing import Any
 
 import numpy as np
 
-from .cema_blocks import (
+from .cema_strips import (
     CHANNELS,
     COEFFICIENTS,
     STEP,
@@ -84,13 +84,13 @@ def _forward(
     saved: Any,
 ) -> None:
     length, dim, ndim, kept = shape
-    blocks = len(omega) // CHANNELS
+    parts = len(omega) // CHANNELS
     even = ndim + ndim % 2
     xs = np.empty(TOKENS * CHANNELS, np.float32)
     ys = np.empty(TOKENS * CHANNELS, np.float32)
     states = np.empty(even * STEP, np.float32)
     for task in range(first, last):
-        b, c = task // blocks, task % blocks
+        b, c = task // parts, task % parts
         width = min(CHANNELS, dim - c * CHANNELS)
         state_at = (b * dim + c * CHANNELS) * 2 * ndim
         enter(states, entry, state_at, ndim, width)
@@ -144,16 +144,16 @@ def _backward(
     grad_entry: Any,
 ) -> None:
     length, dim, ndim, kept = shape
-    blocks = len(omega) // CHANNELS
+    parts = len(omega) // CHANNELS
     even = ndim + ndim % 2
     xs = np.empty(TOKENS * CHANNELS, np.float32)
     dy = np.empty(TOKENS * CHANNELS, np.float32)
     dx = np.empty(TOKENS * CHANNELS, np.float32)
-    past = np.empty(TOKENS * 2 * STEP, np.float32)  # two states before each token of the block
+    past = np.empty(TOKENS * 2 * STEP, np.float32)  # two states before each token of the strip
     later = np.empty(even * STEP, np.float32)  # what comes to the adjoint of each state from later tokens
     zero = splat(np.float32(0))
     for task in range(first, last):
-        b, c = task // blocks, task % blocks
+        b, c = task // parts, task % parts
         width = min(CHANNELS, dim - c * CHANNELS)
         state_at = (b * dim + c * CHANNELS) * 2 * ndim
         enter(later, grad_leaving, state_at, ndim, width)
@@ -210,7 +210,7 @@ def _backward(
 
 @compiled
 def forward(threads: int, num_tasks: int, args: Any) -> None:
-    """The recurrence; task k is row k // C and channel block k % C.
+    """The recurrence; task k is row k // C and the channels of part k % C.
 
     Args:
         threads, num_tasks: see team.share.
@@ -221,10 +221,10 @@ def forward(threads: int, num_tasks: int, args: Any) -> None:
                 made even with zeros.
             omega: (C, CHANNELS).
             entry: (B, D, N, 2).
-            edges, slots, counts: of plan_blocks.
+            edges, slots, counts: of plan_strips.
             y: as x, out; padding is not touched.
             leaving: (B, D, N, 2), out.
-            saved: (B, C, K, N', 2, CHANNELS), out: state at the entry of the blocks that have a slot.
+            saved: (B, C, K, N', 2, CHANNELS), out: state at the entry of the strips that have a slot.
     """
     share(_forward, threads, num_tasks, args)
 

@@ -1,7 +1,7 @@
-"""Rows of a group in and out of the packed blocks that AMX multiplies; see amx.
+"""Rows of a group in and out of the packed squares that AMX multiplies; see amx.
 
 A group has n queries and, with those of the cache before it, m keys, of H heads. Queries, keys and values are taken in
-blocks of 32, the last one filled with zeros.
+strips of 32, the last one filled with zeros.
 """
 
 from typing import Any, NamedTuple
@@ -11,12 +11,12 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .amx import BLOCK, address_of
+from .amx import SQUARE, address_of
 from .emulated_tiles import TILE
 from .simd import LANES, inner, load, splat, store
 
 LINE = 64  # bytes of a cache line: tiles are read fastest from its start
-BLOCK_WORDS = BLOCK * BLOCK // 2  # 32-bit words of a packed block
+SQUARE_WORDS = SQUARE * SQUARE // 2  # 32-bit words of a packed square
 
 
 class Group(NamedTuple):
@@ -46,9 +46,9 @@ class Result(NamedTuple):
 
 
 @inner
-def num_blocks(length: int) -> int:
-    """Blocks of so many rows."""
-    return -(-length // BLOCK)
+def num_strips(length: int) -> int:
+    """Strips of so many rows."""
+    return -(-length // SQUARE)
 
 
 @intrinsic
@@ -80,7 +80,7 @@ def scratch(words: int) -> Any:
 
 @inner
 def pack_transposed(words: Any, width: int, packed: Any, to: int, step: int) -> None:
-    """Pack the transpose of 32 rows of `width` elements: one block for each 32 columns, `step` words apart."""
+    """Pack the transpose of 32 rows of `width` elements: one square for each 32 columns, `step` words apart."""
     for i in range(width // 2):
         at = to + i // TILE * step + i % TILE * TILE
         for j in range(TILE):
@@ -91,11 +91,11 @@ def pack_transposed(words: Any, width: int, packed: Any, to: int, step: int) -> 
 
 @inner
 def pack(rows: Any, at: int, stride: int, width: int, packed: Any, to: int, step: int) -> None:
-    """Pack 32 rows of `width` elements: one block for each 32 columns, `step` words apart."""
+    """Pack 32 rows of `width` elements: one square for each 32 columns, `step` words apart."""
     for i in range(TILE):
         upper, lower = at + 2 * i * stride, at + (2 * i + 1) * stride
         for c in range(0, width, TILE):
-            tile = to + c // BLOCK * step + c % BLOCK * TILE + i * TILE
+            tile = to + c // SQUARE * step + c % SQUARE * TILE + i * TILE
             store_pairs(packed, tile, rows, upper + c, lower + c)
 
 
@@ -105,7 +105,7 @@ def read_rows(cached: Any, piece: Any, group: Any, h: int, start: int, rows: Any
     row, begin, end, before = group
     width = piece.shape[3]
     count = before + end - begin
-    for r in range(BLOCK):
+    for r in range(SQUARE):
         key, to = start + r, r * width
         if key < before:
             for i in range(width):
@@ -122,8 +122,8 @@ def read_rows(cached: Any, piece: Any, group: Any, h: int, start: int, rows: Any
 def write_rows(sums: Any, scale: Any, columns: int, cached: Any, piece: Any, group: Any, h: int, start: int) -> None:
     """Write 32 x 32 sums, scaled by rows, to 32 columns of the rows that `read_rows` reads."""
     row, begin, end, before = group
-    for r in range(min(BLOCK, before + end - begin - start)):
+    for r in range(min(SQUARE, before + end - begin - start)):
         key = start + r
         target = cached[row, key, h] if key < before else piece[row, begin + key - before, h]
-        for i in range(0, BLOCK, LANES):
-            store(target, columns + i, load(sums, r * BLOCK + i) * splat(scale[r]))
+        for i in range(0, SQUARE, LANES):
+            store(target, columns + i, load(sums, r * SQUARE + i) * splat(scale[r]))

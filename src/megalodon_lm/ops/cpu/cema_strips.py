@@ -1,6 +1,6 @@
-"""How CEMA's kernels cut their work: tasks of one row and CHANNELS channels, blocks of up to TOKENS tokens.
+"""How CEMA's kernels cut their work: tasks of one row and CHANNELS channels, strips of up to TOKENS tokens.
 
-A block is converted to float32 scratch (TOKENS, CHANNELS), and states to (N, 2, CHANNELS), real parts before imaginary
+A strip is converted to float32 scratch (TOKENS, CHANNELS), and states to (N, 2, CHANNELS), real parts before imaginary
 ones, so that the innermost loops find sixteen channels side by side. All arrays but those of the plan are flat.
 """
 
@@ -17,16 +17,16 @@ COEFFICIENTS = 5 * CHANNELS  # of one state of a task: q real, q imaginary, p, g
 
 
 @compiled
-def plan_blocks(starts: Any, lengths: Any, edges: Any, slots: Any, counts: Any) -> None:
+def plan_strips(starts: Any, lengths: Any, edges: Any, slots: Any, counts: Any) -> None:
     """Cut each row at document starts and every TOKENS tokens.
 
     Args:
         starts: (B, L) bool, or (B, 0) for no document.
         lengths: (B,) int64.
-        edges: (B, M + 1) int64, out: first token of each block, and the end of the last.
-        slots: (B, M) int64, out: -1 for a block that starts a document; the others of a row are numbered from 0, and
+        edges: (B, M + 1) int64, out: first token of each strip, and the end of the last.
+        slots: (B, M) int64, out: -1 for a strip that starts a document; the others of a row are numbered from 0, and
             never more than there are TOKENS in the row, rounded up.
-        counts: (B,) int64, out: blocks of each row.
+        counts: (B,) int64, out: strips of each row.
     """
     packed = starts.shape[1] > 0
     for b in range(len(lengths)):
@@ -57,33 +57,33 @@ def clear(array: Any, offset: int, size: int) -> None:
 
 
 @inner
-def gather(source: Any, offset: int, dim: int, size: int, width: int, block: Any) -> None:
+def gather(source: Any, offset: int, dim: int, size: int, width: int, strip: Any) -> None:
     """`size` tokens of `width` channels into float32 scratch; zero in missing channels."""
     if width == CHANNELS:
         for t in range(size):
-            store(block, t * CHANNELS, load(source, offset + t * dim))
-            store(block, t * CHANNELS + LANES, load(source, offset + t * dim + LANES))
+            store(strip, t * CHANNELS, load(source, offset + t * dim))
+            store(strip, t * CHANNELS + LANES, load(source, offset + t * dim + LANES))
         return
     some = np.zeros(CHANNELS, source.dtype)
     for t in range(size):
         for w in range(width):
             some[w] = source[offset + t * dim + w]
-        store(block, t * CHANNELS, load(some, 0))
-        store(block, t * CHANNELS + LANES, load(some, LANES))
+        store(strip, t * CHANNELS, load(some, 0))
+        store(strip, t * CHANNELS + LANES, load(some, LANES))
 
 
 @inner
-def scatter(block: Any, target: Any, offset: int, dim: int, size: int, width: int) -> None:
+def scatter(strip: Any, target: Any, offset: int, dim: int, size: int, width: int) -> None:
     """The inverse of gather."""
     if width == CHANNELS:
         for t in range(size):
-            store(target, offset + t * dim, load(block, t * CHANNELS))
-            store(target, offset + t * dim + LANES, load(block, t * CHANNELS + LANES))
+            store(target, offset + t * dim, load(strip, t * CHANNELS))
+            store(target, offset + t * dim + LANES, load(strip, t * CHANNELS + LANES))
         return
     some = np.empty(CHANNELS, target.dtype)
     for t in range(size):
-        store(some, 0, load(block, t * CHANNELS))
-        store(some, LANES, load(block, t * CHANNELS + LANES))
+        store(some, 0, load(strip, t * CHANNELS))
+        store(some, LANES, load(strip, t * CHANNELS + LANES))
         for w in range(width):
             target[offset + t * dim + w] = some[w]
 
