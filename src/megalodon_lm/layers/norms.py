@@ -1,10 +1,14 @@
 """Normalisations. Every scale is stored as an offset from 1, so that weight decay pulls it to 1."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..ops.backend import Op
 from ..ops.boundaries import Boundaries
+from ..ops.decay_norm import decay_norm
 from ..ops.norms import layer_norm, rms_norm
 from ..ops.timestep_norm import NormState, timestep_norm
 from ..state_spec import declare
@@ -48,8 +52,10 @@ class LayerNorm(AffineNorm):
         return layer_norm(x, self.weight, self.bias, self.eps)
 
 
-class TimestepNorm(AffineNorm):
-    """Cumulative group normalisation over time, in groups of `group_dim` features; see ops.timestep_norm."""
+class NormOverTime(AffineNorm):
+    """Group normalisation with running statistics, in groups of `group_dim` features; subclasses say which."""
+
+    op: ClassVar[Op]
 
     def __init__(self, dim: int, group_dim: int, eps: float):
         super().__init__(dim, eps)
@@ -68,4 +74,16 @@ class TimestepNorm(AffineNorm):
         num_groups, rest = divmod(x.shape[-1], self.group_dim)
         if rest:
             raise InputError(f"{x.shape[-1]} features are no whole groups of {self.group_dim}; shard by whole groups")
-        return timestep_norm(x, self.weight, self.bias, num_groups, self.eps, state, boundaries)
+        return self.op(x, self.weight, self.bias, num_groups, self.eps, state, boundaries)
+
+
+class TimestepNorm(NormOverTime):
+    """Statistics of everything up to a token; see ops.timestep_norm."""
+
+    op = timestep_norm
+
+
+class DecayNorm(NormOverTime):
+    """Statistics that forget; see ops.decay_norm."""
+
+    op = decay_norm

@@ -1,8 +1,8 @@
 """The shortest correct definition of every op: the ground truth of the tests.
 
 One token after another, one document after another, nothing clever. Every function takes the same arguments as its
-fast counterpart and returns the same values; run it in float64. Source: Ma et al. 2024 (arXiv 2404.08801) and the
-authors' released code; docs/model.md lists where the two differ.
+fast counterpart and returns the same values; run it in float64. Sources: Ma et al. 2024 (arXiv 2404.08801), Ma et al.
+2026 (arXiv 2601.06463) and the authors' released code; docs/model.md lists where the two differ.
 """
 
 import math
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .boundaries import Boundaries
 from .chunk_attention import KeyValueCache
+from .decay_norm import MEAN_DECAY, VAR_DECAY
 from .timestep_norm import NormState
 
 
@@ -98,6 +99,43 @@ def timestep_norm(
         counts.append(n)
         means.append(m1)
         variances.append(m2)
+    return torch.stack(rows), NormState(torch.tensor(counts), torch.stack(means), torch.stack(variances))
+
+
+def decay_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float = 1e-5,
+    state: NormState | None = None,
+    boundaries: Boundaries | None = None,
+) -> tuple[Tensor, NormState]:
+    """Take each token's group moments into moving averages; normalise with these, corrected for their zero start."""
+    batch, length, dim = x.shape
+    zero = torch.zeros(num_groups, dtype=torch.float64)
+    rows, counts, means, variances = [], [], [], []
+    for b in range(batch):
+        valid, starts = _row(boundaries, b, length)
+        n, mean, var = (0, zero, zero) if state is None else (int(state.count[b]), state.mean[b], state.var[b])
+        ys = []
+        for t in range(valid):
+            if starts[t] or n == 0:
+                n, mean, var = 0, zero, zero
+            token = x[b, t].view(num_groups, -1)
+            gm, gv = token.mean(-1).double(), token.var(-1, unbiased=False).double()
+            n += 1
+            mean = MEAN_DECAY * mean + (1 - MEAN_DECAY) * gm
+            var = VAR_DECAY * var + (1 - VAR_DECAY) * gv
+            centre = mean / -math.expm1(n * math.log(MEAN_DECAY))
+            scale = 1 / torch.sqrt(var / -math.expm1(n * math.log(VAR_DECAY)) + eps)
+            y = (token - centre[:, None]) * scale[:, None]
+            ys.append((y.reshape(dim) * (weight + 1) + bias).to(x.dtype))
+        ys += [torch.zeros_like(x[b, 0])] * (length - valid)
+        rows.append(torch.stack(ys))
+        counts.append(n)
+        means.append(mean)
+        variances.append(var)
     return torch.stack(rows), NormState(torch.tensor(counts), torch.stack(means), torch.stack(variances))
 
 

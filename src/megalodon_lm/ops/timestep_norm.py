@@ -49,12 +49,10 @@ def timestep_norm(
     Returns:
         y (B, L, D), and the statistics at the exit.
     """
-    batch, length, dim = x.shape
+    batch, length, _ = x.shape
     strips = cut_into_strips(batch, length, STRIP_SIZE, boundaries, x.device)
-    groups = x.to(torch.promote_types(x.dtype, torch.float32)).view(batch, length, num_groups, -1)
-    token_mean = groups.mean(-1, keepdim=True)
-    token_var = (groups - token_mean).square().mean(-1).double()
-    means = strips.gather(token_mean.squeeze(-1).double())  # (M, T, G)
+    groups, token_mean, token_var = moments_of_tokens(x, num_groups)
+    means = strips.gather(token_mean)  # (M, T, G)
 
     # Moments are taken about the entry mean, or about the first token of a document that starts here.
     shift = means[:, 0].detach()
@@ -83,12 +81,7 @@ def timestep_norm(
     mean = shift[:, None] + drift
     var = (second / count.clamp(min=1) - drift.square()).clamp(min=0)
 
-    statistics = strips.scatter(torch.cat([mean, (var + eps).rsqrt()], -1)).to(groups.dtype)
-    centre, scale = (s.unsqueeze(-1) for s in statistics.chunk(2, -1))
-    y = ((groups - centre) * scale).view(batch, length, dim) * (weight.to(groups.dtype) + 1) + bias.to(groups.dtype)
-    if boundaries is not None and boundaries.lengths is not None:
-        y = torch.where(boundaries.valid(length)[..., None].to(x.device), y, 0)
-
+    y = normalise(groups, strips.scatter(torch.cat([mean, (var + eps).rsqrt()], -1)), weight, bias, boundaries)
     at = (strips.last.clamp(min=0), strips.used.clamp(min=1) - 1)
     leaving = NormState(count[at].squeeze(-1).round().long(), mean[at], var[at])
     if boundaries is not None and boundaries.lengths is not None:
@@ -100,6 +93,25 @@ def timestep_norm(
             torch.where(empty[:, None], entry.var, leaving.var),
         )
     return y.to(out_dtype or x.dtype), leaving
+
+
+def moments_of_tokens(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x as groups (B, L, G, D / G) in float32 or better; each token's mean and variance of them, (B, L, G) float64."""
+    groups = x.to(torch.promote_types(x.dtype, torch.float32)).view(*x.shape[:2], num_groups, -1)
+    mean = groups.mean(-1, keepdim=True)
+    return groups, mean.squeeze(-1).double(), (groups - mean).square().mean(-1).double()
+
+
+def normalise(
+    groups: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor, boundaries: Boundaries | None
+) -> Tensor:
+    """y (B, L, D), zero at padding, from groups and, side by side, their mean and 1 / deviation (B, L, 2 G)."""
+    batch, length = groups.shape[:2]
+    centre, scale = (s.unsqueeze(-1) for s in statistics.to(groups.dtype).chunk(2, -1))
+    y = ((groups - centre) * scale).view(batch, length, -1) * (weight.to(groups.dtype) + 1) + bias.to(groups.dtype)
+    if boundaries is not None and boundaries.lengths is not None:
+        y = torch.where(boundaries.valid(length)[..., None].to(y.device), y, 0)
+    return y
 
 
 def empty_norm_state(batch: int, num_groups: int, device: torch.device | None = None) -> NormState:
