@@ -8,6 +8,7 @@ import torch
 
 import megalodon_lm.ops
 from megalodon_lm.ops import reference
+from megalodon_lm.ops.adaptive_memory import MemoryState
 from megalodon_lm.ops.backend import OPS
 from megalodon_lm.ops.cema import cema_coefficients
 from megalodon_lm.ops.chunk_attention import KeyValueCache
@@ -61,6 +62,17 @@ def run_attention(op):
     return run
 
 
+def run_memory(op):
+    def run(where, q, k, v, keys, values, memory, log_sum):
+        used = (torch.arange(C) < FILL[:, None])[..., None, None]
+        state = MemoryState(torch.where(used, keys, 0), FILL, memory, log_sum, torch.tensor([3, 2]))
+        cache = KeyValueCache(keys, torch.where(used, values, 0), FILL)
+        out, leaving = op(q, k, v, C, 2, state, cache, where)
+        return out, leaving.keys, leaving.memory, leaving.log_sum
+
+    return run
+
+
 HEADS = [(B, L, H, 16), (B, L, H, 16), (B, L, H, 32), (B, C, H, 16), (B, C, H, 32)]
 NORM = [*draw((B, L, D), (D,), (D,), (B, G)), draw((B, G))[0].square() + 0.1]
 OPS_WITH_STATE = {
@@ -68,7 +80,9 @@ OPS_WITH_STATE = {
     "timestep_norm": (run_norm, NORM),
     "decay_norm": (run_norm, NORM),
     "chunk_attention": (run_attention, draw(*HEADS)),
+    "adaptive_memory": (run_memory, draw(*HEADS, (B, 2, H, 16, 32), (B, H, 16))),
 }
+PORTABLE = {"adaptive_memory"}
 TOKEN_OPS = {
     "rms_norm": (rms_definition, (1e-5,), draw((B, L, D), (D,))),
     "layer_norm": (layer_definition, (1e-5,), draw((B, L, D), (D,), (D,))),
@@ -136,7 +150,8 @@ def test_portable(name, kind):
 def test_native(name, kind, dtype, monkeypatch):
     monkeypatch.setattr(causal_attention, "FEW_QUERIES", 4)
     run, inputs = OPS_WITH_STATE[name]
-    where, fast, slow = boundaries(kind, B, L), native(OPS[name]), getattr(reference, name)
+    fast = OPS[name].portable if name in PORTABLE else native(OPS[name])
+    where, slow = boundaries(kind, B, L), getattr(reference, name)
     compare(lambda *a: run(fast)(where, *a), lambda *a: run(slow)(where, *a), inputs, dtype, name == "chunk_attention")
 
 

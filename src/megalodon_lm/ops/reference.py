@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from .adaptive_memory import MemoryState, ValueCache
 from .boundaries import Boundaries
 from .chunk_attention import KeyValueCache
 from .decay_norm import MEAN_DECAY, VAR_DECAY
@@ -187,6 +188,60 @@ def chunk_attention(
         values.append(torch.stack(seen_v + [torch.zeros_like(v[b, 0])] * empty))
         fills.append(len(seen_k))
     return torch.stack(rows), KeyValueCache(torch.stack(keys), torch.stack(values), torch.tensor(fills))
+
+
+def adaptive_memory(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_size: int,
+    lag: int,
+    state: MemoryState | None = None,
+    cache: ValueCache | None = None,
+    boundaries: Boundaries | None = None,
+) -> tuple[Tensor, MemoryState]:
+    """A token reads the memory its document had `lag` chunks before; a chunk is absorbed when it is complete."""
+    batch, length, heads, dim = k.shape
+    none = v.new_zeros(heads, dim, v.shape[-1])
+    rows, exits = [], []
+    for b in range(batch):
+        valid, starts = _row(boundaries, b, length)
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        memories, log_sum, chunks = [none] * lag, k.new_zeros(heads, dim), 0
+        if state is not None:
+            fill, chunks = int(state.fill[b]), int(state.chunks[b])
+            keys, memories, log_sum = list(state.keys[b, :fill]), list(state.memory[b]), state.log_sum[b]
+            if fill:
+                assert cache is not None
+                end = int(cache.fill[b])
+                values = list(cache.values[b, end - fill : end])
+        out = []
+        for t in range(valid):
+            if starts[t]:
+                keys, values = [], []
+                memories, log_sum, chunks = [none] * lag, k.new_zeros(heads, dim), 0
+            read = torch.einsum("hk,hkv->hv", q[b, t].softmax(-1), memories[0])
+            out.append(read if chunks >= lag else torch.zeros_like(v[b, t]))
+            keys.append(k[b, t])
+            values.append(v[b, t])
+            if len(keys) == chunk_size:
+                ks, vs = torch.stack(keys), torch.stack(values)
+                own = ks.logsumexp(0)
+                if chunks == 0:
+                    log_sum, update = own, torch.einsum("thk,thv->hkv", ks.softmax(0), vs)
+                else:
+                    log_sum = torch.logaddexp(log_sum, own)
+                    rho = torch.exp(own - log_sum)[..., None]
+                    wrong = vs - torch.einsum("thk,hkv->thv", ks.softmax(-1), memories[-1])
+                    update = torch.einsum("thk,thv->hkv", ks.softmax(0), wrong)
+                    update = memories[-1] + rho * (update - memories[-1])
+                memories = [*memories[1:], update]
+                keys, values, chunks = [], [], chunks + 1
+        rows.append(torch.stack(out + [torch.zeros_like(v[b, 0])] * (length - valid)))
+        held = torch.stack(keys + [torch.zeros_like(k[b, 0])] * (chunk_size - len(keys)))
+        exits.append((held, torch.tensor(len(keys)), torch.stack(memories), log_sum, torch.tensor(chunks)))
+    return torch.stack(rows), MemoryState(*(torch.stack(part) for part in zip(*exits, strict=True)))
 
 
 def head_rms_norm(z: Tensor, num_heads: int, eps: float = 1e-5) -> Tensor:
