@@ -68,8 +68,8 @@ def test_parts_of_a_layer_by_heads_add_up_to_the_whole(dtype):
         parts = [shard(block.mega, i, 2)(x) for i in range(2)]
         torch.testing.assert_close(sum(y - x for y, _ in parts), whole - x)
         for name in ("keys", "values"):
-            joined = torch.cat([getattr(part.attention, name) for _, part in parts], 2)
-            torch.testing.assert_close(joined, getattr(state.attention, name))
+            joined = torch.cat([getattr(part["attention"], name) for _, part in parts], 2)
+            torch.testing.assert_close(joined, getattr(state["attention"], name))
         parts = [shard(block.nffn, i, 2)(x, residual) - residual for i in range(2)]
         torch.testing.assert_close(sum(parts), block.nffn(x, residual) - residual)
 

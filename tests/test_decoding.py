@@ -161,7 +161,9 @@ def test_what_is_not_finite_shows_and_stays_in_its_row():
     worst = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
     model, more = model_of(CONFIGS["long chunks"]), tokens_of(3, 2, 1)
     state = read(model, tokens_of(3, 300))[1].clone()
-    entered = [part for layer in state.parts["layers"] for part in (layer.norm.mean, layer.cema, *layer.attention[:2])]
+    entered = [
+        part for layer in state.parts["layers"] for part in (layer["norm"].mean, layer["cema"], *layer["attention"][:2])
+    ]
     for part in entered:
         part[1].view(-1)[0] = worst.to(part.dtype)
         logits = steps(DecodingEngine(model, state, "bf16"), more)
@@ -178,7 +180,7 @@ def test_a_state_may_lie_in_any_order_in_memory(fused):
     model = model_of(ModelConfig.named("tiny", model_dim=64 if fused else 72))
     state = read(model, tokens_of(2, 20))[1]
     turned = state.map(lambda t: t.transpose(0, -1).clone(memory_format=torch.contiguous_format).transpose(0, -1))
-    assert not turned.parts["layers"][0].norm.mean.is_contiguous()
+    assert not turned.parts["layers"][0]["norm"].mean.is_contiguous()
     before, more = turned.clone(), tokens_of(2, 30, 1)
     engine = DecodingEngine(model, turned, "float32")
     assert engine.fused == fused

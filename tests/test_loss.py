@@ -62,7 +62,7 @@ def test_the_parts_run_apart_are_the_model(piece):
     expected, after = model(tokens, state)
     assert torch.equal(logits, expected)
     assert torch.equal(norm.mean, after.parts["norm"].mean)
-    assert torch.equal(layers[-1].cema, after.parts["layers"][-1].cema)
+    assert torch.equal(layers[-1]["cema"], after.parts["layers"][-1]["cema"])
 
 
 @pytest.mark.parametrize(

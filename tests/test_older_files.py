@@ -32,7 +32,7 @@ def test_states(model, name, known):
     """The logits are those after 1, 4 and 12 tokens, before and after the end of a chunk."""
     state = State.load(FILES / f"{name}.state", model)
     assert state.position.tolist() == [20, 13]
-    assert state.parts["layers"][0].attention.fill.tolist() == [4, 5]
+    assert state.parts["layers"][0]["attention"].fill.tolist() == [4, 5]
     with torch.no_grad():
         logits, _ = model(EXPECTED["more"], state)
     torch.testing.assert_close(logits[:, [0, 3, 11]], EXPECTED[known], atol=1e-4, rtol=0)

@@ -77,7 +77,7 @@ def test_reading_on_leaves_the_state_as_it_was(tiny, state, length, grad):
 def test_clone_is_independent_and_keeps_the_gradient(tiny):
     _, state = tiny(tokens(1, 10))
     clone = state.clone()
-    assert clone.parts["layers"][0].cema.requires_grad
+    assert clone.parts["layers"][0]["cema"].requires_grad
     for name, t in clone.tensors().items():
         assert t.data_ptr() != state.tensors()[name].data_ptr(), name
 
@@ -117,9 +117,9 @@ def test_to_changes_only_the_cache(tiny, state):
     assert {t for n, t in types.items() if n.endswith(("count", "fill", "position"))} == {torch.int64}
     assert {t for n, t in types.items() if n.endswith("cema")} == {torch.float32}
     on_meta = state.to("meta")
-    assert on_meta.parts["layers"][0].cema.is_meta
+    assert on_meta.parts["layers"][0]["cema"].is_meta
     assert not on_meta.position.is_meta
-    assert not on_meta.parts["layers"][0].attention.fill.is_meta
+    assert not on_meta.parts["layers"][0]["attention"].fill.is_meta
 
 
 @pytest.mark.parametrize("name", ["tiny", "small", "paper7B"])

@@ -14,11 +14,15 @@ from .tables import read_table
 _LARGEST = 2**31 - 1  # of every size; whether a machine can hold it is checked where it is allocated
 _MOST_LAYERS = 10_000
 InitMode = Literal["he", "bert", "xavier"]
+CemaKind = Literal["complex", "real", "none"]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture of one Megalodon decoder. Symbols in brackets are those of docs/model.md.
+    """The architecture of one decoder. Symbols in brackets are those of docs/model.md.
+
+    Its defaults make a Megalodon (Ma et al. 2024, arXiv 2404.08801). The choices from `timestep_norm` on make a Gecko
+    of it (Ma et al. 2026, arXiv 2601.06463) or take parts away, each by itself.
 
     Raises:
         InputError: naming the value, the rule it breaks and the remedy.
@@ -43,7 +47,7 @@ class ModelConfig:
     chunk_size: int = 2048
     """Tokens in an attention chunk [c]."""
     norm_num_groups: int = 32
-    """Groups of TimestepNorm [G]."""
+    """Groups of the norm over time [G]."""
     norm_eps: float = 1e-5
     """Added to variances and mean squares by every norm."""
     rope_base: float = 10_000.0
@@ -66,6 +70,25 @@ class ModelConfig:
     """On the attention weights."""
     drop_keys: bool = False
     """Apply attention_dropout to the scores before the softmax (DropKey), as the authors' fused kernel does."""
+    timestep_norm: Literal["cumulative", "decay"] = "cumulative"
+    """Norm over time: statistics of all tokens so far (Megalodon), or ones that forget (Gecko)."""
+    attention: Literal["chunk", "sliding"] = "chunk"
+    """A token sees its own chunk (Megalodon), or also the whole chunk before it (Gecko)."""
+    heads_without_rope: int = 0
+    """As many heads, the last ones, are not rotated (an option of Gecko's code)."""
+    memory: Literal["none", "adaptive"] = "none"
+    """Adaptive working memory: one matrix a head of all chunks that attention has left behind (Gecko)."""
+    residual: Literal["two_hop", "plain"] = "two_hop"
+    """The feed-forward network adds to the input of the block (Megalodon), or to its own (Gecko, and most others)."""
+    cema: CemaKind = "complex"
+    """Moving average: with turning states (Megalodon, Gecko), without (the EMA of MEGA), or no average (ablation)."""
+    cema_omega: bool = True
+    """Trained weights on the average's own input (Megalodon's code). False: the input itself is added, and gamma is
+    small from the start instead of scaled (Gecko)."""
+    attention_norm: Literal["timestep", "layer"] = "timestep"
+    """At the entry of a block: the norm over time, or LayerNorm (ablation). The final norm stays over time."""
+    normalize_attention: bool = True
+    """Queries and keys from z divided by its root mean square (Megalodon, Gecko), or from z itself (ablation)."""
 
     def __post_init__(self) -> None:
         for field, kind in get_type_hints(type(self)).items():
@@ -85,6 +108,8 @@ class ModelConfig:
         even = self.z_dim + self.num_heads
         rule = f"gives heads of width {head}, but rotary positions need an even width; use {even}"
         _require(head % 2 == 0, "z_dim", self.z_dim, rule)
+        heads, rule = self.heads_without_rope, f"must be from 0 to num_heads = {self.num_heads}"
+        _require(0 <= heads <= self.num_heads, "heads_without_rope", heads, rule)
         for field in ("dropout", "hidden_dropout", "attention_dropout"):
             value = getattr(self, field)
             _require(0 <= value < 1, field, value, "is a probability and must be at least 0 and below 1")
@@ -144,8 +169,9 @@ class ModelConfig:
     def num_parameters(self) -> int:
         """Trainable scalars, tied weights counted once."""
         d, n, z, v = self.model_dim, self.cema_ndim, self.z_dim, self.value_dim
-        cema = 4 * d * n + 2 * d
-        attention = (d * z + z) + 2 * (d * v + v) + (d * d + d) + v * d + 4 * z
+        cema = {"complex": 4 * d * n + d, "real": 3 * d * n, "none": 0}[self.cema]
+        cema += d if self.cema != "none" and self.cema_omega else 0
+        attention = (d * z + z) + 2 * (d * v + v) + (d * d + d) + v * d + (4 if self.memory == "none" else 8) * z
         norms = 2 * d + d + 2 * d
         ffn = (3 if self.swiglu else 2) * d * self.ffn_hidden_dim + (d if self.rescale_nffn else 0)
         embeddings = (1 if self.share_emb else 2) * self.vocab_size * d
@@ -154,14 +180,21 @@ class ModelConfig:
     def flops_per_token(self, backward: bool = False) -> int:
         """Floating point operations per token, a multiply and an add as two, at the mean attention span of full chunks.
 
+        Linear maps; scores over Z and sums over V; the states of CEMA; and of the memory per head reading M, what a
+        token adds to the two sums of its chunk, and one product with M a chunk. Norms and gates are left out.
+
         Args:
             backward: count forward and backward (three times the forward) instead of forward alone.
         """
-        d, z, v = self.model_dim, self.z_dim, self.value_dim
+        d, z, v, c = self.model_dim, self.z_dim, self.value_dim, self.chunk_size
         linear = d * z + 2 * d * v + d * d + v * d + (3 if self.swiglu else 2) * d * self.ffn_hidden_dim
-        attention = (self.chunk_size + 1) / 2 * (z + v)
-        cema = 8 * d * self.cema_ndim  # complex multiply, input and output: about 8 multiply-adds a state
-        forward = 2 * (self.num_layers * (linear + attention + cema) + self.vocab_size * d)
+        span = (c + 1) / 2 + (c if self.attention == "sliding" else 0)
+        per_state = {"complex": 8, "real": 3, "none": 0}  # multiply-adds: decay, input and output
+        cema = per_state[self.cema] * d * self.cema_ndim
+        dk, dv, memory = z // self.num_heads, v // self.num_heads, 0.0
+        if self.memory == "adaptive":
+            memory = self.num_heads * (2 * dk * dv + dk * dk + dk * dk * dv / c)
+        forward = 2 * (self.num_layers * (linear + span * (z + v) + cema + memory) + self.vocab_size * d)
         return round(forward * (3 if backward else 1))
 
 
@@ -196,8 +229,13 @@ def _byte_model(dim: int) -> dict[str, Any]:
 _PG19 = dict(num_layers=24, model_dim=2048, num_heads=2, z_dim=512, value_dim=4096, norm_num_groups=64)
 _7B = dict(num_layers=32, model_dim=4096, num_heads=4, z_dim=1024, value_dim=8192, norm_num_groups=64)
 
+_GECKO = dict(timestep_norm="decay", attention="sliding", memory="adaptive", residual="plain", cema_omega=False,
+              rope_base=500_000.0)  # fmt: skip
+_TINY = dict(vocab_size=259, num_layers=2, model_dim=64, z_dim=32, value_dim=128, ffn_hidden_dim=128, cema_ndim=8,
+             chunk_size=64, norm_num_groups=4, swiglu=True)  # fmt: skip
+
 SIZES: dict[str, dict[str, Any]] = {
-    # Published: the presets of the authors' code, and the 7B of the paper.
+    # Published: the presets of the authors' code, and the 7B of each paper.
     "mega200M": {},
     "mega1.3B": dict(_PG19, ffn_hidden_dim=4864),
     "mega1.3B_pg19": dict(_PG19, ffn_hidden_dim=3584, swiglu=True, scale_emb=True, share_emb=True),
@@ -205,8 +243,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "mega7.3B": dict(_7B, ffn_hidden_dim=8192, swiglu=True),
     "paper7B": dict(_7B, ffn_hidden_dim=8192, swiglu=True, chunk_size=4096, rope_base=100_000.0),
     # Small ones, for a CPU and bytes: that of the tests, those of the quickstart, that of the speed comparison.
-    "tiny": dict(vocab_size=259, num_layers=2, model_dim=64, z_dim=32, value_dim=128, ffn_hidden_dim=128,
-                 cema_ndim=8, chunk_size=64, norm_num_groups=4, swiglu=True),
+    "tiny": _TINY,
     "nano": _byte_model(96),
     "micro": _byte_model(128),
     "mini": _byte_model(192),

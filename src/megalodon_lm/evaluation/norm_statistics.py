@@ -85,5 +85,5 @@ class WindowedStatistics:
                 _, recent = self.model(part.to(self.device), recent, logits_to_keep=0)
         assert recent is not None
         pairs = zip(state.parts["layers"], recent.parts["layers"], strict=True)
-        layers = tuple(old._replace(norm=new.norm) for old, new in pairs)
+        layers = tuple({**old, "norm": new["norm"]} if "norm" in new else old for old, new in pairs)
         return State({**state.parts, "layers": layers, "norm": recent.parts["norm"]}, state.spec, state.model)

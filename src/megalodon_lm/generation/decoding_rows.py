@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layers.gated_attention import GatedAttentionState
 from ..model.decoder import Megalodon
 from ..ops.chunk_attention import KeyValueCache
 from ..ops.cpu.decoding_kernels import LayerRows, Sizes, Statistics
@@ -40,12 +39,13 @@ class DecodingRows:
         """Copy the rows of a state into the slots from `first` on."""
         slots = slice(first, first + state.batch_size)
         for rows, layer in zip(self._layers, state.parts["layers"], strict=True):
-            _enter_norm(rows.norm, layer.norm, slots)
-            rows.cema[slots, ..., : layer.cema.shape[2]] = layer.cema.transpose(2, 3)
-            rows.fill[slots] = layer.attention.fill
-            used = int(layer.attention.fill.max()) if state.batch_size else 0
-            rows.keys[slots, :used] = layer.attention.keys[:, :used]
-            rows.values[slots, :used] = layer.attention.values[:, :used]
+            cema, cache = layer["cema"], layer["attention"]
+            _enter_norm(rows.norm, layer["norm"], slots)
+            rows.cema[slots, ..., : cema.shape[2]] = cema.transpose(2, 3)
+            rows.fill[slots] = cache.fill
+            used = int(cache.fill.max()) if state.batch_size else 0
+            rows.keys[slots, :used] = cache.keys[:, :used]
+            rows.values[slots, :used] = cache.values[:, :used]
         _enter_norm(self._norm, state.parts["norm"], slots)
         self.position[slots] = state.position
 
@@ -55,9 +55,9 @@ class DecodingRows:
         for rows, spec in zip(self._layers, self._spec["layers"], strict=True):
             used = (torch.arange(rows.keys.shape[1]) < rows.fill[:, None])[..., None, None]
             keys, values = (torch.where(used, t, 0) for t in (rows.keys, rows.values))
-            cema = rows.cema[..., : spec.cema.shape[1]].transpose(2, 3).clone(memory_format=torch.contiguous_format)
+            cema = rows.cema[..., : spec["cema"].shape[1]].transpose(2, 3).clone(memory_format=torch.contiguous_format)
             cache = KeyValueCache(keys, values, rows.fill.clone())
-            layers.append(GatedAttentionState(_norm_state(rows.norm), cema, cache))
+            layers.append({"norm": _norm_state(rows.norm), "cema": cema, "attention": cache})
         parts = {"layers": tuple(layers), "norm": _norm_state(self._norm), "position": self.position.clone()}
         return State(parts, self._spec, self._model)
 

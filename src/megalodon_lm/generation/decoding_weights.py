@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config import ModelConfig
 from ..layers.block import Block
 from ..layers.chunk_attention import ChunkAttention
 from ..layers.complex_ema import ComplexEMA
@@ -37,6 +38,8 @@ _BLOCK = {
 }  # fmt: skip
 _BLOCKS = (_BLOCK, _BLOCK | {"nffn.fc3": Linear})
 _HEAD = {"": Head, "final_norm": TimestepNorm, "output": Linear}
+_CHOICES = ("timestep_norm", "attention", "heads_without_rope", "memory", "residual", "cema", "cema_omega",
+            "attention_norm", "normalize_attention")  # fmt: skip
 _CPU = torch.device("cpu")
 
 
@@ -53,13 +56,14 @@ class DecodingWeights(NamedTuple):
 def fits(model: Megalodon) -> bool:
     """Whether compiled steps can run a model.
 
-    It is made of the very parts that they know, all blocks of the same widths, these multiples of 16, and without
-    dropout; its weights are float32 or bf16 on the CPU.
+    It is made of the very parts that they know, those of a Megalodon, all blocks of the same widths, these multiples of
+    16, and without dropout; its weights are float32 or bf16 on the CPU.
     """
     parts = list(model.modules())
     dropped = model.training and any(getattr(part, name, 0) for part in parts for name in ("dropout", "hidden_dropout"))
     plain = all(p.device.type == "cpu" and p.dtype in (torch.float32, torch.bfloat16) for p in model.parameters())
-    known = type(model.embed) is Embedding and _kinds(model.output) == _HEAD
+    usual = all(getattr(model.config, name) == getattr(ModelConfig(), name) for name in _CHOICES)
+    known = usual and type(model.embed) is Embedding and _kinds(model.output) == _HEAD
     blocks: list[Any] = list(model.layers)
     if dropped or not plain or not known or not all(_kinds(block) in _BLOCKS for block in blocks):
         return False

@@ -9,16 +9,17 @@ from .gated_attention import GatedAttention
 
 
 class Block(nn.Module):
-    """A mixer of tokens and a feed-forward network with the two-hop residual: the second adds to the block's input.
+    """A mixer of tokens and a feed-forward network.
 
     Args:
         mixer: (x, entry state, boundaries) to x plus its branch, and the exit state.
         feed_forward: (y, residual) to the residual plus its branch.
+        two_hop: the network adds to the block's input (Megalodon), and not to its own (Gecko).
     """
 
-    def __init__(self, mixer: GatedAttention, feed_forward: FeedForward):
+    def __init__(self, mixer: GatedAttention, feed_forward: FeedForward, two_hop: bool = True):
         super().__init__()
-        self.mega, self.nffn = mixer, feed_forward
+        self.mega, self.nffn, self.two_hop = mixer, feed_forward, two_hop
 
     @property
     def state_spec(self) -> Tree:
@@ -30,4 +31,4 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tree]:
         """x (B, L, D) and the mixer's entry state to (B, L, D) and its exit state."""
         y, leaving = self.mega(x, None if state is None else state.tree, boundaries)
-        return self.nffn(y, x), leaving
+        return self.nffn(y, x if self.two_hop else y), leaving

@@ -4,50 +4,71 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.boundaries import Boundaries
-from ..ops.cema import cema, cema_coefficients
+from ..ops.cema import cema, cema_coefficients, ema_coefficients
 from ..ops.derived import derived
 from ..state_spec import declare
 
 
 class ComplexEMA(nn.Module):
-    """Complex exponential moving average over D channels with N states each; see ops.cema.
+    """Exponential moving average over D channels with N states each; see ops.cema.
 
     Initial values: alpha, delta normal with std 0.2; theta the logits of exp(-i ln(D) / D), i = 1..D, permuted over the
     channels; gamma normal with std 1 and imaginary part 0; omega truncated normal, std 0.25, in [-1, 1].
+
+    Args:
+        dim: D.
+        ndim: N.
+        rotating: whether states turn, and are complex: CEMA (Megalodon); otherwise the EMA of MEGA, without theta.
+        direct: whether omega weighs the input (Megalodon's code). Otherwise the input itself is added (Gecko), and
+            gamma has std 1/sqrt(N) at the start and is not divided by sqrt(N) later.
     """
 
-    def __init__(self, dim: int, ndim: int):
+    def __init__(self, dim: int, ndim: int, rotating: bool = True, direct: bool = True):
         super().__init__()
         self.alpha = nn.Parameter(torch.empty(dim, ndim, 1))
         self.delta = nn.Parameter(torch.empty(dim, ndim, 1))
-        self.theta = nn.Parameter(torch.empty(dim, 1, 1))
-        self.gamma = nn.Parameter(torch.empty(dim, ndim, 2))
-        self.omega = nn.Parameter(torch.empty(dim, 1))
+        self.theta = nn.Parameter(torch.empty(dim, 1, 1)) if rotating else None
+        self.gamma = nn.Parameter(torch.empty(dim, ndim, 2 if rotating else 1))
+        self.omega = nn.Parameter(torch.empty(dim, 1)) if direct else None
 
     def init_weights(self) -> None:
         """Draw the initial values."""
-        dim = len(self.theta)
+        dim, ndim, _ = self.gamma.shape
         nn.init.normal_(self.alpha, std=0.2)
         nn.init.normal_(self.delta, std=0.2)
-        frequency = torch.exp(-torch.arange(1, dim + 1, device=self.theta.device) * math.log(max(dim, 2)) / dim)
-        order = torch.randperm(dim, device=self.theta.device)
         with torch.no_grad():
-            self.theta.copy_(torch.logit(frequency)[order].view(dim, 1, 1))
-            nn.init.normal_(self.gamma)
-            self.gamma[..., 1] = 0
-        nn.init.trunc_normal_(self.omega, std=0.25, a=-1, b=1)
+            if self.theta is not None:
+                frequency = torch.exp(-torch.arange(1, dim + 1, device=self.theta.device) * math.log(max(dim, 2)) / dim)
+                order = torch.randperm(dim, device=self.theta.device)
+                self.theta.copy_(torch.logit(frequency)[order].view(dim, 1, 1))
+            nn.init.normal_(self.gamma, std=1 / math.sqrt(ndim) if self.omega is None else 1.0)
+            self.gamma[..., 1:] = 0
+        if self.omega is not None:
+            nn.init.trunc_normal_(self.omega, std=0.25, a=-1, b=1)
 
     @property
     def state_spec(self) -> Any:
-        """(D, N, 2): complex states as real pairs, float32 or better."""
+        """(D, N, 2): complex states as real pairs, float32 or better; (D, N, 1) where they do not turn."""
         return declare(*self.gamma.shape, dtype=torch.float32)
+
+    def coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """p, q and g of the recurrence; see ops.cema."""
+        scaled = (self.omega is not None,)
+        if self.theta is None:
+            return derived(ema_coefficients, self.alpha, self.delta, self.gamma, arguments=scaled)
+        return derived(cema_coefficients, self.alpha, self.delta, self.theta, self.gamma, arguments=scaled)
 
     def forward(
         self, x: Tensor, state: Tensor | None = None, boundaries: Boundaries | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x (B, L, D) and the entry state (B, D, N, 2) to y (B, L, D) and the exit state."""
-        p, q, g = derived(cema_coefficients, self.alpha, self.delta, self.theta, self.gamma)
-        return cema(x, p, q, g, self.omega.squeeze(-1), state, boundaries)
+        """x (B, L, D) and the entry state (B, D, N, 2 or 1) to y (B, L, D) and the exit state."""
+        p, q, g = self.coefficients()
+        omega = p.new_ones(len(p)) if self.omega is None else self.omega.squeeze(-1)
+        if self.theta is not None:
+            return cema(x, p, q, g, omega, state, boundaries)
+        y, leaving = cema(x, p, q, g, omega, None if state is None else F.pad(state, (0, 1)), boundaries)
+        return y, leaving[..., :1]

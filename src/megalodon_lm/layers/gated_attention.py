@@ -1,7 +1,7 @@
 """Moving average gated attention: the token-mixing half of a block."""
 
 import math
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,41 +9,40 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..ops.boundaries import Boundaries
-from ..ops.chunk_attention import KeyValueCache
 from ..ops.gates import silu_gate
 from ..ops.norms import head_rms_norm
 from ..ops.residual import add_branch
-from ..ops.timestep_norm import NormState
+from ..state_spec import Tree
 from .chunk_attention import ChunkAttention
 from .complex_ema import ComplexEMA
 from .initialization import Initialiser
 from .linear import Linear
-from .norms import RMSNorm, TimestepNorm
-
-
-class GatedAttentionState(NamedTuple):
-    """What it carries: running norm statistics, CEMA states (B, D, N, 2), and the unfinished chunk."""
-
-    norm: NormState
-    cema: Tensor
-    attention: KeyValueCache
+from .norms import AffineNorm, RMSNorm
 
 
 class GatedAttention(nn.Module):
-    """TimestepNorm, CEMA, normalised chunk attention and its gate.
+    """A norm, a moving average, attention with queries and keys from one normalised z, and a gate.
 
     tn = timenorm(x); mx = rmsnorm(cema(tn)); queries and keys from mx, values from tn, the gate from mx;
-    y = x + wh1(mx) + wh2(attention * silu(wr(mx))). Parameter names are those of the authors' code.
+    y = x + wh1(mx) + wh2(attention * silu(wr(mx)) + memory). Parameter names are those of the authors' code.
 
     Heads are known by their widths: how many there are follows from the weights, so that a shard that holds the rows of
     some heads in wz, wv, wr, gamma, beta, and their columns in wh2, computes those.
 
+    Its state is a dict of its parts' states: "norm", "cema", "attention" and "memory", of those that carry one.
+
     Args:
-        timenorm, cema, rmsnorm, attention: the parts.
+        timenorm: (x, entry state, boundaries) to the normalised x and the exit state.
+        cema: as timenorm; None for no average.
+        rmsnorm: of the average.
+        attention: (q, k, v, entry cache, boundaries) to the attention and the exit cache.
+        memory: (q, k, v, entry state, entry cache of the attention, boundaries) to what it recalls and the exit state,
+            with queries and keys of its own; None for no memory.
         dim: D.
         z_dim, value_dim: Z and V, all heads together.
         z_head_dim, value_head_dim: of one head.
         eps: of the normalisation of queries and keys.
+        normalized: whether there is one; otherwise queries and keys are made of z as it is.
         init: draws the initial matrices.
         hidden_dropout: on the averages and on the gated attention.
         dropout: on the branch.
@@ -51,10 +50,11 @@ class GatedAttention(nn.Module):
 
     def __init__(
         self,
-        timenorm: TimestepNorm,
-        cema: ComplexEMA,
+        timenorm: AffineNorm,
+        cema: ComplexEMA | None,
         rmsnorm: RMSNorm,
         attention: ChunkAttention,
+        memory: Any,
         *,
         dim: int,
         z_dim: int,
@@ -62,24 +62,27 @@ class GatedAttention(nn.Module):
         z_head_dim: int,
         value_head_dim: int,
         eps: float,
+        normalized: bool,
         init: Initialiser,
         hidden_dropout: float,
         dropout: float,
     ):
         super().__init__()
-        self.z_head_dim, self.value_head_dim, self.eps = z_head_dim, value_head_dim, eps
+        self.z_head_dim, self.value_head_dim, self.eps, self.normalized = z_head_dim, value_head_dim, eps, normalized
         self.hidden_dropout, self.dropout = hidden_dropout, dropout
         self.timenorm = timenorm
         self.cema = cema
         self.rmsnorm = rmsnorm
         self.attention = attention
+        self.memory = memory
         self.wv = Linear(dim, value_dim, True, init)
         self.wz = Linear(dim, z_dim, True, init)
         self.wr = Linear(dim, value_dim, True, init)
         self.wh1 = Linear(dim, dim, True, init)
         self.wh2 = Linear(value_dim, dim, False, init)
-        self.gamma = nn.Parameter(torch.empty(2, z_dim))
-        self.beta = nn.Parameter(torch.empty(2, z_dim))
+        views = 2 if memory is None else 4  # of z: queries and keys of the attention, and of the memory
+        self.gamma = nn.Parameter(torch.empty(views, z_dim))
+        self.beta = nn.Parameter(torch.empty(views, z_dim))
 
     def init_weights(self) -> None:
         """Set the affine maps of queries and keys to the identity."""
@@ -87,19 +90,26 @@ class GatedAttention(nn.Module):
         nn.init.zeros_(self.beta)
 
     @property
-    def state_spec(self) -> GatedAttentionState:
+    def state_spec(self) -> dict[str, Tree]:
         """Of its parts."""
-        heads = len(self.wz.weight) // self.z_head_dim
-        cache = self.attention.state_spec(heads, self.z_head_dim, self.value_head_dim)
-        return GatedAttentionState(self.timenorm.state_spec, self.cema.state_spec, cache)
+        sizes = len(self.wz.weight) // self.z_head_dim, self.z_head_dim, self.value_head_dim
+        parts: dict[str, Any] = {"norm": self.timenorm.state_spec}
+        if self.cema is not None:
+            parts["cema"] = self.cema.state_spec
+        parts["attention"] = self.attention.state_spec(*sizes)
+        if self.memory is not None:
+            parts["memory"] = self.memory.state_spec(*sizes)
+        return _present(parts)
 
     def forward(
-        self, x: Tensor, state: GatedAttentionState | None = None, boundaries: Boundaries | None = None
-    ) -> tuple[Tensor, GatedAttentionState]:
+        self, x: Tensor, state: dict[str, Tree] | None = None, boundaries: Boundaries | None = None
+    ) -> tuple[Tensor, dict[str, Tree]]:
         """x (B, L, D) to y (B, L, D), and the exit state."""
-        norm_in, cema_in, cache_in = (None, None, None) if state is None else state
-        tn, norm_out = self.timenorm(x, norm_in, boundaries)
-        average, cema_out = self.cema(tn, cema_in, boundaries)
+        entry, leaving = state or {}, {}
+        tn, leaving["norm"] = self.timenorm(x, entry.get("norm"), boundaries)
+        average = tn
+        if self.cema is not None:
+            average, leaving["cema"] = self.cema(tn, entry.get("cema"), boundaries)
         mx = F.dropout(self.rmsnorm(average), self.hidden_dropout, self.training)
 
         z = _heads(self.wz(mx), self.z_head_dim, "z")
@@ -108,21 +118,32 @@ class GatedAttention(nn.Module):
         held = (z.shape[-2], v.shape[-2], r.shape[-1] / self.value_head_dim)
         if len(set(held)) > 1:
             raise InputError("wz, wv and wr hold {}, {} and {:g} heads; shard them alike".format(*held))
-        attention, cache_out = self.attention(*self._queries_and_keys(z), v, cache_in, boundaries)
+        q, k, *of_memory = self._views(z)
+        cache = entry.get("attention")
+        attention, leaving["attention"] = self.attention(q, k, v, cache, boundaries)
         gated = silu_gate(r, attention.flatten(-2))
+        if self.memory is not None:
+            recalled, leaving["memory"] = self.memory(*of_memory, v, entry.get("memory"), cache, boundaries)
+            gated = gated + recalled.flatten(-2)
         gated = F.dropout(gated, self.hidden_dropout, self.training)
-        state = GatedAttentionState(norm_out, cema_out, cache_out)
+        leaving = _present(leaving)
         if self.training and self.dropout:
-            return add_branch(x, F.dropout(self.wh1(mx) + self.wh2(gated), self.dropout)), state
-        return add_branch(x, self.wh1(mx), self.wh2(gated)), state
+            return add_branch(x, F.dropout(self.wh1(mx) + self.wh2(gated), self.dropout)), leaving
+        return add_branch(x, self.wh1(mx), self.wh2(gated)), leaving
 
-    def _queries_and_keys(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalise z (B, L, H, Z/H) per head, with one affine map each: two tensors of that shape."""
+    def _views(self, z: Tensor) -> list[Tensor]:
+        """z (B, L, H, Z/H), normalised per head, through each affine map: tensors of that shape."""
         gamma = self.gamma.to(torch.promote_types(self.gamma.dtype, torch.float32))  # 1 + 0.003 would be 1 in bf16
-        scales = ((gamma + 1) / math.sqrt(self.z_head_dim)).view(2, *z.shape[-2:])
+        scales = ((gamma + 1) / math.sqrt(self.z_head_dim)).view(-1, *z.shape[-2:])
         shifts = self.beta.view_as(scales)
-        q, k = (head_rms_norm(z, *maps, self.eps) for maps in zip(scales, shifts, strict=True))
-        return q, k
+        if self.normalized:
+            return [head_rms_norm(z, *maps, self.eps) for maps in zip(scales, shifts, strict=True)]
+        return [(z * scale + shift).to(z.dtype) for scale, shift in zip(scales, shifts.to(scales.dtype), strict=True)]
+
+
+def _present(parts: dict[str, Tree]) -> dict[str, Tree]:
+    """Without parts that carry nothing."""
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 def _heads(x: Tensor, width: int, name: str) -> Tensor:

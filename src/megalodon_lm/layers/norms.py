@@ -52,6 +52,17 @@ class LayerNorm(AffineNorm):
         return layer_norm(x, self.weight, self.bias, self.eps)
 
 
+class EntryLayerNorm(LayerNorm):
+    """LayerNorm in the place of a norm over time: it looks at one token and carries nothing."""
+
+    state_spec = None
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, state: None = None, boundaries: Boundaries | None = None
+    ) -> tuple[Tensor, None]:
+        return super().forward(x), None
+
+
 class NormOverTime(AffineNorm):
     """Group normalisation with running statistics, in groups of `group_dim` features; subclasses say which."""
 

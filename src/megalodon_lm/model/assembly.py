@@ -1,6 +1,9 @@
 """Which parts a configuration asks for: the one place that turns choices into layers."""
 
+from torch import nn
+
 from ..config import ModelConfig
+from ..errors import InputError
 from ..layers.block import Block
 from ..layers.chunk_attention import ChunkAttention
 from ..layers.complex_ema import ComplexEMA
@@ -8,7 +11,7 @@ from ..layers.embedding import Embedding
 from ..layers.feed_forward import FeedForward
 from ..layers.gated_attention import GatedAttention
 from ..layers.initialization import INITIALISERS
-from ..layers.norms import LayerNorm, RMSNorm, TimestepNorm
+from ..layers.norms import EntryLayerNorm, LayerNorm, RMSNorm, TimestepNorm
 
 
 def build_embedding(config: ModelConfig) -> Embedding:
@@ -20,16 +23,18 @@ def build_block(config: ModelConfig, layer: int) -> Block:
     """Block number `layer`, from 0."""
     c, init = config, INITIALISERS[config.init_mode]
     mixer = GatedAttention(
-        build_timestep_norm(c),
-        ComplexEMA(c.model_dim, c.cema_ndim),
+        build_timestep_norm(c) if c.attention_norm == "timestep" else EntryLayerNorm(c.model_dim, c.norm_eps),
+        None if c.cema == "none" else ComplexEMA(c.model_dim, c.cema_ndim, c.cema == "complex", c.cema_omega),
         RMSNorm(c.model_dim, c.norm_eps),
-        ChunkAttention(c.chunk_size, c.rope_base, c.attention_dropout, c.drop_keys),
+        build_attention(c),
+        build_memory(c),
         dim=c.model_dim,
         z_dim=c.z_dim,
         value_dim=c.value_dim,
         z_head_dim=c.z_dim // c.num_heads,
         value_head_dim=c.value_dim // c.num_heads,
         eps=c.norm_eps,
+        normalized=c.normalize_attention,
         init=init,
         hidden_dropout=c.hidden_dropout,
         dropout=c.dropout,
@@ -44,9 +49,26 @@ def build_block(config: ModelConfig, layer: int) -> Block:
         hidden_dropout=c.hidden_dropout,
         dropout=c.dropout,
     )
-    return Block(mixer, feed_forward)
+    return Block(mixer, feed_forward, two_hop=c.residual == "two_hop")
+
+
+def build_attention(config: ModelConfig) -> ChunkAttention:
+    """That of a block."""
+    c = config
+    if c.attention == "sliding" or c.heads_without_rope:
+        raise InputError("attention = 'sliding' and heads_without_rope are not built yet")
+    return ChunkAttention(c.chunk_size, c.rope_base, c.attention_dropout, c.drop_keys)
+
+
+def build_memory(config: ModelConfig) -> nn.Module | None:
+    """That of a block, if there is one."""
+    if config.memory == "adaptive":
+        raise InputError("memory = 'adaptive' is not built yet")
+    return None
 
 
 def build_timestep_norm(config: ModelConfig) -> TimestepNorm:
     """That of a block, or the final one."""
+    if config.timestep_norm == "decay":
+        raise InputError("timestep_norm = 'decay' is not built yet")
     return TimestepNorm(config.model_dim, config.model_dim // config.norm_num_groups, config.norm_eps)

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from .decoder import Megalodon
 
 _SAMPLE = 512  # values of each weight
+_FIRST_CHOICES = frozenset((
+    "vocab_size", "num_layers", "model_dim", "num_heads", "z_dim", "value_dim", "ffn_hidden_dim", "cema_ndim",
+    "chunk_size", "norm_num_groups", "norm_eps", "rope_base", "swiglu", "rescale_nffn", "scale_emb", "share_emb",
+    "init_mode", "dropout", "hidden_dropout", "attention_dropout", "drop_keys",
+))  # fmt: skip
+"""Those there were when files held a sampled fingerprint: they enter it at their defaults too."""
 _known: "weakref.WeakKeyDictionary[Megalodon, tuple[Any, str]]" = weakref.WeakKeyDictionary()
 
 
@@ -33,15 +39,20 @@ def digest(config: ModelConfig, tensors: Mapping[str, Tensor]) -> str:
 
     Choices at their defaults do not enter, so that one that is added later leaves old hashes as they are.
     """
-    default = ModelConfig().to_dict()
-    chosen = {key: value for key, value in config.to_dict().items() if value != default[key]}
-    found = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode())
+    found = hashlib.sha256(_chosen(config))
     for name in sorted(tensors):
         t = tensors[name].detach()
         found.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
         if t.numel():
             found.update(t.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def _chosen(config: ModelConfig, always: frozenset[str] = frozenset()) -> bytes:
+    """What a configuration says that is not a default, and the values of some fields even so."""
+    default = ModelConfig().to_dict()
+    chosen = {key: value for key, value in config.to_dict().items() if key in always or value != default[key]}
+    return json.dumps(chosen, sort_keys=True).encode()
 
 
 def fingerprint(model: "Megalodon") -> str:
@@ -67,7 +78,7 @@ def _seen(model: "Megalodon") -> Any:
 
 def sampled_fingerprint(model: "Megalodon") -> str:
     """Hash of the configuration and of evenly spaced values of every weight: any training step changes it."""
-    found = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    found = hashlib.sha256(_chosen(model.config, _FIRST_CHOICES))
     for name, weight in model.named_parameters():
         flat = weight.detach().reshape(-1)
         step = max(1, len(flat) // _SAMPLE)

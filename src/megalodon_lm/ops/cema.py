@@ -16,13 +16,16 @@ from .finite import any_seen, finite_part, is_finite
 STRIP_SIZE = 64
 
 
-def cema_coefficients(alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def cema_coefficients(
+    alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor, scaled: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     """Coefficients of the recurrence, in float32 or better whatever the parameters' type.
 
     Args:
         alpha, delta: (D, N, 1).
         theta: (D, 1, 1).
         gamma: (D, N, 2), real and imaginary parts.
+        scaled: g is gamma / sqrt(N) (Megalodon's code), and not gamma itself (Gecko).
 
     Returns:
         p (D, N) real, q (D, N) complex with |q| < 1, g (D, N) complex.
@@ -34,8 +37,23 @@ def cema_coefficients(alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor
     wave = torch.arange(1, ndim + 1, dtype=dtype, device=alpha.device) * (2 * math.pi / ndim)
     phi = torch.sigmoid(theta).squeeze(-1) * wave
     q = torch.polar(1 - p * torch.sigmoid(delta).squeeze(-1), phi)
-    g = torch.view_as_complex((gamma / math.sqrt(ndim)).contiguous())
+    g = torch.view_as_complex((gamma / math.sqrt(ndim) if scaled else gamma).contiguous())
     return p, q, g
+
+
+def ema_coefficients(alpha: Tensor, delta: Tensor, gamma: Tensor, scaled: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of the average whose states do not turn (the EMA of MEGA): q and g have no imaginary part.
+
+    Args:
+        alpha, delta, gamma: (D, N, 1).
+        scaled: as in cema_coefficients.
+    """
+    dtype = torch.promote_types(alpha.dtype, torch.float32)
+    alpha, delta, gamma = (t.to(dtype).squeeze(-1) for t in (alpha, delta, gamma))
+    p = torch.sigmoid(alpha)
+    g = gamma / math.sqrt(gamma.shape[1]) if scaled else gamma
+    q = 1 - p * torch.sigmoid(delta)
+    return p, torch.complex(q, torch.zeros_like(q)), torch.complex(g, torch.zeros_like(g))
 
 
 @op()

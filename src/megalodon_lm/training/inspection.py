@@ -6,7 +6,6 @@ import torch
 
 from ..layers.block import Block
 from ..model.decoder import Megalodon
-from ..ops.cema import cema_coefficients
 
 
 @torch.no_grad()
@@ -16,24 +15,23 @@ def inspect_layers(model: Megalodon) -> list[dict[str, float]]:
     Returns:
         `decay`: mean size of the states' factors |q|; `half_life`, `longest_half_life`: tokens after which a state has
         lost half, median and largest over channels and states; `query_gain`, `key_gain`: root mean square of the scales
-        on normalised queries and keys; `output`: norm of CEMA's output weights gamma.
+        on normalised queries and keys, and `memory_query_gain`, `memory_key_gain` on those of a memory; `output`: norm
+        of CEMA's output weights gamma. Without CEMA there are the gains alone.
     """
     found = []
     for block in model.layers:
         assert isinstance(block, Block)
-        cema, mega = block.mega.cema, block.mega
-        _, q, _ = cema_coefficients(cema.alpha, cema.delta, cema.theta, cema.gamma)
-        size = q.abs().double().clamp(max=1 - 1e-12)
-        half_life = math.log(0.5) / size.log()
-        query, key = (mega.gamma.float() + 1).square().mean(1).sqrt().tolist()
-        found.append(
-            {
-                "decay": size.mean().item(),
-                "half_life": half_life.median().item(),
-                "longest_half_life": half_life.max().item(),
-                "query_gain": query,
-                "key_gain": key,
-                "output": cema.gamma.norm().item(),
-            }
-        )
+        mega, figures = block.mega, {}
+        if mega.cema is not None:
+            _, q, _ = mega.cema.coefficients()
+            size = q.abs().double().clamp(max=1 - 1e-12)
+            half_life = math.log(0.5) / size.log()
+            figures["decay"] = size.mean().item()
+            figures["half_life"] = half_life.median().item()
+            figures["longest_half_life"] = half_life.max().item()
+        gains = (mega.gamma.float() + 1).square().mean(1).sqrt().tolist()
+        figures |= zip(("query_gain", "key_gain", "memory_query_gain", "memory_key_gain"), gains, strict=False)
+        if mega.cema is not None:
+            figures["output"] = mega.cema.gamma.norm().item()
+        found.append(figures)
     return found
