@@ -11,7 +11,7 @@ from ..layers.embedding import Embedding
 from ..layers.feed_forward import FeedForward
 from ..layers.gated_attention import GatedAttention
 from ..layers.initialization import INITIALISERS
-from ..layers.norms import EntryLayerNorm, LayerNorm, RMSNorm, TimestepNorm
+from ..layers.norms import DecayNorm, EntryLayerNorm, LayerNorm, NormOverTime, RMSNorm, TimestepNorm
 
 
 def build_embedding(config: ModelConfig) -> Embedding:
@@ -67,8 +67,7 @@ def build_memory(config: ModelConfig) -> nn.Module | None:
     return None
 
 
-def build_timestep_norm(config: ModelConfig) -> TimestepNorm:
+def build_timestep_norm(config: ModelConfig) -> NormOverTime:
     """That of a block, or the final one."""
-    if config.timestep_norm == "decay":
-        raise InputError("timestep_norm = 'decay' is not built yet")
-    return TimestepNorm(config.model_dim, config.model_dim // config.norm_num_groups, config.norm_eps)
+    norm = {"cumulative": TimestepNorm, "decay": DecayNorm}[config.timestep_norm]
+    return norm(config.model_dim, config.model_dim // config.norm_num_groups, config.norm_eps)

@@ -13,7 +13,7 @@ from ..config import ModelConfig
 from ..errors import InputError
 from ..layers.initialization import init_embedding
 from ..layers.linear import Linear
-from ..layers.norms import TimestepNorm
+from ..layers.norms import NormOverTime
 from ..ops.boundaries import Boundaries, Padding
 from ..ops.derived import forget
 from ..ops.device import check_memory
@@ -25,9 +25,9 @@ from .assembly import build_block, build_embedding, build_timestep_norm
 
 
 class Head(nn.Module):
-    """Final TimestepNorm, with a running state of its own, and the linear map to the vocabulary or to the loss."""
+    """Final norm over time, with a running state of its own, and the linear map to the vocabulary or to the loss."""
 
-    def __init__(self, norm: TimestepNorm, output: Linear):
+    def __init__(self, norm: NormOverTime, output: Linear):
         super().__init__()
         self.final_norm, self.output = norm, output
 
