@@ -34,12 +34,14 @@ class TensorSpec:
         fill: of a cache, the name of the tensor beside it that tells how many entries of the first dimension each row
             uses: no others are stored.
         on_cpu: wherever the rest is; it decides shapes.
+        kept: of a cache, most entries that are used at the end of a chunk.
     """
 
     shape: tuple[int, ...] = ()
     dtype: torch.dtype | None = None
     fill: str = ""
     on_cpu: bool = False
+    kept: int = 0
 
     def dtype_for(self, asked: torch.dtype) -> torch.dtype:
         """The type of the tensor in a state of a type."""
@@ -57,9 +59,9 @@ class TensorSpec:
         return torch.zeros(batch, *self.shape, dtype=self.dtype_for(dtype), device=place)
 
 
-def declare(*shape: int, dtype: torch.dtype | None = None, fill: str = "", on_cpu: bool = False) -> Any:
+def declare(*shape: int, dtype: torch.dtype | None = None, fill: str = "", on_cpu: bool = False, kept: int = 0) -> Any:
     """A TensorSpec, to stand in a tree where its tensor will."""
-    return TensorSpec(shape, dtype, fill, on_cpu)
+    return TensorSpec(shape, dtype, fill, on_cpu, kept)
 
 
 def named(tree: Tree, name: str = "") -> Iterator[tuple[str, Any]]:

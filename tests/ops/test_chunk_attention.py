@@ -1,14 +1,15 @@
 import pytest
 import torch
 
-from megalodon_lm.ops import attention, bins, reference
-from megalodon_lm.ops import chunk_attention as portable
+from megalodon_lm.ops import attention, bins, reference, windowed_attention
+from megalodon_lm.ops.attention import causal_attention
 from megalodon_lm.ops.boundaries import Boundaries
-from megalodon_lm.ops.chunk_attention import KeyValueCache, causal_attention
+from megalodon_lm.ops.chunk_attention import KeyValueCache
+from megalodon_lm.ops.chunk_attention import chunk_attention as op
 
 from .cases import BOUNDARIES, assert_close, boundaries, gradients, sampled
 
-chunk_attention = portable.chunk_attention.portable
+chunk_attention = op.portable
 
 B, H, DK, DV, C = 3, 2, 4, 6, 16
 
@@ -48,7 +49,7 @@ def test_equals_reference_with_all_gradients(kind, fill, length, monkeypatch):
 def test_layout_of_graphs_equals_reference_with_all_gradients(kind, length, monkeypatch):
     """What is taken where a graph lets no value decide a shape; here without one, in several tiles."""
     monkeypatch.setattr(attention, "TILE_SIZE", 5)
-    monkeypatch.setattr(portable, "_in_bins", portable._in_windows)
+    monkeypatch.setattr(windowed_attention, "_in_bins", windowed_attention._in_graph)
     where, fill = boundaries(kind, B, length), torch.tensor([3, 15, 0])
     actual = gradients(run(chunk_attention, where, fill), case(length))
     expected = gradients(run(reference.chunk_attention, where, fill), case(length))

@@ -13,6 +13,7 @@ from megalodon_lm.ops.backend import OPS
 from megalodon_lm.ops.cema import cema_coefficients
 from megalodon_lm.ops.chunk_attention import KeyValueCache
 from megalodon_lm.ops.cpu import causal_attention
+from megalodon_lm.ops.sliding_attention import SlidingCache
 from megalodon_lm.ops.timestep_norm import NormState
 
 from .cases import boundaries
@@ -62,6 +63,18 @@ def run_attention(op):
     return run
 
 
+def run_sliding(op):
+    def run(where, q, k, v, keys, values):
+        position = torch.tensor([3, 23])
+        fill = torch.tensor([3, 15])
+        used = (torch.arange(2 * C) < fill[:, None])[..., None, None]
+        cache = SlidingCache(torch.where(used, keys, 0), torch.where(used, values, 0), fill, position)
+        out, leaving = op(q, k, v, C, 1e4, cache, where)
+        return out, leaving.keys, leaving.values
+
+    return run
+
+
 def run_memory(op):
     def run(where, q, k, v, keys, values, memory, log_sum):
         used = (torch.arange(C) < FILL[:, None])[..., None, None]
@@ -80,9 +93,10 @@ OPS_WITH_STATE = {
     "timestep_norm": (run_norm, NORM),
     "decay_norm": (run_norm, NORM),
     "chunk_attention": (run_attention, draw(*HEADS)),
+    "sliding_attention": (run_sliding, draw(*HEADS[:3], (B, 2 * C, H, 16), (B, 2 * C, H, 32))),
     "adaptive_memory": (run_memory, draw(*HEADS, (B, 2, H, 16, 32), (B, H, 16))),
 }
-PORTABLE = {"adaptive_memory"}
+PORTABLE = {"decay_norm", "sliding_attention", "adaptive_memory"}
 TOKEN_OPS = {
     "rms_norm": (rms_definition, (1e-5,), draw((B, L, D), (D,))),
     "layer_norm": (layer_definition, (1e-5,), draw((B, L, D), (D,), (D,))),
@@ -146,13 +160,13 @@ def test_portable(name, kind):
 
 @pytest.mark.parametrize("kind", ["none", "both"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", OPS_WITH_STATE.keys() - {"decay_norm"})
+@pytest.mark.parametrize("name", OPS_WITH_STATE)
 def test_native(name, kind, dtype, monkeypatch):
     monkeypatch.setattr(causal_attention, "FEW_QUERIES", 4)
     run, inputs = OPS_WITH_STATE[name]
     fast = OPS[name].portable if name in PORTABLE else native(OPS[name])
     where, slow = boundaries(kind, B, L), getattr(reference, name)
-    compare(lambda *a: run(fast)(where, *a), lambda *a: run(slow)(where, *a), inputs, dtype, name == "chunk_attention")
+    compare(lambda *a: run(fast)(where, *a), lambda *a: run(slow)(where, *a), inputs, dtype, name.endswith("attention"))
 
 
 @pytest.mark.parametrize("natively", [False, True])

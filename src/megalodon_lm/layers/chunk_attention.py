@@ -9,12 +9,16 @@ from ..state_spec import declare
 
 
 class ChunkAttention(nn.Module):
-    """Causal softmax attention inside chunks of `chunk_size` tokens, with rotary positions; see ops.chunk_attention."""
+    """Causal softmax attention inside chunks of `chunk_size` tokens, with rotary positions.
 
-    def __init__(self, chunk_size: int, rope_base: float, dropout: float, drop_keys: bool):
+    The last `heads_without_rope` heads have none. See ops.chunk_attention.
+    """
+
+    def __init__(self, chunk_size: int, rope_base: float, dropout: float, drop_keys: bool, heads_without_rope: int = 0):
         super().__init__()
         self.chunk_size, self.rope_base = chunk_size, rope_base
         self.dropout, self.drop_keys = dropout, drop_keys
+        self.heads_without_rope = heads_without_rope
 
     def state_spec(self, num_heads: int, z_head_dim: int, value_head_dim: int) -> KeyValueCache:
         """The unfinished chunk: a cache."""
@@ -26,4 +30,5 @@ class ChunkAttention(nn.Module):
     ) -> tuple[Tensor, KeyValueCache]:
         """q, k (B, L, H, dk) and v (B, L, H, dv) to (B, L, H, dv), and the unfinished chunk at the exit."""
         dropout = self.dropout if self.training else 0.0
-        return chunk_attention(q, k, v, self.chunk_size, self.rope_base, cache, boundaries, dropout, self.drop_keys)
+        given = (self.chunk_size, self.rope_base, cache, boundaries, dropout, self.drop_keys, self.heads_without_rope)
+        return chunk_attention(q, k, v, *given)

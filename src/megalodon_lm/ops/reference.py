@@ -14,6 +14,7 @@ from .adaptive_memory import MemoryState, ValueCache
 from .boundaries import Boundaries
 from .chunk_attention import KeyValueCache
 from .decay_norm import MEAN_DECAY, VAR_DECAY
+from .sliding_attention import SlidingCache
 from .timestep_norm import NormState
 
 
@@ -140,15 +141,26 @@ def decay_norm(
     return torch.stack(rows), NormState(torch.tensor(counts), torch.stack(means), torch.stack(variances))
 
 
-def rope(x: Tensor, slot: int, base: float) -> Tensor:
-    """Rotate the adjacent pairs (2i, 2i+1) of x (H, d) by slot * base^(-2i/d)."""
-    d = x.shape[-1]
+def rope(x: Tensor, slot: int, base: float, heads_without_rope: int = 0) -> Tensor:
+    """Rotate the adjacent pairs (2i, 2i+1) of x (H, d) by slot * base^(-2i/d), but those of the last heads."""
+    d, heads = x.shape[-1], len(x) - heads_without_rope
     pairs = []
     for i in range(d // 2):
         angle = slot * base ** (-2 * i / d)
-        even, odd = x[:, 2 * i], x[:, 2 * i + 1]
+        even, odd = x[:heads, 2 * i], x[:heads, 2 * i + 1]
         pairs += [even * math.cos(angle) - odd * math.sin(angle), even * math.sin(angle) + odd * math.cos(angle)]
-    return torch.stack(pairs, -1)
+    return torch.cat([torch.stack(pairs, -1), x[heads:]])
+
+
+def _attend(query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+    """Softmax attention of a token (H, dk) to some (H, dk) with values (H, dv), with scale 1."""
+    scores = torch.einsum("hd,shd->hs", query, torch.stack(keys))
+    return torch.einsum("hs,she->he", scores.softmax(-1), torch.stack(values))
+
+
+def _filled_up(tokens: list[Tensor], size: int, like: Tensor) -> Tensor:
+    """Keys or values of some tokens, and zeros up to `size`."""
+    return torch.stack(tokens + [torch.zeros_like(like)] * (size - len(tokens)))
 
 
 def chunk_attention(
@@ -159,6 +171,7 @@ def chunk_attention(
     rope_base: float,
     cache: KeyValueCache | None = None,
     boundaries: Boundaries | None = None,
+    heads_without_rope: int = 0,
 ) -> tuple[Tensor, KeyValueCache]:
     """A token sees the tokens of its own chunk up to itself; chunks and RoPE restart at each document."""
     batch, length = q.shape[:2]
@@ -174,20 +187,57 @@ def chunk_attention(
             if starts[t] or len(seen_k) == chunk_size:
                 seen_k, seen_v = [], []
             slot = len(seen_k)
-            seen_k.append(rope(k[b, t], slot, rope_base))
+            seen_k.append(rope(k[b, t], slot, rope_base, heads_without_rope))
             seen_v.append(v[b, t])
-            query = rope(q[b, t], slot, rope_base)
-            scores = torch.einsum("hd,shd->hs", query, torch.stack(seen_k))
-            out.append(torch.einsum("hs,she->he", scores.softmax(-1), torch.stack(seen_v)))
+            query = rope(q[b, t], slot, rope_base, heads_without_rope)
+            out.append(_attend(query, seen_k, seen_v))
         out += [torch.zeros_like(v[b, 0])] * (length - valid)
         rows.append(torch.stack(out))
         if len(seen_k) == chunk_size:
             seen_k, seen_v = [], []
-        empty = chunk_size - len(seen_k)
-        keys.append(torch.stack(seen_k + [torch.zeros_like(k[b, 0])] * empty))
-        values.append(torch.stack(seen_v + [torch.zeros_like(v[b, 0])] * empty))
+        keys.append(_filled_up(seen_k, chunk_size, k[b, 0]))
+        values.append(_filled_up(seen_v, chunk_size, v[b, 0]))
         fills.append(len(seen_k))
     return torch.stack(rows), KeyValueCache(torch.stack(keys), torch.stack(values), torch.tensor(fills))
+
+
+def sliding_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_size: int,
+    rope_base: float,
+    cache: SlidingCache | None = None,
+    boundaries: Boundaries | None = None,
+    heads_without_rope: int = 0,
+) -> tuple[Tensor, SlidingCache]:
+    """A token sees its own chunk up to itself, and all of the chunk before; both and RoPE restart at each document."""
+    batch, length = q.shape[:2]
+    rows, keys, values, fills, positions = [], [], [], [], []
+    for b in range(batch):
+        valid, starts = _row(boundaries, b, length)
+        position, seen_k, seen_v = 0, [], []
+        if cache is not None:
+            position = int(cache.position[b])
+            seen_k, seen_v = (list(c[b, : int(cache.fill[b])]) for c in (cache.keys, cache.values))
+        out = []
+        for t in range(valid):
+            if starts[t]:
+                position, seen_k, seen_v = 0, [], []
+            seen_k.append(rope(k[b, t], position, rope_base, heads_without_rope))
+            seen_v.append(v[b, t])
+            out.append(_attend(rope(q[b, t], position, rope_base, heads_without_rope), seen_k, seen_v))
+            position += 1
+            if position % chunk_size == 0:  # the next token sees this chunk and none before
+                seen_k, seen_v = seen_k[-chunk_size:], seen_v[-chunk_size:]
+        out += [torch.zeros_like(v[b, 0])] * (length - valid)
+        rows.append(torch.stack(out))
+        keys.append(_filled_up(seen_k, 2 * chunk_size, k[b, 0]))
+        values.append(_filled_up(seen_v, 2 * chunk_size, v[b, 0]))
+        fills.append(len(seen_k))
+        positions.append(position)
+    leaving = (torch.stack(keys), torch.stack(values), torch.tensor(fills), torch.tensor(positions))
+    return torch.stack(rows), SlidingCache(*leaving)
 
 
 def adaptive_memory(

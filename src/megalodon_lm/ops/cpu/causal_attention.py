@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..chunk_attention import spoilt
 from ..finite import finite_part, is_finite
+from ..windowed_attention import spoilt
 from . import amx_attention, tiled_attention
 from . import attention_kernels as kernels
 from .operators import form

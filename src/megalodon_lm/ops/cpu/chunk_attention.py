@@ -9,6 +9,7 @@ from .. import chunk_attention as portable
 from ..backend import implements
 from ..boundaries import Boundaries
 from ..chunk_attention import KeyValueCache
+from ..windowed_attention import Window, token_slots
 from .causal_attention import causal_attention
 from .open_chunk import open_chunk
 from .rotary import rotate
@@ -24,8 +25,9 @@ def _fits(
     boundaries: Any = None,
     dropout: float = 0.0,
     drop_keys: bool = False,
+    heads_without_rope: int = 0,
 ) -> bool:
-    return not dropout and q.dtype == k.dtype == v.dtype
+    return not dropout and not heads_without_rope and q.dtype == k.dtype == v.dtype
 
 
 @implements(portable.chunk_attention, "cpu", _fits)
@@ -39,6 +41,7 @@ def chunk_attention(
     boundaries: Boundaries | None = None,
     dropout: float = 0.0,
     drop_keys: bool = False,
+    heads_without_rope: int = 0,
 ) -> tuple[Tensor, KeyValueCache]:
     """As megalodon_lm.ops.chunk_attention.chunk_attention; for q, k and v of one type, without dropout."""
     batch, length = q.shape[:2]
@@ -47,7 +50,7 @@ def chunk_attention(
     else:
         keys, values, fill = cache.keys.to(k.dtype).contiguous(), cache.values.to(v.dtype).contiguous(), cache.fill
     places = boundaries or Boundaries()
-    slots = portable.chunk_slots(fill, places, length, chunk_size)
+    slots = token_slots(Window(chunk_size), fill, places, length)
     stops = torch.full_like(fill, length) if places.lengths is None else places.lengths
 
     v = v.contiguous()
