@@ -46,3 +46,18 @@ def held_to_the_definition(inputs, where, tolerance):
 @pytest.mark.parametrize("length", [1, 7, 64, 150])
 def test_portable_equals_reference_with_all_gradients(kind, length):
     held_to_the_definition(case(length), boundaries(kind, B, length), 1e-11)
+
+
+@pytest.mark.parametrize("kind", BOUNDARIES)
+@pytest.mark.parametrize(("length", "dim"), [(1, 12), (7, 48), (64, 12), (150, 48)])
+def test_native_equals_reference_with_all_gradients(kind, length, dim):
+    held_to_the_definition(case(length, dim, torch.float32), boundaries(kind, B, length), 1e-5)
+
+
+def test_bf16_in_and_out_lose_no_more_than_their_rounding():
+    inputs = case(150, 48, torch.bfloat16)
+    actual = gradients(run(decay_norm, None), inputs)
+    expected = gradients(run(reference.decay_norm, None), [t.double() for t in inputs])
+    assert actual[0][0].dtype == torch.bfloat16
+    assert_close(actual[0], expected[0], 5e-3)
+    assert_close(actual[1], expected[1], 1e-2)

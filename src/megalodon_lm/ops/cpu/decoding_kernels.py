@@ -18,6 +18,7 @@ from .elementwise_kernels import gate_forward_on_team, norm_forward_on_team
 from .matrix_vector import Matrix, products
 from .simd import LANES, add_product, as_numpy, compiled, inner, load, splat, store, sub_product, total
 from .team import share
+from .timestep_norm_kernels import CUMULATIVE
 from .timestep_norm_kernels import forward_on_team as timestep_norm
 
 _FEW = 1 << 14  # operations that are not worth waking another thread for
@@ -190,7 +191,7 @@ def _time_norm(
     for i in range(rows):
         count[i] += 1
     shape, nothing = (1, sizes.model_dim, sizes.num_groups, False), var
-    args = (x, shape, scale, shift, eps, mean, var, count, ones, y, mean, var, nothing)
+    args = (x, shape, scale, shift, eps, CUMULATIVE, mean, var, count, ones, y, mean, var, nothing)
     timestep_norm(threads, rows * sizes.num_groups, args)
 
 

@@ -1,5 +1,6 @@
-"""TimestepNorm on the CPU: compiled passes over x, as an operator with fake and autograd."""
+"""Norms over time on the CPU: compiled passes over x, as an operator with fake and autograd."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,21 @@ def timestep_norm(
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, NormState]:
     """As megalodon_lm.ops.timestep_norm.timestep_norm, for x in float32 or bf16."""
+    return norm_over_time(kernels.CUMULATIVE, x, weight, bias, num_groups, eps, state, boundaries, out_dtype)
+
+
+def norm_over_time(
+    decays: tuple[float, float],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    state: NormState | None,
+    boundaries: Boundaries | None,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, NormState]:
+    """timestep_norm or decay_norm, told by the decays; see timestep_norm_kernels."""
     batch, length, _ = x.shape
     out_dtype = out_dtype or x.dtype
     entry = empty_norm_state(batch, num_groups) if state is None else state
@@ -36,8 +52,8 @@ def timestep_norm(
     inputs = tuple(
         t.contiguous() for t in (x.float(), weight.float() + 1, bias, entry.mean.double(), entry.var.double())
     )
-    settings = (num_groups, eps, out_dtype, tracked(*inputs))
-    run = form(timestep_norm_forward, _forward, *inputs)
+    settings = (num_groups, eps, decays, out_dtype, tracked(*inputs))
+    run = form(norm_over_time_forward, _forward, *inputs)
     y, mean, var, _ = run(*inputs, counts, lengths.contiguous(), *settings)
     return y, NormState(where.exit_position(entry.count, length), mean, var)
 
@@ -52,6 +68,7 @@ def _forward(
     lengths: Tensor,
     num_groups: int,
     eps: float,
+    decays: Sequence[float],
     out_dtype: torch.dtype,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -60,8 +77,20 @@ def _forward(
     y = _blank(x, lengths, out_dtype)
     mean, var = entry_mean.new_empty(entry_mean.shape), entry_var.new_empty(entry_var.shape)
     saved = mean.new_empty(batch, num_groups, length if keep else 0, 3)
-    inputs = (x, (length, dim, num_groups, keep), weight, bias, eps, entry_mean, entry_var, counts, lengths)
-    run_on_team(kernels.forward_on_team, batch * num_groups, *inputs, y, mean, var, saved)
+    settings = (x, (length, dim, num_groups, keep), weight, bias, eps, tuple(decays))
+    run_on_team(
+        kernels.forward_on_team,
+        batch * num_groups,
+        *settings,
+        entry_mean,
+        entry_var,
+        counts,
+        lengths,
+        y,
+        mean,
+        var,
+        saved,
+    )
     return y, mean, var, saved
 
 
@@ -71,8 +100,8 @@ def _blank(x: Tensor, lengths: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(x.shape, dtype=dtype) if full else torch.zeros(x.shape, dtype=dtype)
 
 
-@torch.library.custom_op("megalodon::timestep_norm_forward", mutates_args=())
-def timestep_norm_forward(
+@torch.library.custom_op("megalodon::norm_over_time_forward", mutates_args=())
+def norm_over_time_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -82,15 +111,16 @@ def timestep_norm_forward(
     lengths: Tensor,
     num_groups: int,
     eps: float,
+    decays: Sequence[float],
     out_dtype: torch.dtype,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """_forward as an operator."""
     tensors = [t.detach() for t in (x, weight, bias, entry_mean, entry_var)]
-    return _forward(*tensors, counts, lengths, num_groups, eps, out_dtype, keep)
+    return _forward(*tensors, counts, lengths, num_groups, eps, decays, out_dtype, keep)
 
 
-@timestep_norm_forward.register_fake
+@norm_over_time_forward.register_fake
 def _(
     x: Tensor,
     weight: Tensor,
@@ -101,6 +131,7 @@ def _(
     lengths: Tensor,
     num_groups: int,
     eps: float,
+    decays: Sequence[float],
     out_dtype: torch.dtype,
     keep: bool,
 ) -> Any:
@@ -109,8 +140,8 @@ def _(
     return x.new_empty(x.shape, dtype=out_dtype), mean, var, saved
 
 
-@torch.library.custom_op("megalodon::timestep_norm_backward", mutates_args=())
-def timestep_norm_backward(
+@torch.library.custom_op("megalodon::norm_over_time_backward", mutates_args=())
+def norm_over_time_backward(
     x: Tensor,
     weight: Tensor,
     entry_mean: Tensor,
@@ -120,6 +151,7 @@ def timestep_norm_backward(
     grad_y: Tensor,
     grad_mean: Tensor,
     grad_var: Tensor,
+    decays: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients to x, weight, bias, and the entry mean and variance."""
     batch, length, dim = x.shape
@@ -127,13 +159,13 @@ def timestep_norm_backward(
     grad_x = _blank(x, lengths, x.dtype)
     grad_weight, grad_bias = x.new_empty(batch, dim), x.new_empty(batch, dim)
     to_mean, to_var = grad_mean.new_empty(grad_mean.shape), grad_var.new_empty(grad_var.shape)
-    inputs = (x, (length, dim, groups, True), weight, counts, lengths, saved, entry_mean)
+    inputs = (x, (length, dim, groups, True), weight, tuple(decays), counts, lengths, saved, entry_mean)
     grads = (grad_y, grad_mean, grad_var, grad_x, grad_weight, grad_bias, to_mean, to_var)
     run_on_team(kernels.backward_on_team, batch * groups, *inputs, *grads)
     return grad_x, grad_weight.sum(0), grad_bias.sum(0), to_mean, to_var
 
 
-@timestep_norm_backward.register_fake
+@norm_over_time_backward.register_fake
 def _(
     x: Tensor,
     weight: Tensor,
@@ -144,6 +176,7 @@ def _(
     grad_y: Tensor,
     grad_mean: Tensor,
     grad_var: Tensor,
+    decays: Sequence[float],
 ) -> Any:
     return tuple(t.new_empty(t.shape) for t in (x, weight, weight, grad_mean, grad_var))
 
@@ -151,7 +184,7 @@ def _(
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
     x, weight, _, entry_mean, _, counts, lengths = inputs[:7]
     ctx.save_for_backward(x, weight, entry_mean, counts, lengths, output[3])
-    ctx.out_dtype = output[0].dtype
+    ctx.decays, ctx.out_dtype = inputs[9], output[0].dtype
     ctx.set_materialize_grads(False)
 
 
@@ -160,8 +193,8 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_mean: Tensor | None, grad_va
     x, entry_mean = saved[0], saved[2]
     grad_y = x.new_zeros(x.shape, dtype=ctx.out_dtype) if grad_y is None else grad_y.contiguous()
     moments = (entry_mean.new_zeros(entry_mean.shape) if g is None else g.contiguous() for g in (grad_mean, grad_var))
-    grads = timestep_norm_backward(*saved, grad_y, *moments)
-    return *grads, *([None] * 6)
+    grads = norm_over_time_backward(*saved, grad_y, *moments, ctx.decays)
+    return *grads, *([None] * 7)
 
 
-timestep_norm_forward.register_autograd(_backward, setup_context=_save)
+norm_over_time_forward.register_autograd(_backward, setup_context=_save)

@@ -1,10 +1,14 @@
-"""TimestepNorm in one pass over x forward and one backward; statistics in float64, features in float32.
+"""Norms over time in one pass over x forward and one backward; statistics in float64, features in float32.
+
+TimestepNorm and the norm that forgets differ only in how much of the running statistics a token replaces, which is told
+by `decays`: `CUMULATIVE`, or those of ops/decay_norm.py. One compiled kernel runs both.
 
 A task is one row and one group: its running statistics are a short recurrence over the tokens. The groups of a row that
 fall to one thread are taken token by token together: their features lie side by side in memory, and while one waits for
 its statistics the next goes on.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,6 +16,30 @@ import numpy as np
 from .elementwise_kernels import mean_of, mean_square
 from .simd import LANES, compiled, inner, load, splat, store, total
 from .team import share
+
+CUMULATIVE = (1.0, 1.0)
+"""Nothing is forgotten, and the variance also counts how far the means of tokens lie apart."""
+
+
+@inner
+def _mass(n: int, decay: float) -> float:
+    """1 - decay^n, to the last digits for few tokens too."""
+    return -math.expm1(n * math.log(decay))
+
+
+@inner
+def _rates(n: int, decays: Any) -> Any:
+    """How the n-th token of a document enters the running statistics.
+
+    Returns:
+        The part that its mean has in the running mean, and its variance in the running variance; the weight of their
+        squared distance in its variance; and what mean and variance are multiplied by, since they started at zero.
+    """
+    mean_decay, var_decay = decays
+    if mean_decay == 1.0:
+        part = 1.0 / n
+        return part, part, 1.0 - part, 1.0, 1.0
+    return 1.0 - mean_decay, 1.0 - var_decay, 0.0, 1.0 / _mass(n, mean_decay), 1.0 / _mass(n, var_decay)
 
 
 @inner
@@ -39,6 +67,7 @@ def forward(
     weight: Any,
     bias: Any,
     eps: float,
+    decays: Any,
     entry_mean: Any,
     entry_var: Any,
     counts: Any,
@@ -54,12 +83,13 @@ def forward(
         x: (B, L, D) float32.
         shape: (L, D, G, whether to save).
         weight, bias: (D,) float32; weight with its 1 added.
+        decays: of mean and variance over one token, or CUMULATIVE.
         entry_mean, entry_var: (B, G) float64.
         counts: (B, L) int64, tokens of the document up to and with each token.
         lengths: (B,) int64.
         y: (B, L, D) float32 or bf16, out.
         leaving_mean, leaving_var: as at the entry, out.
-        saved: (B, G, L, 3) float64, out: mean of the token, running mean, and 1 / running deviation.
+        saved: (B, G, L, 3) float64, out: mean of the token, running mean, and 1 / running deviation, as y took them.
     """
     length, dim, groups, keep = shape
     width = dim // groups
@@ -74,7 +104,7 @@ def forward(
             means[k - b * groups], variances[k - b * groups] = entry_mean[k], entry_var[k]
         for t in range(lengths[b]):
             n = counts[b * length + t]
-            part = 1.0 / n
+            part, var_part, between, mean_gain, var_gain = _rates(n, decays)
             for group in range(task - b * groups, end - b * groups):
                 mean, var = (means[group], variances[group]) if n > 1 else (0.0, 0.0)
                 at = group * width
@@ -82,9 +112,10 @@ def forward(
                 token_mean, token_var = _sums(x, offset, width)
                 away = token_mean - mean
                 mean += away * part
-                var += part * (token_var - var + away * away * (1.0 - part))
+                apart = away * away * between if between > 0.0 else 0.0  # a mean of NaN is none of the variance's
+                var += var_part * (token_var - var + apart)
                 means[group], variances[group] = mean, var
-                scale = 1.0 / np.sqrt(var + eps)
+                mean, scale = mean * mean_gain, 1.0 / np.sqrt(var * var_gain + eps)
                 if keep:
                     to = ((b * groups + group) * length + t) * 3
                     saved[to], saved[to + 1], saved[to + 2] = token_mean, mean, scale
@@ -112,6 +143,7 @@ def backward(
     x: Any,
     shape: Any,
     weight: Any,
+    decays: Any,
     counts: Any,
     lengths: Any,
     saved: Any,
@@ -158,7 +190,7 @@ def backward(
             to_means[group], to_vars[group] = grad_mean[b * groups + group], grad_var[b * groups + group]
         for t in range(lengths[b] - 1, -1, -1):
             n = counts[b * length + t]
-            part = 1.0 / n
+            part, var_part, between, mean_gain, var_gain = _rates(n, decays)
             for group in range(begin, stop):
                 own = group * padded
                 offset = (b * length + t) * dim + group * width
@@ -183,12 +215,12 @@ def backward(
                     grad = grad * load(scales, own + i)
                     sum_first = sum_first + grad
                     sum_second = sum_second + grad * normed
-                to_mean = to_means[group] - scale * total(sum_first)
-                to_var = to_vars[group] - 0.5 * scale * scale * total(sum_second)
+                to_mean = to_means[group] - scale * mean_gain * total(sum_first)
+                to_var = to_vars[group] - 0.5 * scale * scale * var_gain * total(sum_second)
                 away = token_mean - before
-                to_away = 2.0 * to_var * part * (1.0 - part) * away
+                to_away = 2.0 * to_var * var_part * between * away
                 shift = splat(np.float32((to_mean * part + to_away) / width))
-                slope = splat(np.float32(2.0 * to_var * part / width))
+                slope = splat(np.float32(2.0 * to_var * var_part / width))
                 middle = splat(np.float32(token_mean))
                 for i in range(0, padded, LANES):
                     grad = load(incoming, source + i) * load(scales, own + i) * factor
@@ -197,7 +229,7 @@ def backward(
                     for i in range(width):
                         grad_x[offset + i] = dy[i]
                 to_means[group] = to_mean * (1.0 - part) - to_away if n > 1 else 0.0
-                to_vars[group] = to_var * (1.0 - part) if n > 1 else 0.0
+                to_vars[group] = to_var * (1.0 - var_part) if n > 1 else 0.0
         for group in range(begin, stop):
             for i in range(width):
                 to = b * dim + group * width + i
