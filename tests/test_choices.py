@@ -6,6 +6,7 @@ import torch
 from megalodon_lm import Megalodon, ModelConfig
 
 ALONE = [
+    {"memory": "adaptive"},
     {"timestep_norm": "decay"},
     {"residual": "plain"},
     {"cema": "real"},

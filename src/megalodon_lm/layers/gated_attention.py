@@ -13,6 +13,7 @@ from ..ops.gates import silu_gate
 from ..ops.norms import head_rms_norm
 from ..ops.residual import add_branch
 from ..state_spec import Tree
+from .adaptive_memory import AdaptiveMemory
 from .chunk_attention import ChunkAttention
 from .complex_ema import ComplexEMA
 from .initialization import Initialiser
@@ -54,7 +55,7 @@ class GatedAttention(nn.Module):
         cema: ComplexEMA | None,
         rmsnorm: RMSNorm,
         attention: ChunkAttention,
-        memory: Any,
+        memory: AdaptiveMemory | None,
         *,
         dim: int,
         z_dim: int,

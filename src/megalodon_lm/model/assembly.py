@@ -1,9 +1,8 @@
 """Which parts a configuration asks for: the one place that turns choices into layers."""
 
-from torch import nn
-
 from ..config import ModelConfig
 from ..errors import InputError
+from ..layers.adaptive_memory import AdaptiveMemory
 from ..layers.block import Block
 from ..layers.chunk_attention import ChunkAttention
 from ..layers.complex_ema import ComplexEMA
@@ -60,11 +59,11 @@ def build_attention(config: ModelConfig) -> ChunkAttention:
     return ChunkAttention(c.chunk_size, c.rope_base, c.attention_dropout, c.drop_keys)
 
 
-def build_memory(config: ModelConfig) -> nn.Module | None:
-    """That of a block, if there is one."""
-    if config.memory == "adaptive":
-        raise InputError("memory = 'adaptive' is not built yet")
-    return None
+def build_memory(config: ModelConfig) -> AdaptiveMemory | None:
+    """That of a block, if there is one: it takes over where attention ends."""
+    if config.memory == "none":
+        return None
+    return AdaptiveMemory(config.chunk_size, lag=2 if config.attention == "sliding" else 1)
 
 
 def build_timestep_norm(config: ModelConfig) -> NormOverTime:
