@@ -6,6 +6,8 @@ import torch
 from megalodon_lm import Megalodon, ModelConfig
 
 ALONE = [
+    {"attention": "sliding"},
+    {"num_heads": 2, "heads_without_rope": 1},
     {"memory": "adaptive"},
     {"timestep_norm": "decay"},
     {"residual": "plain"},

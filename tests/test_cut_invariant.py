@@ -20,7 +20,7 @@ FAST = settings(max_examples=25, deadline=None)
 def build(dtype=torch.float64, **changes):
     torch.manual_seed(0)
     small = {"model_dim": 32, "z_dim": 16, "value_dim": 32, "ffn_hidden_dim": 32, "cema_ndim": 4, "num_heads": 2}
-    model = Megalodon(ModelConfig.named("tiny", vocab_size=30, chunk_size=CHUNK, **{**small, **changes}))
+    model = Megalodon(ModelConfig.named("tiny", **{**small, "vocab_size": 30, "chunk_size": CHUNK, **changes}))
     with torch.no_grad():  # away from the special values of the start
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))

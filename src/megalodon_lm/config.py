@@ -242,12 +242,15 @@ SIZES: dict[str, dict[str, Any]] = {
     "mega7.1B": dict(_7B, ffn_hidden_dim=11264),
     "mega7.3B": dict(_7B, ffn_hidden_dim=8192, swiglu=True),
     "paper7B": dict(_7B, ffn_hidden_dim=8192, swiglu=True, chunk_size=4096, rope_base=100_000.0),
+    "gecko7B": {**_7B, **_GECKO, "ffn_hidden_dim": 8192, "swiglu": True},
     # Small ones, for a CPU and bytes: that of the tests, those of the quickstart, that of the speed comparison.
     "tiny": _TINY,
+    "gecko_tiny": {**_TINY, **_GECKO},
     "nano": _byte_model(96),
     "micro": _byte_model(128),
     "mini": _byte_model(192),
     "small": _byte_model(256),
+    "gecko_small": {**_byte_model(256), **_GECKO},
     "bench22M": dict(vocab_size=256, num_layers=6, model_dim=512, num_heads=2, z_dim=256, value_dim=1024,
                      ffn_hidden_dim=1024, chunk_size=1024, norm_num_groups=16, swiglu=True),
 }  # fmt: skip

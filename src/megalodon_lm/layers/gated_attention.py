@@ -19,6 +19,7 @@ from .complex_ema import ComplexEMA
 from .initialization import Initialiser
 from .linear import Linear
 from .norms import AffineNorm, RMSNorm
+from .sliding_attention import SlidingAttention
 
 
 class GatedAttention(nn.Module):
@@ -54,7 +55,7 @@ class GatedAttention(nn.Module):
         timenorm: AffineNorm,
         cema: ComplexEMA | None,
         rmsnorm: RMSNorm,
-        attention: ChunkAttention,
+        attention: ChunkAttention | SlidingAttention,
         memory: AdaptiveMemory | None,
         *,
         dim: int,

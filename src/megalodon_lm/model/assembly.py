@@ -1,7 +1,6 @@
 """Which parts a configuration asks for: the one place that turns choices into layers."""
 
 from ..config import ModelConfig
-from ..errors import InputError
 from ..layers.adaptive_memory import AdaptiveMemory
 from ..layers.block import Block
 from ..layers.chunk_attention import ChunkAttention
@@ -11,6 +10,7 @@ from ..layers.feed_forward import FeedForward
 from ..layers.gated_attention import GatedAttention
 from ..layers.initialization import INITIALISERS
 from ..layers.norms import DecayNorm, EntryLayerNorm, LayerNorm, NormOverTime, RMSNorm, TimestepNorm
+from ..layers.sliding_attention import SlidingAttention
 
 
 def build_embedding(config: ModelConfig) -> Embedding:
@@ -51,12 +51,11 @@ def build_block(config: ModelConfig, layer: int) -> Block:
     return Block(mixer, feed_forward, two_hop=c.residual == "two_hop")
 
 
-def build_attention(config: ModelConfig) -> ChunkAttention:
+def build_attention(config: ModelConfig) -> ChunkAttention | SlidingAttention:
     """That of a block."""
     c = config
-    if c.attention == "sliding" or c.heads_without_rope:
-        raise InputError("attention = 'sliding' and heads_without_rope are not built yet")
-    return ChunkAttention(c.chunk_size, c.rope_base, c.attention_dropout, c.drop_keys)
+    given = (c.chunk_size, c.rope_base, c.attention_dropout, c.drop_keys, c.heads_without_rope)
+    return ChunkAttention(*given) if c.attention == "chunk" else SlidingAttention(*given)
 
 
 def build_memory(config: ModelConfig) -> AdaptiveMemory | None:
