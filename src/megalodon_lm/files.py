@@ -25,7 +25,7 @@ class Kind:
 
 
 BOOKMARK = Kind("a bookmark", (b'"format":"megalodon-state',))
-FIGURES = Kind("a file of figures", (b'"bits_per_byte_by_context"', b'"ratio_median"'))
+FIGURES = Kind("a file of figures", (b'"bits_per_byte_by_context"', b'"ratio_median"', b'"accuracy_by_distance"'))
 PICTURE = Kind("a picture", (b"\x89PNG", b"%PDF", b"<svg"), (".png", ".pdf", ".svg"))
 TOKENIZER = Kind("a tokenizer")  # models depend on one that is there
 
@@ -56,6 +56,18 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
     finally:  # also when interrupted
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder that may be there already, and those around it.
+
+    Raises:
+        InputError: it cannot be made, or a file has its name.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {path}: {error.strerror}") from None
 
 
 def is_unfinished(path: Path, name: str) -> bool:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,6 +64,39 @@ def parse_table(text: str, form: Literal["TOML", "JSON"], where: str) -> dict[st
     if not _integers_fit(table):
         raise InputError(f"{where} is not valid {form}: a number is too large, of more than {_BITS} bits")
     return table
+
+
+def parse_value(text: str, where: str) -> Any:
+    """One value as TOML writes it; a bare word is a string.
+
+    Args:
+        text: of the value.
+        where: it comes from, for messages.
+
+    Raises:
+        InputError: too large a number, or nested too deep.
+    """
+    try:
+        return parse_table(f"value = {text}", "TOML", where)["value"]
+    except InputError as error:
+        if not isinstance(error.__context__, tomllib.TOMLDecodeError):
+            raise
+        return text.strip()
+
+
+def parse_changes(changes: Iterable[str]) -> dict[str, Any]:
+    """Values by key, of such as model_dim=128; see parse_value.
+
+    Raises:
+        InputError: no key and value, or a value that cannot be.
+    """
+    found = {}
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals:
+            raise InputError(f"{change!r} must be like model_dim=128: a key and a value")
+        found[key.strip()] = parse_value(value, change)
+    return found
 
 
 def _integers_fit(value: Any) -> bool:

@@ -27,7 +27,7 @@ class Bench(Quiet):
     plot: Path | None = None
     """Draw tokens per second against length into this file (.png, .svg, .pdf)."""
     model: str = "bench22M"
-    """A named size or a configuration file."""
+    """A named size, a configuration file or a model folder."""
     measures: tuple[Literal["training", "prefill", "decode", "cema"], ...] = ("training", "prefill", "decode", "cema")
     """A training step (forward, loss and backward); reading a prompt; writing tokens after one; the CEMA operation."""
     peers: tuple[Literal["llama", "mamba", "rwkv", "jax", "floor", "itself", "portable"], ...] = (
@@ -48,9 +48,9 @@ class Bench(Quiet):
         from ..benchmark.records import Record, write_records
         from ..benchmark.report import draw, table
         from ..benchmark.suite import LENGTHS, QUICK_LENGTHS, Case, Suite, left_out, plan
-        from ..config import ModelConfig
         from ..files import FIGURES, PICTURE, check_writable
         from ..training.precision import check_precision, choose_precision
+        from .models import find_config
         from .progress import console, results
 
         for path, kind in ((self.json, FIGURES), (self.plot, PICTURE)):
@@ -59,8 +59,7 @@ class Bench(Quiet):
         for length in self.lengths:
             if length < 1:
                 raise InputError(f"--lengths {length} must be at least 1")
-        is_file = self.model.endswith((".toml", ".json"))
-        config = ModelConfig.load(self.model) if is_file else ModelConfig.named(self.model)
+        config = find_config(self.model)
         precision = choose_precision(check_precision(self.precision), torch.device("cpu"))
         reasons = left_out(self.peers, self.jax_python)
         for peer, reason in reasons.items():

@@ -26,12 +26,13 @@ class Info:
         from rich.table import Table
 
         from ..config import SIZES, ModelConfig
+        from .models import find_config
         from .progress import results
 
         if self.layers:
             self._show_layers()
             return
-        configs = {self.name: _config(self.name)} if self.name else {n: ModelConfig.named(n) for n in SIZES}
+        configs = {self.name: find_config(self.name)} if self.name else {n: ModelConfig.named(n) for n in SIZES}
         figures = {name: _figures(config) for name, config in configs.items()}
         if self.json:
             print(json.dumps(figures[self.name] if self.name else figures, indent=2))
@@ -63,17 +64,6 @@ class Info:
         for number, layer in enumerate(figures):
             table.add_row(str(number), *(f"{value:.4g}" for value in layer.values()))
         results.print(table)
-
-
-def _config(name: str) -> "ModelConfig":  # type: ignore[name-defined]  # noqa: F821
-    from ..config import ModelConfig
-
-    path = Path(name)
-    if path.is_dir():
-        return ModelConfig.load(path / "config.json")
-    if path.suffix in (".toml", ".json"):
-        return ModelConfig.load(path)
-    return ModelConfig.named(name)
 
 
 def _figures(config: "ModelConfig") -> dict[str, int]:  # type: ignore[name-defined]  # noqa: F821

@@ -1,4 +1,4 @@
-"""Loading a trained model for the commands that use one."""
+"""Finding the model that a command line names."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -6,8 +6,25 @@ from typing import TYPE_CHECKING
 from ..errors import InputError
 
 if TYPE_CHECKING:
+    from ..config import ModelConfig
     from ..data.tokenizer import Tokenizer
     from ..model.decoder import Megalodon
+
+
+def find_config(name: str) -> "ModelConfig":
+    """The configuration of a named size, in a .toml or .json file, or in a model folder.
+
+    Raises:
+        InputError: none of these, or a file that holds no configuration.
+    """
+    from ..config import ModelConfig
+
+    path = Path(name)
+    if path.is_dir():
+        return ModelConfig.load(path / "config.json")
+    if path.suffix in (".toml", ".json"):
+        return ModelConfig.load(path)
+    return ModelConfig.named(name)
 
 
 def load_trained(folder: Path, device: str) -> "tuple[Megalodon, Tokenizer]":

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ import tomli_w
 
 from ..config import ModelConfig
 from ..errors import InputError, nearest
-from ..tables import parse_table, read_table
+from ..tables import parse_value, read_table
 from .precision import Precision
 
 _BUNDLED = Path(__file__).parent.parent / "recipes"
@@ -252,13 +251,7 @@ def _change(values: dict[str, Any], change: str) -> None:
     part, _, key = name.strip().partition(".")
     if not equals or part not in ("model", "data", "training"):
         raise InputError(f"{change!r} must be like training.steps=2000: a table, a key and a value")
-    try:
-        parsed = parse_table(f"value = {value}", "TOML", change)["value"]
-    except InputError as error:
-        if not isinstance(error.__context__, tomllib.TOMLDecodeError):
-            raise  # too large, or nested too deep
-        parsed = value.strip()  # a bare word
-    values[part] = {**_table(values, part), key.strip(): parsed}
+    values[part] = {**_table(values, part), key.strip(): parse_value(value, change)}
 
 
 def _table(values: dict[str, Any], name: str) -> dict[str, Any]:
