@@ -9,14 +9,20 @@ import numpy as np
 import pytest
 from matplotlib import pyplot
 
+from megalodon_lm import ModelConfig
 from megalodon_lm.benchmark.records import Record
 from megalodon_lm.benchmark.report import draw as draw_benchmark
 from megalodon_lm.errors import InputError
 from megalodon_lm.evaluation.by_context import Curve
 from megalodon_lm.evaluation.by_context import draw as draw_contexts
 from megalodon_lm.evaluation.perplexity import Losses
+from megalodon_lm.evaluation.recall import VOCAB_SIZE, Recalled
+from megalodon_lm.evaluation.recall_report import Summary
+from megalodon_lm.evaluation.recall_report import draw as draw_recall
+from megalodon_lm.evaluation.recall_trials import Result, Trial
 from megalodon_lm.evaluation.report import Report
 from megalodon_lm.plots import finite, picture, short
+from megalodon_lm.training.recipe import TrainingRecipe
 from megalodon_lm.training.report import write_report
 
 NAN = math.nan
@@ -166,6 +172,21 @@ def test_loss_by_context_is_drawn(values, tmp_path, figures):
         found[10**number].add(0, np.full((1, 100), value * math.log(2)))
     draw_contexts(tmp_path / "c.png", [Curve("cumulative", 100, found), Curve("windowed", 100, found)])
     check_legible(figures[0])
+
+
+def test_recall_by_distance_and_by_state_is_drawn(tmp_path, figures):
+    config = ModelConfig.named("tiny", vocab_size=VOCAB_SIZE)
+    summaries = []
+    for pairs, distances in ((8, (0, 1, 4, 16, 64)), (32, (1, 4, 16, 64))):
+        for number, name in enumerate(("megalodon", "sliding", "memory", "gecko")):
+            trial = Trial(name, config, pairs, (1,), distances, 1, TrainingRecipe())
+            recalled = tuple(Recalled(d, 100 - d - number, 100, 8432 + 40_000 * number * (d > 0)) for d in distances)
+            summaries.append(Summary((Result(trial, recalled, 1.0, 1.0, 1),)))
+    draw_recall(tmp_path / "r.png", summaries)
+    check_legible(figures[0])
+    assert [axis.get_ylim() for axis in figures[0].axes] == [(-4, 104)] * 4
+    draw_recall(tmp_path / "s.svg", summaries[:1])
+    check_legible(figures[1])
 
 
 @pytest.mark.parametrize("name", ["r.gif", "r", "missing/r.png"])

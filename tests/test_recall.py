@@ -15,7 +15,7 @@ from megalodon_lm import Megalodon, ModelConfig
 from megalodon_lm.errors import InputError
 from megalodon_lm.evaluation import recall_trials
 from megalodon_lm.evaluation.recall import SYMBOLS, VOCAB_SIZE, RecallTask, ask
-from megalodon_lm.evaluation.recall_report import Summary, draw, summarise
+from megalodon_lm.evaluation.recall_report import summarise
 from megalodon_lm.evaluation.recall_trials import Trial, carry_out, carry_out_all, train, vary
 from megalodon_lm.training.recipe import TrainingRecipe
 
@@ -214,19 +214,13 @@ def test_the_best_rate_of_each_model_over_its_seeds():
     assert first.figures()["seeds"] == [0, 1]
 
 
-def test_the_picture(tmp_path):
-    result = carry_out(trial())
-    other = dataclasses.replace(result, trial=trial(name="other", pairs=3))
-    draw(tmp_path / "x.png", [Summary((result,)), Summary((other,))])
-    assert (tmp_path / "x.png").stat().st_size > 10_000
-
-
 def test_variants():
     base = ModelConfig.named("tiny")
     assert vary(base, [], "tiny") == {"tiny": ModelConfig.named("tiny", vocab_size=VOCAB_SIZE)}
     for name, config in vary(base, list(recall_trials.VARIANTS), "tiny").items():
         changed = {k for k, v in config.to_dict().items() if v != base.to_dict()[k]}
         assert changed == {"vocab_size", *recall_trials.VARIANTS[name]}
+        Megalodon(config)
     with pytest.raises(InputError, match="no variant 'megalodo'; did you mean 'megalodon'"):
         vary(base, ["megalodo"], "tiny")
 
@@ -282,5 +276,5 @@ def test_an_interrupt_keeps_what_is_done(tmp_path):
     assert nursery.ended() == 130
     nursery.close()
     figures = json.loads((tmp_path / "found" / "recall.json").read_text())
-    assert len(figures["trials"]) >= 2
+    assert len(list(tmp_path.glob("found/*seed*"))) - len(figures["trials"]) in (0, 1), "one may be just written"
     assert "Values recalled" in streams[1].read_text()

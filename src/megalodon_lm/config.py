@@ -229,8 +229,9 @@ def _byte_model(dim: int) -> dict[str, Any]:
 _PG19 = dict(num_layers=24, model_dim=2048, num_heads=2, z_dim=512, value_dim=4096, norm_num_groups=64)
 _7B = dict(num_layers=32, model_dim=4096, num_heads=4, z_dim=1024, value_dim=8192, norm_num_groups=64)
 
-_GECKO = dict(timestep_norm="decay", attention="sliding", memory="adaptive", residual="plain", cema_omega=False,
-              rope_base=500_000.0)  # fmt: skip
+GECKO = dict(timestep_norm="decay", attention="sliding", memory="adaptive", residual="plain", cema_omega=False,
+             rope_base=500_000.0)  # fmt: skip
+"""The choices that make a Gecko of a Megalodon."""
 _TINY = dict(vocab_size=259, num_layers=2, model_dim=64, z_dim=32, value_dim=128, ffn_hidden_dim=128, cema_ndim=8,
              chunk_size=64, norm_num_groups=4, swiglu=True)  # fmt: skip
 
@@ -242,15 +243,15 @@ SIZES: dict[str, dict[str, Any]] = {
     "mega7.1B": dict(_7B, ffn_hidden_dim=11264),
     "mega7.3B": dict(_7B, ffn_hidden_dim=8192, swiglu=True),
     "paper7B": dict(_7B, ffn_hidden_dim=8192, swiglu=True, chunk_size=4096, rope_base=100_000.0),
-    "gecko7B": {**_7B, **_GECKO, "ffn_hidden_dim": 8192, "swiglu": True},
+    "gecko7B": {**_7B, **GECKO, "ffn_hidden_dim": 8192, "swiglu": True},
     # Small ones, for a CPU and bytes: that of the tests, those of the quickstart, that of the speed comparison.
     "tiny": _TINY,
-    "gecko_tiny": {**_TINY, **_GECKO},
+    "gecko_tiny": {**_TINY, **GECKO},
     "nano": _byte_model(96),
     "micro": _byte_model(128),
     "mini": _byte_model(192),
     "small": _byte_model(256),
-    "gecko_small": {**_byte_model(256), **_GECKO},
+    "gecko_small": {**_byte_model(256), **GECKO},
     "bench22M": dict(vocab_size=256, num_layers=6, model_dim=512, num_heads=2, z_dim=256, value_dim=1024,
                      ffn_hidden_dim=1024, chunk_size=1024, norm_num_groups=16, swiglu=True),
 }  # fmt: skip

@@ -154,8 +154,9 @@ class Recall(Quiet):
     model: str = "tiny"
     """A named size, a configuration file or a model folder, of which the sizes are taken; its vocabulary is the
     task's."""
-    variants: list[str] = field(default_factory=lambda: ["megalodon"])
-    """Choices of the model to compare; nothing for the model as it is."""
+    variants: list[str] = field(default_factory=lambda: ["megalodon", "sliding", "memory", "gecko"])
+    """Choices of the model to compare: attention over the chunk before alone, the adaptive memory alone, or all of
+    Gecko's choices; nothing for the model as it is."""
     set: list[str] = field(default_factory=list)
     """Changes to the configuration of all of them, such as model_dim=128 chunk_size=32; values as in TOML."""
     pairs: list[int] = field(default_factory=lambda: [8, 32])

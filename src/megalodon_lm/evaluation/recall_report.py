@@ -98,8 +98,8 @@ def draw(path: Path, summaries: Sequence[Summary]) -> None:
                 by_bytes.plot(list(s.state_bytes.values()), [100 * m for m in means], "o", color=drawn[0].get_color())
             by_distance.set_xticks(range(len(distances)), [str(distance) for distance in distances])
             by_distance.set(xlabel="chunks between keys and queries", ylabel="values recalled, %")
-            by_distance.set_title(f"{pairs} pairs by distance; dotted: guessing among values seen")
-            by_bytes.set_title("and by bytes of the state they are answered from")
+            by_distance.set_title(f"{pairs} pairs (dotted: guessing among the {pairs} values)")
+            by_bytes.set_title("By state where queries begin")
             log_axis(by_bytes.xaxis, [size for s in shown for size in s.state_bytes.values()])
             by_bytes.set(xlabel="bytes of state")
             for axis in (by_distance, by_bytes):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..config import ModelConfig
+from ..config import GECKO, ModelConfig
 from ..errors import InputError, nearest
 from ..files import FIGURES, check_writable, make_folder, write_atomically
 from ..model.decoder import Megalodon
@@ -30,8 +30,14 @@ USED = (
 )  # fmt: skip
 """What training a trial takes from the settings of a run."""
 
-VARIANTS: dict[str, dict[str, Any]] = {"megalodon": {}}
-"""Choices of a model to compare, as changes of its configuration."""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "megalodon": {},
+    "sliding": {"attention": "sliding"},
+    "memory": {"memory": "adaptive"},
+    "gecko": GECKO,
+}
+"""Choices of a model to compare, as changes of its configuration: of Gecko's parts, those that carry words, each alone,
+and all."""
 
 
 @dataclass(frozen=True)
