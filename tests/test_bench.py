@@ -49,11 +49,12 @@ def test_rounds_fit_the_budget_within_bounds():
     assert rounds_within(20, 0, 3, 15) == 15
 
 
-@pytest.mark.parametrize("name", ["tiny", "bench22M", "paper7B"])
+@pytest.mark.parametrize("name", ["tiny", "bench22M", "paper7B", "gecko_tiny", "gecko7B"])
 @pytest.mark.parametrize("backward", [False, True])
 def test_the_floor_counts_every_matrix_product(name, backward):
+    """Of a text so long that its first chunks, which have fewer before them, do not matter."""
     config = ModelConfig.named(name)
-    tokens = 2 * config.chunk_size
+    tokens = (2 if config.attention == "chunk" else 2**26) * config.chunk_size
     with torch.device("meta"):
         floor = MatrixProducts(config, 1, tokens, torch.bfloat16, backward)
     cema = 16 * config.model_dim * config.cema_ndim * config.num_layers * (3 if backward else 1)

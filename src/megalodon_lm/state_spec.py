@@ -49,9 +49,10 @@ class TensorSpec:
             return asked
         return torch.promote_types(self.dtype, asked) if self.dtype.is_floating_point else self.dtype
 
-    def nbytes(self, dtype: torch.dtype) -> int:
-        """Bytes of a row in a state of a type."""
-        return math.prod(self.shape) * self.dtype_for(dtype).itemsize
+    def nbytes(self, dtype: torch.dtype, at_chunk_end: bool = False) -> int:
+        """Bytes of a row in a state of a type; at the end of a chunk, of a cache only what is used there."""
+        shape = (self.kept, *self.shape[1:]) if self.fill and at_chunk_end else self.shape
+        return math.prod(shape) * self.dtype_for(dtype).itemsize
 
     def empty(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """The tensor of rows that read nothing."""

@@ -33,7 +33,7 @@ class Product(NamedTuple):
 
 
 def forward_products(config: ModelConfig, rows: int, length: int) -> list[Product]:
-    """The matrix products of a forward pass; attention counts the pairs that causality lets see each other.
+    """The matrix products of a forward pass; attention counts the pairs of tokens that see each other.
 
     Args:
         config: of the model.
@@ -44,7 +44,19 @@ def forward_products(config: ModelConfig, rows: int, length: int) -> list[Produc
     layers, heads = config.num_layers, config.num_heads
     chunk = min(config.chunk_size, length)
     chunks = max(1, rows // chunk)
+    dk, dv = z // heads, v // heads
     seen = (chunk + 1) / (2 * chunk)
+    later = max(0.0, 1 - chunk / length)  # of the chunks: those with one before them
+    attended = [seen, later] if config.attention == "sliding" else [seen]
+    memory = []
+    if config.memory == "adaptive":
+        lag = 2 if config.attention == "sliding" else 1
+        memory = [
+            Product(chunks * heads, chunk, dk, dv, layers, max(0.0, 1 - lag * chunk / length)),  # read
+            Product(chunks * heads, dk, chunk, dv, layers),  # two sums over a chunk,
+            Product(chunks * heads, dk, chunk, dk, layers),
+            Product(chunks * heads, dk, dk, dv, layers, later),  # and one product with the matrix of those before it
+        ]
     return [
         Product(1, rows, d, z, layers),
         Product(1, rows, d, v, 2 * layers),
@@ -52,8 +64,9 @@ def forward_products(config: ModelConfig, rows: int, length: int) -> list[Produc
         Product(1, rows, v, d, layers),
         Product(1, rows, d, f, (2 if config.swiglu else 1) * layers),
         Product(1, rows, f, d, layers),
-        Product(chunks * heads, chunk, z // heads, chunk, layers, seen),
-        Product(chunks * heads, chunk, chunk, v // heads, layers, seen),
+        *(Product(chunks * heads, chunk, dk, chunk, layers, share) for share in attended),
+        *(Product(chunks * heads, chunk, chunk, dv, layers, share) for share in attended),
+        *memory,
         Product(1, rows, d, config.vocab_size, 1),
     ]
 

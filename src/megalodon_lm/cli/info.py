@@ -7,6 +7,8 @@ from tyro.conf import Positional
 
 from ..errors import InputError
 
+PARTS = ("norm", "cema", "attention", "memory")  # of a state
+
 
 @dataclass
 class Info:
@@ -67,21 +69,28 @@ class Info:
 
 
 def _figures(config: "ModelConfig") -> dict[str, int]:  # type: ignore[name-defined]  # noqa: F821
-    """Counts and bytes; memory for training is weights, gradients and two moments in float32, without activations."""
+    """Counts and bytes, those of the state by part too.
+
+    Memory for training is weights, gradients and two moments in float32, without activations.
+    """
     import torch
 
     from ..generation.context import bookmark_bytes
     from ..model.decoder import Megalodon
+    from ..training.inspection import state_bytes_by_part
 
     with torch.device("meta"):
         model = Megalodon(config)
-    parameters = config.num_parameters
+    parameters, bf16 = config.num_parameters, torch.bfloat16
+    whole, at_end = (state_bytes_by_part(model, bf16, at_chunk_end) for at_chunk_end in (False, True))
     return {
         "parameters": parameters,
         "flops_per_token": config.flops_per_token(),
         "training_flops_per_token": config.flops_per_token(backward=True),
         "state_bytes": model.state_bytes(),
-        "state_bytes_bf16_cache": model.state_bytes(dtype=torch.bfloat16),
+        "state_bytes_bf16_cache": model.state_bytes(dtype=bf16),
+        **{f"{part}_bytes_bf16_cache": whole.get(part, 0) for part in PARTS},
+        **{f"{part}_bytes_at_chunk_end": at_end.get(part, 0) for part in PARTS},
         "bookmark_bytes": bookmark_bytes(model),
         "weight_bytes_float32": 4 * parameters,
         "weight_bytes_bf16": 2 * parameters,

@@ -1,4 +1,4 @@
-"""Figures of a model's layers that tell how it remembers and attends."""
+"""Figures of a model's layers that tell how it remembers and attends, and with how many bytes."""
 
 import math
 
@@ -6,6 +6,7 @@ import torch
 
 from ..layers.block import Block
 from ..model.decoder import Megalodon
+from ..state_spec import named
 
 
 @torch.no_grad()
@@ -35,3 +36,23 @@ def inspect_layers(model: Megalodon) -> list[dict[str, float]]:
             figures["output"] = mega.cema.gamma.norm().item()
         found.append(figures)
     return found
+
+
+def state_bytes_by_part(model: Megalodon, dtype: torch.dtype, at_chunk_end: bool = False) -> dict[str, int]:
+    """Bytes of a state of one row, of all layers together, by the name of the part that carries them.
+
+    Args:
+        model: may be on the meta device.
+        dtype: of the caches.
+        at_chunk_end: of each cache only what is used there, as in a bookmark.
+
+    Returns:
+        Those of "norm" with the final one, and of "cema", "attention" and "memory" where there are such parts; the
+        position is left out.
+    """
+    sizes: dict[str, int] = {}
+    parts = [part for layer in model.state_spec["layers"] for part in layer.items()]
+    for name, part in [("norm", model.state_spec["norm"]), *parts]:
+        size = sum(leaf.nbytes(dtype, at_chunk_end) for _, leaf in named(part))
+        sizes[name] = sizes.get(name, 0) + size
+    return sizes
