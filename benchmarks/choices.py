@@ -5,10 +5,10 @@
     python benchmarks/choices.py --out choices --no-train --json choices.json       # the table of what is there
 
 For every choice one seed is trained at each learning rate, a shorter run; the rate that ends lowest is taken for all
-seeds. A seed draws the weights and the order of the text, alike for all choices. Bits per byte are those of the held-out
-novel, read once as a whole. A choice is compared with Megalodon of the same seed: mean of the differences, and its standard error
-over the seeds, which is all that so few seeds can tell. Each finished run is a file in the output folder, so that an
-interrupted command goes on where it was.
+seeds. A seed draws the weights and the order of the text, alike for all choices. Bits per byte are those of the
+held-out novel, read once as a whole. A choice is compared with Megalodon of the same seed: mean of the differences, and
+its standard error over the seeds, which is all that so few seeds can tell. Each finished run is a file in the output
+folder, so that an interrupted command goes on where it was.
 """
 
 import json
