@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .backend import op
 from .boundaries import Boundaries, take
-from .open_chunk import even_open_chunk, open_chunk
+from .windowed_attention import Window, enter, leave
 
 
 class MemoryState(NamedTuple):
@@ -95,49 +95,48 @@ def adaptive_memory(
     Returns:
         (B, L, H, dv) in the type of v, and the state at the exit.
     """
-    batch, length, wide = len(q), q.shape[1], torch.promote_types(q.dtype, torch.float32)
-    entry = _empty(k, v, chunk_size, lag) if state is None else state
-    where = boundaries or Boundaries()
-    position = entry.chunks * chunk_size + entry.fill
-    leaving = where.exit_position(position, length)
+    length, wide, window = q.shape[1], torch.promote_types(q.dtype, torch.float32), Window(chunk_size)
+    old = empty_state(k, v, chunk_size, lag) if state is None else state
+    entry = enter(window, None if state is None else state.fill, boundaries, len(q), length)
+    position = old.chunks * chunk_size + old.fill
+    leaving = entry.boundaries.exit_position(position, length)
     fill, chunks = leaving % chunk_size, leaving // chunk_size
     reading = q.softmax(-1, dtype=wide).to(v.dtype)
-    memories = [*entry.memory.to(wide).unbind(1)]
-    start = _common_place(state, boundaries)
+    memories = [*old.memory.to(wide).unbind(1)]
 
-    if start is not None:
-        ended = (start + length) // chunk_size
-        cached = None if start == 0 else _unfinished_values(cache, entry.fill, chunk_size)
-        log_sum = entry.log_sum
+    if entry.start is not None:
+        log_sum, values = old.log_sum.double(), v
+        ended = (entry.start + length) // chunk_size
         if ended:
-            first = (entry.chunks == 0)[:, None] & (torch.arange(ended) == 0)
-            tokens, theirs = (_chunks(t, old, start, chunk_size) for t, old in ((k, entry.keys), (v, cached)))
-            made, log_sums = _absorb(tokens, theirs, memories[-1], log_sum, first)
+            if entry.start:
+                values = torch.cat([unfinished_values(cache, old.fill, chunk_size)[:, : entry.start].to(v.dtype), v], 1)
+            keys = torch.cat([old.keys[:, : entry.start].to(k.dtype), k], 1) if entry.start else k
+            keys, values = (t[:, : ended * chunk_size].unflatten(1, (ended, -1)) for t in (keys, values))
+            first = (old.chunks == 0)[:, None] & (torch.arange(ended) == 0)
+            made, log_sums = _absorb(keys, values, memories[-1], log_sum, first)
             memories, log_sum = memories + made, log_sums[:, -1]
-        empty = lag if state is None else lag - int(entry.chunks.max())
-        out = _read_evenly(reading, memories, chunk_size, start, empty)
-        keys = even_open_chunk(k, entry.keys, (start + length) % chunk_size, chunk_size)
-        return out, MemoryState(keys, fill, torch.stack(memories[-lag:], 1), log_sum, chunks)
-
-    places = find_places(position, where, length, chunk_size, lag)
-    log_sums = entry.log_sum[:, None]
-    if places.keys.shape[1]:
-        cached = v.new_zeros(batch, chunk_size, *v.shape[2:])
-        if cache is not None:
-            cached = _unfinished_values(cache, entry.fill, chunk_size)
-        tokens, theirs = (_gathered(t, old, places.keys) for t, old in ((k, entry.keys), (v, cached)))
-        made, totals = _absorb(tokens, theirs, memories[-1], entry.log_sum, places.first)
-        memories, log_sums = memories + made, torch.cat([log_sums, totals], 1)
-    stacked = torch.stack(memories, 1)
-    out = _read_groups(reading, stacked.to(v.dtype), places)
-
-    rows, newest = torch.arange(batch)[:, None], places.ended[:, None]
-    left = stacked[rows, newest + torch.arange(lag)]
-    some = (chunks[:, None] >= torch.arange(lag, 0, -1)).to(q.device)
-    left = torch.where(some[..., None, None, None], left, 0)
-    log_sum = torch.where((chunks > 0).to(q.device)[:, None, None], log_sums[rows[:, 0], places.ended], 0)
-    stops = torch.full_like(fill, length) if where.lengths is None else where.lengths
-    return out, MemoryState(open_chunk(k, entry.keys, stops, fill, chunk_size), fill, left, log_sum, chunks)
+        empty = lag if state is None else lag - int(old.chunks.max())
+        out = _read_evenly(reading, memories, chunk_size, entry.start, empty)
+        memory = torch.stack(memories[-lag:], 1)
+    else:
+        places = find_places(position, entry.boundaries, length, chunk_size, lag)
+        log_sums = old.log_sum[:, None].double()
+        if places.keys.shape[1]:
+            cached = v.new_zeros(len(v), chunk_size, *v.shape[2:])
+            if cache is not None:
+                cached = unfinished_values(cache, old.fill, chunk_size)
+            keys, values = (_gathered(*pair, places.keys) for pair in ((k, old.keys), (v, cached)))
+            made, totals = _absorb(keys, values, memories[-1], old.log_sum, places.first)
+            memories, log_sums = memories + made, torch.cat([log_sums, totals], 1)
+        stacked = torch.stack(memories, 1)
+        out = _read_groups(reading, stacked.to(v.dtype), places)
+        rows = torch.arange(len(q))[:, None]
+        memory = stacked[rows, places.ended[:, None] + torch.arange(lag)]
+        there = (chunks[:, None] >= torch.arange(lag, 0, -1)).to(q.device)
+        memory = torch.where(there[..., None, None, None], memory, 0)
+        log_sum = torch.where((chunks > 0).to(q.device)[:, None, None], log_sums[rows[:, 0], places.ended], 0)
+    keys = leave(k, None if state is None else state.keys, window, entry, fill)
+    return out, MemoryState(keys, fill, memory, log_sum, chunks)
 
 
 def absorb(keys: Tensor, values: Tensor, memory: Tensor, log_sum: Tensor, chunks: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,19 +164,19 @@ def _absorb(
     Args:
         keys: (B, K, c, H, dk).
         values: (B, K, c, H, dv).
-        memory, log_sum: at the entry.
+        memory, log_sum: (B, H, dk, dv) and (B, H, dk) at the entry.
         first: (B, K) bool on the CPU, the chunk is the first of its document.
 
     Returns:
         M after each chunk, K times (B, H, dk, dv), and log_sum after each (B, K, H, dk).
     """
     wide = memory.dtype
-    keys = keys.to(wide)
+    keys, log_sum = keys.to(wide), log_sum.double()
     predicting = keys.softmax(-1).to(values.dtype)
     highest = keys.detach().amax(2, keepdim=True)
     weights = (keys - highest).exp()
-    sums, highest = weights.sum(2), highest.squeeze(2).to(log_sum.dtype)
-    log_sums = _running(highest + sums.to(log_sum.dtype).log(), log_sum, first.to(keys.device))
+    sums, highest = weights.sum(2), highest.squeeze(2).double()
+    log_sums = _running(highest + sums.double().log(), log_sum, first.to(keys.device))
     scale = (highest - log_sums).exp().to(wide)
     weights = weights.to(values.dtype).permute(0, 1, 3, 4, 2)
     added = scale[..., None] * (weights @ values.transpose(2, 3)).to(wide)
@@ -208,7 +207,7 @@ def _running(logs: Tensor, entry: Tensor, first: Tensor) -> Tensor:
     return torch.where(document == 0, torch.logaddexp(logs, entry[:, None]), logs)
 
 
-def _empty(k: Tensor, v: Tensor, chunk_size: int, lag: int) -> MemoryState:
+def empty_state(k: Tensor, v: Tensor, chunk_size: int, lag: int) -> MemoryState:
     """The state of nothing."""
     batch, _, heads, dim = k.shape
     memory = v.new_zeros(batch, lag, heads, dim, v.shape[-1], dtype=torch.promote_types(v.dtype, torch.float32))
@@ -217,18 +216,7 @@ def _empty(k: Tensor, v: Tensor, chunk_size: int, lag: int) -> MemoryState:
     return MemoryState(k.new_zeros(batch, chunk_size, heads, dim), none, memory, log_sum, none)
 
 
-def _common_place(state: MemoryState | None, boundaries: Boundaries | None) -> int | None:
-    """The place in its chunk from which every row runs on; None if they differ or, in a graph, may differ."""
-    if boundaries is not None:
-        return None
-    if state is None:
-        return 0
-    if torch.compiler.is_compiling() or (state.fill != state.fill[0]).any():
-        return None
-    return int(state.fill[0])
-
-
-def _unfinished_values(cache: ValueCache | None, fill: Tensor, chunk_size: int) -> Tensor:
+def unfinished_values(cache: ValueCache | None, fill: Tensor, chunk_size: int) -> Tensor:
     """(B, c, H, dv): the `fill` newest values of attention's cache, from slot 0 on; anything after them."""
     assert cache is not None, "an unfinished chunk has values"
     values, before = cache.values, cache.fill - fill
@@ -238,15 +226,6 @@ def _unfinished_values(cache: ValueCache | None, fill: Tensor, chunk_size: int) 
         return values[:, int(before[0]) :][:, :chunk_size]
     slots = (before[:, None] + torch.arange(chunk_size)).clamp(max=values.shape[1] - 1)
     return values[torch.arange(len(values))[:, None], slots]
-
-
-def _chunks(piece: Tensor, cached: Tensor | None, start: int, chunk_size: int) -> Tensor:
-    """(B, K, c, H, d): the chunks that end in a piece whose rows all run on from one place."""
-    if start:
-        assert cached is not None
-        piece = torch.cat([cached[:, :start].to(piece.dtype), piece], 1)
-    whole = piece.shape[1] // chunk_size * chunk_size
-    return piece[:, :whole].unflatten(1, (-1, chunk_size))
 
 
 def _gathered(piece: Tensor, cached: Tensor, places: Tensor) -> Tensor:
