@@ -13,6 +13,7 @@ from megalodon_lm.ops.cpu.emulated_tiles import EMULATED
 from megalodon_lm.ops.cpu.processor import multiplies_tiles
 from megalodon_lm.ops.cpu.simd import as_numpy, compiled
 
+from . import test_cpu_sliding_attention as sliding
 from .cases import BOUNDARIES, boundaries, gradients
 from .test_cpu_chunk_attention import B, H, case, compare, run
 from .test_not_finite import run_attention
@@ -96,6 +97,30 @@ def test_long_chunks_equal_the_portable_path(tiles, kind):
     """Several tiles of keys, queries that come after more than one of them, and queries wider than values."""
     fill, size = torch.tensor([17, 300, 599]), 600
     compare(boundaries(kind, B, 350), fill, case(350, torch.bfloat16, size, 64, 32), size, portable)
+
+
+SLIDING_SAMPLE = [("none", 50, 8, (5, 5, 5)), ("both", 70, 20, (3, 59, 0)), ("documents", 50, 40, (39, 40, 81))]
+SLIDING_GRID = [
+    (kind, length, chunk_size, position)
+    for kind in BOUNDARIES
+    for length in (1, 33, 70)
+    for chunk_size, position in ((8, (5, 5, 5)), (20, (3, 59, 0)), (40, (39, 40, 81)))
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "length", "chunk_size", "position"),
+    SLIDING_SAMPLE + [pytest.param(*c, marks=pytest.mark.slow) for c in SLIDING_GRID],
+)
+def test_sliding_attention_equals_reference_with_all_gradients(tiles, kind, length, chunk_size, position, monkeypatch):
+    monkeypatch.setattr(causal_attention, "MERGED_KEYS", 36)
+    inputs = sliding.inputs_of(length, torch.bfloat16, 32, 64, chunk_size)
+    sliding.compare(boundaries(kind, B, length), position, inputs, chunk_size)
+
+
+def test_chunks_of_several_tiles_of_keys_and_the_ones_before(tiles):
+    inputs = sliding.inputs_of(700, torch.bfloat16, 64, 32, 300)
+    sliding.compare(boundaries("both", B, 700), (17, 899, 0), inputs, 300, sliding.portable)
 
 
 @pytest.mark.skipif(not multiplies_tiles(), reason="the processor has no tiles to compare with")

@@ -160,10 +160,10 @@ def test_operators_are_well_formed():
     slots = (torch.tensor([[5], [0], [3]]) + torch.arange(20)) % C
     slots[2, 15:] = -1
     stops, leaving = torch.tensor([20, 20, 15]), torch.tensor([9, 4, 2])
-    torch.library.opcheck(rotary.rotate_pairs, (q, slots, 1e4, C, False))
+    torch.library.opcheck(rotary.rotate_pairs, (q, slots, 1e4, C, H, False))
     torch.library.opcheck(causal_attention.attention_forward, (q, k, v, keys, values, slots))
     torch.library.opcheck(causal_attention.attention_forward, (q, k, v, None, None, torch.arange(20).expand(B, 20) % C))
-    torch.library.opcheck(exits.take_open_chunk, (k, keys, stops, leaving, C))
+    torch.library.opcheck(exits.take_open_chunk, (k, keys, stops, leaving, C, torch.tensor([5, 0, 3])))
 
 
 @pytest.mark.parametrize("kind", ["none", "both"])

@@ -96,7 +96,7 @@ OPS_WITH_STATE = {
     "sliding_attention": (run_sliding, draw(*HEADS[:3], (B, 2 * C, H, 16), (B, 2 * C, H, 32))),
     "adaptive_memory": (run_memory, draw(*HEADS, (B, 2, H, 16, 32), (B, H, 16))),
 }
-PORTABLE = {"decay_norm", "sliding_attention", "adaptive_memory"}
+PORTABLE = {"decay_norm", "adaptive_memory"}
 TOKEN_OPS = {
     "rms_norm": (rms_definition, (1e-5,), draw((B, L, D), (D,))),
     "layer_norm": (layer_definition, (1e-5,), draw((B, L, D), (D,), (D,))),

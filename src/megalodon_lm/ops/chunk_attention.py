@@ -61,5 +61,4 @@ def chunk_attention(
     places = (entry.slots.clamp(min=0) if entry.start is None else entry.slots[0]).to(q.device)
     q, k = (rope(t, slot_turns(t, places, rope_base, chunk_size), heads_without_rope) for t in (q, k))
     out = attend_in_windows(q, (k, keys), (v, values), window, entry, (dropout, drop_keys))
-    fill = entry.boundaries.exit_position(entry.fill, length) % chunk_size
-    return out, KeyValueCache(leave(k, keys, window, entry, fill), leave(v, values, window, entry, fill), fill)
+    return out, KeyValueCache(leave(k, keys, window, entry), leave(v, values, window, entry), entry.leaving)

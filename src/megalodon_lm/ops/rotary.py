@@ -64,8 +64,12 @@ def rotations(highest: int, dim: int, base: float, dtype: torch.dtype, device: t
         return _turns(torch.arange(highest), dim, base, dtype, device)
 
 
+def frequencies(dim: int, base: float) -> Tensor:
+    """Angles of one step, (dim / 2,) float64."""
+    return base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+
+
 def _turns(positions: Tensor, dim: int, base: float, dtype: torch.dtype, device: torch.device) -> Turns:
     """cos and sin of positions (...), (..., dim / 2), by float64."""
-    frequency = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    angle = positions.double()[..., None] * frequency
+    angle = positions.double()[..., None] * frequencies(dim, base)
     return angle.cos().to(device, dtype), angle.sin().to(device, dtype)

@@ -61,17 +61,9 @@ def sliding_attention(
     keys, values, fill, position = cache or (None, None, None, torch.zeros(batch, dtype=torch.int64))
     window = Window(chunk_size, chunk_size)
     entry = enter(window, fill, boundaries, batch, length)
-    places = positions(position, entry.boundaries, length)
+    places = entry.boundaries.since_start(position, length)
     turns = document_turns(q, places, rope_base, chunk_size)
     q, k = (rope(t, turns, heads_without_rope) for t in (q, k))
     out = attend_in_windows(q, (k, keys), (v, values), window, entry, (dropout, drop_keys))
-    position = entry.boundaries.exit_position(position, length)
-    fill = window.slots(position)
-    leaving = (leave(k, keys, window, entry, fill), leave(v, values, window, entry, fill))
-    return out, SlidingCache(*leaving, fill, position)
-
-
-def positions(entry: Tensor, boundaries: Boundaries, length: int) -> Tensor:
-    """(B, L) int64 on the CPU, tokens before each in its document, after `entry` of them; 0 at padding."""
-    places = boundaries.since_start(entry, length)
-    return places if boundaries.lengths is None else places.where(boundaries.valid(length), 0)
+    leaving = (leave(k, keys, window, entry), leave(v, values, window, entry), entry.leaving)
+    return out, SlidingCache(*leaving, entry.boundaries.exit_position(position, length))

@@ -51,19 +51,22 @@ class Entry(NamedTuple):
         boundaries: of the piece.
         slots: (B, L) int64 on the CPU, how many tokens before it a token sees; -1 at padding.
         start: the slot from which all rows run on; None if they differ or, in a graph, may differ.
+        leaving: (B,) int64 on the CPU, entries of the cache at the exit.
     """
 
     fill: Tensor
     boundaries: Boundaries
     slots: Tensor
     start: int | None
+    leaving: Tensor
 
 
 def enter(window: Window, fill: Tensor | None, boundaries: Boundaries | None, batch: int, length: int) -> Entry:
     """Where the tokens of a piece stand that comes after a cache of `fill` entries a row, None for no cache."""
     where = boundaries or Boundaries()
     filled = torch.zeros(batch, dtype=torch.int64) if fill is None else fill
-    return Entry(filled, where, token_slots(window, filled, where, length), _common_start(fill, boundaries))
+    slots, leaving = token_slots(window, filled, where, length), window.slots(where.exit_position(filled, length))
+    return Entry(filled, where, slots, _common_start(fill, boundaries), leaving)
 
 
 def token_slots(window: Window, fill: Tensor, boundaries: Boundaries, length: int) -> Tensor:
@@ -110,15 +113,17 @@ def attend_in_windows(q: Tensor, keys: Side, values: Side, window: Window, entry
     return out.masked_fill(spoilt(piece, cached, entry.slots), math.nan)
 
 
-def leave(piece: Tensor, cached: Tensor | None, window: Window, entry: Entry, fill: Tensor) -> Tensor:
-    """Keys or values (B, window.size, H, d) of the cache at the exit, of which `fill` (B,) entries a row are used."""
+def leave(piece: Tensor, cached: Tensor | None, window: Window, entry: Entry) -> Tensor:
+    """Keys or values (B, window.size, H, d) of the cache at the exit."""
     length = piece.shape[1]
     if entry.start is not None:
         end = entry.start + length
         end = end % window.chunk_size + min(end // window.chunk_size * window.chunk_size, window.kept)
         return even_open_chunk(piece, cached, end, window.size, entry.start)
-    stops = torch.full_like(fill, length) if entry.boundaries.lengths is None else entry.boundaries.lengths
-    return open_chunk(piece, cached, stops, fill, window.size, entry.fill if window.kept else None)
+    stops, moved = entry.boundaries.lengths, entry.fill if window.kept else None
+    if stops is None:
+        stops = torch.full_like(entry.fill, length)
+    return open_chunk(piece, cached, stops, entry.leaving, window.size, moved)
 
 
 def _span(side: Side, start: int, begin: int, end: int) -> Tensor:

@@ -16,6 +16,7 @@ from .amx_packing import SQUARE_WORDS, Group, Operands, Result
 from .processor import multiplies_tiles
 from .simd import as_numpy
 from .team import num_threads
+from .tiled_attention import ends_in_group
 
 tiles = PROCESSOR  # those that kernels are compiled for
 
@@ -99,7 +100,7 @@ def backward(
         n = group.end - group.begin
         exchange = Exchange(turned, scores, torch.zeros(heads * -(-n // SQUARE) * SQUARE * dk).numpy())
         result = Result(output, _sums_of(group, length, heads, sums_of))
-        last = ends[group.row, group.begin : group.end] - group.begin
+        last = ends_in_group(ends, length, group)
         attend_backward(
             num_threads(), tiles, incoming, given, group, last, result, queries, exchange, grads
         )  # fmt: skip

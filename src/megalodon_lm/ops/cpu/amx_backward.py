@@ -49,8 +49,8 @@ class Exchange(NamedTuple):
 def _pack_queries(first: int, last: int, q: Any, grad: Any, group: Any, result: Any, queries: Any) -> None:
     q_transposed, grad_transposed, q_pairs, grad_pairs, logs, deltas = queries
     out, sums = result
-    row, begin, end, _ = group
-    queries_alone = Group(row, begin, end, 0)
+    row, begin, end, _, _ = group
+    queries_alone = Group(row, begin, end, 0, 0)
     dk, dv = q.shape[3], out.shape[3]
     strips = num_strips(end - begin)
     words = scratch(SQUARE * max(dk, dv) // 2)
@@ -123,7 +123,7 @@ def _return_to_keys(
     _, grad_k, grad_v, grad_keys, grad_values = grads
     q_transposed, grad_transposed, q_pairs, grad_pairs, logs, deltas = queries
     turned, packed_scores, _ = exchange
-    _, begin, end, before = group
+    _, begin, end, before, _ = group
     dk, dv = k.shape[3], v.shape[3]
     strips = num_strips(end - begin)
     width = strips * SQUARE
@@ -148,8 +148,8 @@ def _return_to_keys(
                     turned[((h * dk + d) * tile + part + b) * SQUARE + r] = k_rows[(b * SQUARE + r) * dk + d]
             high = 0
             for r in range(SQUARE):
-                token = max(key + r - before, 0)
-                bounds[b, r, 0], bounds[b, r, 1] = token, ends[token] if key + r < before + end - begin else 0
+                bounds[b, r, 0] = max(key + r - before, 0)
+                bounds[b, r, 1] = ends[key + r] if key + r < len(ends) else 0
                 high = max(high, bounds[b, r, 1])
             seen[b, 0], seen[b, 1] = bounds[b, 0, 0] // SQUARE, num_strips(high)
         for j in range(seen[0, 0], strips):
@@ -214,7 +214,7 @@ def _return_to_queries(
 @inner
 def _write_queries(first: int, last: int, sums: Any, group: Any, grad_q: Any) -> None:
     """Sums (H, strips, dk, 32) to tokens of (B, L, H, dk)."""
-    row, begin, end, _ = group
+    row, begin, end, _, _ = group
     dk = grad_q.shape[3]
     strips = num_strips(end - begin)
     turned = np.empty(dk, np.float32)
@@ -249,7 +249,7 @@ def attend_backward(
         grad: (B, L, H, dv) of the output, bf16 as uint16.
         given: Operands, as there.
         group: Group.
-        ends: (n,) the query of the group after the last one that sees a token.
+        ends: (before + n,) the query of the group after the last one that sees each of its keys.
         result: Result, from there.
         queries: Queries, scratch.
         exchange: Exchange, scratch.

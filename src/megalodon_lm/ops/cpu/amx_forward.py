@@ -64,8 +64,8 @@ def _attend_strips(
 ) -> None:
     """One task is TOGETHER strips of queries of a head."""
     out, sums = result
-    row, begin, end, before = group
-    queries_alone = Group(row, begin, end, 0)
+    row, begin, end, before, _ = group
+    queries_alone = Group(row, begin, end, 0, 0)
     dk, dv = q.shape[3], out.shape[3]
     size = TOGETHER * SQUARE
     parts = -(-(end - begin) // size)
@@ -127,7 +127,7 @@ def attend(threads: int, tiles: Any, given: Any, group: Any, slots: Any, packed:
         tiles: PROCESSOR or EMULATED.
         given: Operands, bf16 as uint16; d a multiple of 32.
         group: Group.
-        slots: (n,) of the group, place of each token in its chunk.
+        slots: (n,) of the group, how many tokens before it a token sees.
         packed: Packed, scratch.
         result: Result, out.
     """

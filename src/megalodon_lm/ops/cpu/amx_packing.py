@@ -1,6 +1,6 @@
 """Rows of a group in and out of the packed squares that AMX multiplies; see amx.
 
-A group has n queries and, with those of the cache before it, m keys, of H heads. Queries, keys and values are taken in
+A group has n queries and, with those before it, m keys, of H heads. Queries, keys and values are taken in
 strips of 32, the last one filled with zeros.
 """
 
@@ -20,16 +20,17 @@ SQUARE_WORDS = SQUARE * SQUARE // 2  # 32-bit words of a packed square
 
 
 class Group(NamedTuple):
-    """Tokens begin..end of a row, and how many keys of the entry cache come before them."""
+    """Tokens begin..end of a row, how many keys before them they see, and how many entries of its cache are used."""
 
     row: int
     begin: int
     end: int
     before: int
+    entries: int
 
 
 class Operands(NamedTuple):
-    """What attention takes, or the gradients of that: (B, L, H, d) of the piece, (B, c, H, d) of the entry cache."""
+    """What attention takes, or the gradients of that: (B, L, H, d) of the piece, (B, n, H, d) of the entry cache."""
 
     q: Any
     k: Any
@@ -101,18 +102,17 @@ def pack(rows: Any, at: int, stride: int, width: int, packed: Any, to: int, step
 
 @inner
 def read_rows(cached: Any, piece: Any, group: Any, h: int, start: int, rows: Any) -> None:
-    """Rows start..start + 32 of a head, from the cache (B, c, H, d) at first, then from the piece (B, L, H, d)."""
-    row, begin, end, before = group
+    """Rows start..start + 32 of a head, from the cache (B, n, H, d) at first, then from the piece (B, L, H, d)."""
+    row, begin, end, before, entries = group
     width = piece.shape[3]
-    count = before + end - begin
     for r in range(SQUARE):
-        key, to = start + r, r * width
-        if key < before:
+        token, to = begin - before + start + r, r * width
+        if token < 0:
             for i in range(width):
-                rows[to + i] = cached[row, key, h, i]
-        elif key < count:
+                rows[to + i] = cached[row, entries + token, h, i]
+        elif token < end:
             for i in range(width):
-                rows[to + i] = piece[row, begin + key - before, h, i]
+                rows[to + i] = piece[row, token, h, i]
         else:
             for i in range(width):
                 rows[to + i] = 0
@@ -120,10 +120,14 @@ def read_rows(cached: Any, piece: Any, group: Any, h: int, start: int, rows: Any
 
 @inner
 def write_rows(sums: Any, scale: Any, columns: int, cached: Any, piece: Any, group: Any, h: int, start: int) -> None:
-    """Write 32 x 32 sums, scaled by rows, to 32 columns of the rows that `read_rows` reads."""
-    row, begin, end, before = group
+    """Write 32 x 32 sums, scaled by rows, to 32 columns of the rows that `read_rows` reads.
+
+    Those before the group have something already, and are added to.
+    """
+    row, begin, end, before, entries = group
     for r in range(min(SQUARE, before + end - begin - start)):
-        key = start + r
-        target = cached[row, key, h] if key < before else piece[row, begin + key - before, h]
+        token = begin - before + start + r
+        target = cached[row, entries + token, h] if token < 0 else piece[row, token, h]
         for i in range(0, SQUARE, LANES):
-            store(target, columns + i, load(sums, r * SQUARE + i) * splat(scale[r]))
+            value = load(sums, r * SQUARE + i) * splat(scale[r])
+            store(target, columns + i, value + load(target, columns + i) if token < begin else value)

@@ -1,7 +1,8 @@
-"""What chunk attention does between its matrix products: planning, softmax and its gradient, one query, moving rows.
+"""What attention over chunks does between its matrix products: planning, softmax and its gradient, one query.
 
-`slots` (B, L) says it all about a piece: the place of each token in its chunk, counted on from the entry cache, and -1
-at padding. A chunk so far, or what of it lies in the piece, is a run of slots that rise by one.
+`slots` (B, L) says it all about a piece: how many tokens before it each token sees, of the piece and then of the entry
+cache, and -1 at padding. Tokens of a run of slots that rise by one see from one token on. Those of the next run begin
+there or later, so keys that two runs see lie between.
 """
 
 from typing import Any
@@ -19,34 +20,38 @@ _SUM = {"contract", "reassoc", "nsz"}
 
 @compiled(fastmath=_CONTRACT)
 def plan_groups(slots: Any, most: int, ends: Any, groups: Any) -> int:
-    """Cut rows into groups: one chunk, or several whole chunks of together no more than `most` keys.
+    """Cut rows into groups: one run, or several whole runs of together no more than `most` keys.
 
     Args:
         slots: (B, L).
         most: keys.
-        ends: (B, L), out: end of the run of each token.
-        groups: (B * L, 4), out: row, first and last token, cached keys before them.
+        ends: (B, n + L), out: the token after the last one that sees each of the n last entries of the cache, in the
+            order of the tokens, and each token.
+        groups: (B * L, 5), out: row, first and last token, keys before them, entries of the row's cache.
 
     Returns:
         Number of groups.
     """
     count = 0
+    entries = ends.shape[1] - slots.shape[1]
     for b in range(slots.shape[0]):
-        at, room = 0, 0
+        at, room, low = 0, 0, -max(slots[b, 0], 0)
         while at < slots.shape[1] and slots[b, at] >= 0:
             end = at + 1
             while end < slots.shape[1] and slots[b, end] == slots[b, end - 1] + 1:
                 end += 1
-            ends[b, at:end] = end
-            keys = slots[b, at] + end - at
-            if keys <= room:
+            ends[b, entries + low : entries + at - slots[b, at]] = at
+            low = at - slots[b, at]
+            if end - at <= room:
                 groups[count - 1, 2] = end
-                room -= keys
+                room -= end - at
             else:
                 groups[count, 0], groups[count, 1], groups[count, 2], groups[count, 3] = b, at, end, slots[b, at]
+                groups[count, 4] = max(slots[b, 0], 0)
                 count += 1
-                room = most - keys
+                room = most - (slots[b, at] + end - at)
             at = end
+        ends[b, entries + low : entries + at] = at
     return count
 
 
@@ -96,7 +101,7 @@ def softmax(threads: int, scores: Any, slots: Any, before: int, start: int, sums
     Args:
         scores: (H, T, before + start + T): of the tokens from `start` of a group.
         slots: (n,) of the group.
-        before: cached keys before the group.
+        before: keys before the group.
         sums: (H, n) float32, out: logarithm of the sum of the exponentials.
     """
     share(_softmax_rows, threads, scores.shape[0] * scores.shape[1], (scores, slots, before, start, sums))
@@ -129,7 +134,7 @@ def _gradient_rows(
         h, r = task // rows, task % rows
         token = start + r - before
         low = max(token, 0) - query
-        high = ends[max(token, 0)] - query
+        high = ends[start + r] - query
         begin = low // _STEP * _STEP
         end = min(-(-high // _STEP) * _STEP, width)
         row, grad = scores[h, r], grads[h, r]
@@ -148,8 +153,8 @@ def weight_gradients(
 
     Args:
         scores, grads: (H, T, n - query): the keys from `start` against the queries from `query` of a group.
-        ends: (n,) end of the run of each token of the group.
-        before: cached keys before the group.
+        ends: (before + n,) the query after the last one that sees each key of the group.
+        before: keys before the group.
         sums, deltas: (H, n) float32: from softmax; of the products of output and its gradient.
     """
     tasks = scores.shape[0] * scores.shape[1]
@@ -190,8 +195,9 @@ def pack_gradient(threads: int, grad: Any, out: Any, row: int, begin: int, packe
 @inner(fastmath=_CONTRACT)
 def _place(cached: Any, piece: Any, group: Any, key: int, h: int) -> Any:
     """Key or value `key` of a group and head: from the entry cache at first, then from the piece."""
-    row, begin, _, before = group
-    return cached[row, key, h] if key < before else piece[row, begin + key - before, h]
+    row, begin, _, before, entries = group
+    token = begin + key - before
+    return cached[row, entries + token, h] if token < 0 else piece[row, token, h]
 
 
 @inner(fastmath=_CONTRACT)
@@ -201,7 +207,7 @@ def _few_scores(
     heads = q.shape[2]
     for task in range(first, last):
         g, h, part = task // parts // heads, task // parts % heads, task % parts
-        row, begin, end, before = groups[g]
+        row, begin, end, before, _ = groups[g]
         for t in range(begin, end):
             high = before + t - begin + 1
             low = high - 1 - slots[row, t]
@@ -227,7 +233,7 @@ def _few_outputs(
     for task in range(first, last):
         g, h, part = task // parts // heads, task // parts % heads, task % parts
         group = groups[g]
-        row, begin, end, before = group
+        row, begin, end, before, _ = group
         left, right = part * size, min(part * size + size, width)
         for t in range(begin, end):
             high = before + t - begin + 1
@@ -273,9 +279,9 @@ def attend_few(
 
     Args:
         q, k, v: (B, L, H, d).
-        keys, values: (B, c, H, d), the entry cache.
+        keys, values: (B, n, H, d), the entry cache.
         slots: (B, L).
-        groups: (M, 4).
+        groups: (M, 5).
         scores: (M, H, most queries, most keys) float32, scratch.
         out: (B, L, H, dv), out.
         sums: (B * L * H,) float32, out: as from softmax, (H, n) for each group in turn.

@@ -1,7 +1,8 @@
-"""Causal attention inside the chunks of a piece, as an operator.
+"""Causal attention to a number of tokens before each, as an operator.
 
-Rows are cut into groups, one chunk or several short ones. Groups of few queries are computed in one go; all others go
-to the tiles of the processor, where it has some (amx_attention), or to matrix products of PyTorch (tiled_attention).
+Rows are cut into groups, one chunk or several short ones; keys of a chunk that the next one sees belong to two groups.
+Groups of few queries are computed in one go; all others go to the tiles of the processor, where it has some
+(amx_attention), or to matrix products of PyTorch (tiled_attention).
 """
 
 from typing import Any
@@ -25,13 +26,13 @@ FEW_QUERIES = 8
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, values: Tensor | None, slots: Tensor
 ) -> Tensor:
-    """Softmax attention with scale 1 of each token to its chunk up to itself.
+    """Softmax attention with scale 1 of each token to itself and as many tokens before it as its slot says.
 
     Args:
         q, k: (B, L, H, dk), rotated, float32 or bf16.
         v: (B, L, H, dv).
-        keys, values: (B, c, H, d) the unfinished chunks at the entry, or None for empty ones.
-        slots: (B, L) int64, place of each token in its chunk, -1 at padding; see attention_kernels.
+        keys, values: (B, n, H, d) the cache at the entry, or None for an empty one.
+        slots: (B, L) int64, -1 at padding; they rise by one but where what is seen begins later; see attention_kernels.
 
     Returns:
         (B, L, H, dv), zero at padding.
@@ -40,10 +41,12 @@ def causal_attention(
 
 
 def _plan(slots: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Ends (B, L) and groups (M, 4)."""
-    ends = np.empty(slots.shape, np.int64)
-    groups = np.empty((slots.numel(), 4), np.int64)
-    count = kernels.plan_groups(as_numpy(slots.contiguous()), MERGED_KEYS, ends, groups)
+    """Ends (B, entries + L) and groups (M, 5)."""
+    slots_of = as_numpy(slots.contiguous())
+    batch, length = slots_of.shape
+    ends = np.empty((batch, slots_of[:, 0].max(initial=0) + length), np.int64)
+    groups = np.empty((batch * length, 5), np.int64)
+    count = kernels.plan_groups(slots_of, MERGED_KEYS, ends, groups)
     return ends, groups[:count]
 
 

@@ -15,7 +15,7 @@ from .team import num_threads
 
 TILE_SIZE = 256  # of bf16; half as many of float32, whose scores would not fit into the second cache
 
-Group = tuple[int, int, int, int]  # row, first and last token, cached keys before them
+Group = tuple[int, int, int, int, int]  # row, first and last token, keys before them, entries of the row's cache
 
 
 def _tile_size(t: Tensor) -> int:
@@ -23,13 +23,14 @@ def _tile_size(t: Tensor) -> int:
 
 
 def _by_heads(piece: Tensor, cached: Tensor | None, group: Group) -> Tensor:
-    """(H, cached keys and tokens of the group, d); a view if nothing is cached, matrix products take its strides."""
-    row, begin, end, before = group
-    tokens = piece[row, begin:end].transpose(0, 1)
-    if not before:
+    """(H, keys before and tokens of the group, d); a view if none is cached, matrix products take its strides."""
+    row, begin, end, before, entries = group
+    low = begin - before
+    tokens = piece[row, max(low, 0) : end].transpose(0, 1)
+    if low >= 0:
         return tokens
     assert cached is not None
-    return torch.cat([cached[row, :before].transpose(0, 1), tokens], 1)
+    return torch.cat([cached[row, entries + low : entries].transpose(0, 1), tokens], 1)
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -39,6 +40,23 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
         return
     for h in range(len(a)):
         torch.mm(a[h], b[h], out=out[h])
+
+
+def _return(grad: Tensor, piece: Tensor, cached: Tensor, group: Group) -> None:
+    """Gradients of `_by_heads`: written to the tokens of the group, added to those before, which have one already."""
+    row, begin, end, before, entries = group
+    grad, low = grad.transpose(0, 1), begin - before
+    piece[row, begin:end] = grad[before:]
+    piece[row, max(low, 0) : begin] += grad[max(-low, 0) : before]
+    if low < 0:
+        cached[row, entries + low : entries] += grad[:-low]
+
+
+def ends_in_group(ends: np.ndarray, length: int, group: Group) -> np.ndarray:
+    """(before + n,) the query of a group after the last one that sees each of its keys, out of (B, entries + L)."""
+    row, begin, end, before, _ = group
+    at = ends.shape[1] - length + begin
+    return np.minimum(ends[row, at - before : at + end - begin], end) - begin
 
 
 def forward(
@@ -56,9 +74,9 @@ def forward(
 
     Args:
         q, k, v: (B, L, H, d), float32 or bf16.
-        keys, values: (B, c, H, d) the unfinished chunks at the entry, or None.
-        slots: (B, L), place of each token in its chunk.
-        groups: (M, 4), M not 0: row, first and last token, cached keys before them.
+        keys, values: (B, n, H, d) the cache at the entry, or None.
+        slots: (B, L), how many tokens before it a token sees.
+        groups: (M, 5), M not 0: of `Group`.
         out: (B, L, H, dv), out.
         sums: (B * L * H,), out: logarithms of the softmax's sums, (H, n) for each group in turn.
     """
@@ -67,8 +85,8 @@ def forward(
     size = _tile_size(q)
     scratch = q.new_empty(int((groups[:, 2] - groups[:, 1] + groups[:, 3]).max()) * heads * size)
     for group in map(tuple, groups.tolist()):
-        row, begin, end, before = group
-        qs, ks, vs = _by_heads(q, None, (row, begin, end, 0)), _by_heads(k, keys, group), _by_heads(v, values, group)
+        row, begin, end, before, _ = group
+        qs, ks, vs = q[row, begin:end].transpose(0, 1), _by_heads(k, keys, group), _by_heads(v, values, group)
         logs = sums_of[heads * (row * q.shape[1] + begin) :][: heads * (end - begin)].reshape(heads, end - begin)
         for start in range(0, end - begin, size):
             stop = min(start + size, end - begin)
@@ -96,12 +114,12 @@ def backward(
     grad_keys: Tensor,
     grad_values: Tensor,
 ) -> None:
-    """Gradients of `forward`.
+    """Gradients of `forward`, which those of the cache are added to.
 
     Args:
         grad: (B, L, H, dv) of the output.
         q, k, v, keys, values, groups, out, sums: as there.
-        ends: (B, L), the token after the last one that sees this one.
+        ends: (B, entries + L), the token after the last one that sees an entry of the cache or a token.
         grad_q, grad_k, grad_v, grad_keys, grad_values: in the shapes of their operands, out.
     """
     heads, threads = q.shape[2], num_threads()
@@ -110,13 +128,13 @@ def backward(
     scratch = q.new_empty(2, longest * heads * size)
     output, incoming, sums_of = as_numpy(out), as_numpy(grad), as_numpy(sums)
     for group in map(tuple, groups.tolist()):
-        row, begin, end, before = group
+        row, begin, end, before, _ = group
         n = end - begin
-        qs, ks, vs = _by_heads(q, None, (row, begin, end, 0)), _by_heads(k, keys, group), _by_heads(v, values, group)
+        qs, ks, vs = q[row, begin:end].transpose(0, 1), _by_heads(k, keys, group), _by_heads(v, values, group)
         gs, deltas = v.new_empty(heads, n, v.shape[-1]), np.empty((heads, n), np.float32)
         kernels.pack_gradient(threads, incoming, output, row, begin, as_numpy(gs), deltas)
         logs = sums_of[heads * (row * q.shape[1] + begin) :][: heads * n].reshape(heads, n)
-        last = ends[row, begin:end] - begin
+        last = ends_in_group(ends, q.shape[1], group)
         dq = qs.new_zeros(qs.shape, dtype=torch.float32)
         if before:
             dk, dv = torch.empty_like(ks), torch.empty_like(vs)
@@ -137,7 +155,5 @@ def backward(
                 dq[h, query:] += scores[h].T @ ks[h, start:stop]
         grad_q[row, begin:end] = dq.transpose(0, 1)
         if before:
-            grad_k[row, begin:end] = dk[:, before:].transpose(0, 1)
-            grad_v[row, begin:end] = dv[:, before:].transpose(0, 1)
-            grad_keys[row, :before] = dk[:, :before].transpose(0, 1)
-            grad_values[row, :before] = dv[:, :before].transpose(0, 1)
+            _return(dk, grad_k, grad_keys, group)
+            _return(dv, grad_v, grad_values, group)
