@@ -135,7 +135,7 @@ def adaptive_memory(
         there = (chunks[:, None] >= torch.arange(lag, 0, -1)).to(q.device)
         memory = torch.where(there[..., None, None, None], memory, 0)
         log_sum = torch.where((chunks > 0).to(q.device)[:, None, None], log_sums[rows[:, 0], places.ended], 0)
-    keys = leave(k, None if state is None else state.keys, window, entry, fill)
+    keys = leave(k, None if state is None else state.keys, window, entry)
     return out, MemoryState(keys, fill, memory, log_sum, chunks)
 
 
