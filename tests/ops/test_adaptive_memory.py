@@ -105,7 +105,7 @@ def read_on(tokens, lag, cuts, starts=None):
         fill = None if state is None else state.fill
         cache = None if values is None else Cache(values, fill)
         out, after = fast(q, k, v, C, lag, state, cache, where)
-        values = leave(v, values, window, enter(window, fill, where, len(q), end - begin), after.fill)
+        values = leave(v, values, window, enter(window, fill, where, len(q), end - begin))
         state = after
         outs.append(out)
     return [torch.cat(outs, 1), *state]

@@ -75,3 +75,9 @@ def test_documents_of_all_lengths_share_bins(merged, monkeypatch):
     starts[:, torch.tensor([0, 1, 2, 5, 12, 13, 40])] = True
     starts[1, 0] = False
     compare(Boundaries(starts), (3, 31, 0), 60)
+
+
+@pytest.mark.parametrize("heads_without_rope", [1, H])
+@pytest.mark.parametrize("kind", ["none", "both"])
+def test_heads_without_positions(heads_without_rope, kind):
+    compare(boundaries(kind, B, 20), (3, 31, 0), 20, heads_without_rope=heads_without_rope)
