@@ -164,11 +164,11 @@ class Recall(Quiet):
     distances: list[int] = field(default_factory=lambda: [0, 1, 4, 16, 64])
     """Chunks between a key and its query, to test; 0 for the same chunk, where three tokens a pair fit into one."""
     train_distances: list[int] = field(default_factory=lambda: [0, 1, 4])
-    """Those of the sequences that are learnt from, a batch of each a step."""
+    """Those of the sequences that are learnt from: each step of one of them, drawn at random."""
     steps: int = 2000
     """Of training."""
     batch_size: int = 32
-    """Sequences in a batch."""
+    """Sequences in a step."""
     learning_rates: list[float] = field(default_factory=lambda: [4e-3])
     """At the peak: warm-up over the first tenth of the steps, then a cosine."""
     seeds: list[int] = field(default_factory=lambda: [0])

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..config import GECKO, ModelConfig
@@ -55,7 +56,7 @@ class Trial:
     pairs: int
     """In a sequence."""
     train_distances: tuple[int, ...]
-    """Each step learns from a batch of each of them."""
+    """Each step learns from a batch of one of them, drawn at random."""
     test_distances: tuple[int, ...]
     """Those at which the model is asked afterwards."""
     test_rows: int
@@ -108,7 +109,7 @@ class Result:
     recalled: tuple[Recalled, ...]
     """At each distance tested, short ones first."""
     loss: float
-    """Of the last tenth of the steps, in nats an answer, all distances alike."""
+    """Mean of the last tenth of the steps, in nats an answer."""
     seconds: float
     """Of training."""
     state_bytes: int
@@ -189,42 +190,43 @@ def train(
     recipe: TrainingRecipe,
     watch: Callable[[int, float], None] = lambda step, loss: None,
 ) -> float:
-    """Train a model on fresh sequences: each step learns from a batch of each distance, all alike.
+    """Train a model on fresh sequences: each step learns from a batch of one distance, drawn at random.
+
+    So steps are many and cheap: what has to grow, such as the scales of a memory's queries and keys, grows by the
+    learning rate a step, whatever a step has read.
 
     Args:
         model: new or not.
         task: with its chunk size.
         distances: in chunks; those that the task has no sequences of are left out.
         recipe: of which USED count.
-        watch: called after each step with the steps done and their loss in nats an answer.
+        watch: called after each step with the steps done and its loss in nats an answer.
 
     Returns:
-        The loss of the last tenth of the steps; NaN where it is not finite, and then training ended at once.
+        The mean loss of the last tenth of the steps; NaN where one is not finite, and then training ended at once.
     """
     distances = [distance for distance in distances if task.fits(distance)]
+    drawn = np.random.default_rng((TRAINING, recipe.seed)).choice(distances, recipe.steps).tolist()
     device = next(model.parameters()).device
     precision = choose_precision(recipe.precision, device)
     optimizer = build_optimizer(model, recipe, precision)
     model.train()
     last: list[float] = []
-    for step in range(recipe.steps):
-        total = 0.0
+    for step, distance in enumerate(drawn):
+        batch = task.sequences(recipe.batch_size, distance, (TRAINING, recipe.seed, step))
         optimizer.zero_grad(set_to_none=True)
-        for distance in distances:
-            batch = task.sequences(recipe.batch_size, distance, (TRAINING, recipe.seed, step, distance))
-            with autocast(precision, device):
-                loss, _ = model(batch.tokens.to(device), targets=batch.targets.to(device), learnt=batch.learnt)
-            (loss / len(distances)).backward()
-            total += loss.item() / len(distances)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip).item()
-        if not math.isfinite(total + norm):
+        with autocast(precision, device):
+            loss, _ = model(batch.tokens.to(device), targets=batch.targets.to(device), learnt=batch.learnt)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        if not math.isfinite(loss.item() + norm.item()):
             return math.nan
         rate = learning_rate(recipe, step, step / recipe.steps, recipe.warmup_steps / recipe.steps)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         optimizer.step()
-        last = [*last, total][-max(1, recipe.steps // 10) :]
-        watch(step + 1, total)
+        last = [*last, loss.item()][-max(1, recipe.steps // 10) :]
+        watch(step + 1, loss.item())
     return sum(last) / len(last)
 
 
