@@ -5,6 +5,7 @@ import torch
 
 from megalodon_lm.ops import reference
 from megalodon_lm.ops.cpu import timestep_norm as native
+from megalodon_lm.ops.cpu import timestep_norm_kernels as kernels
 from megalodon_lm.ops.cpu.timestep_norm import timestep_norm
 from megalodon_lm.ops.timestep_norm import NormState
 
@@ -92,7 +93,7 @@ def test_does_not_drift_over_a_million_tokens():
 def test_operator_is_well_formed_and_compiles():
     x, w, b, mean, var = (t.requires_grad_() for t in case(20, 12))
     counts, lengths = COUNT[:, None] + torch.arange(1, 21), torch.full((B,), 20)
-    arguments = (x, w, b, mean, var, counts, lengths, G, 1e-5, [1.0, 1.0], torch.float32, True)
+    arguments = (x, w, b, mean, var, counts, lengths, G, 1e-5, *kernels.CUMULATIVE, torch.float32, True)
     torch.library.opcheck(native.norm_over_time_forward, arguments)
 
     def loss(x):

@@ -14,7 +14,7 @@ from torch import Tensor
 from .backend import op
 from .boundaries import Boundaries, Strips, cut_into_strips
 from .finite import any_seen, finite_part, is_finite
-from .timestep_norm import NormState, empty_norm_state, moments_of_tokens, normalise
+from .timestep_norm import NormState, empty_norm_state, moments_of_tokens, normalise, unless_empty
 
 MEAN_DECAY = 0.999
 VAR_DECAY = 0.9999
@@ -76,12 +76,7 @@ def decay_norm(
     last = length - 1 if where.lengths is None else (where.lengths - 1).clamp(min=0).to(x.device)
     leaving = NormState(count[rows, last], *averages[rows, last].chunk(2, -1))
     if where.lengths is not None:
-        empty = (where.lengths == 0).to(x.device)
-        leaving = NormState(
-            torch.where(empty, entry.count, leaving.count),
-            torch.where(empty[:, None], entry.mean, leaving.mean),
-            torch.where(empty[:, None], entry.var, leaving.var),
-        )
+        leaving = unless_empty(where.lengths, leaving, entry)
     return y.to(out_dtype or x.dtype), leaving
 
 

@@ -85,13 +85,8 @@ def timestep_norm(
     at = (strips.last.clamp(min=0), strips.used.clamp(min=1) - 1)
     leaving = NormState(count[at].squeeze(-1).round().long(), mean[at], var[at])
     if boundaries is not None and boundaries.lengths is not None:
-        empty = strips.last < 0
         entry = state if state is not None else empty_norm_state(batch, num_groups, x.device)
-        leaving = NormState(
-            torch.where(empty, entry.count, leaving.count),
-            torch.where(empty[:, None], entry.mean, leaving.mean),
-            torch.where(empty[:, None], entry.var, leaving.var),
-        )
+        leaving = unless_empty(boundaries.lengths, leaving, entry)
     return y.to(out_dtype or x.dtype), leaving
 
 
@@ -112,6 +107,16 @@ def normalise(
     if boundaries is not None and boundaries.lengths is not None:
         y = torch.where(boundaries.valid(length)[..., None].to(y.device), y, 0)
     return y
+
+
+def unless_empty(lengths: Tensor, leaving: NormState, entry: NormState) -> NormState:
+    """What leaves rows of these lengths: what entered, where there is no token."""
+    empty = (lengths == 0).to(entry.mean.device)
+    return NormState(
+        torch.where(empty, entry.count, leaving.count),
+        torch.where(empty[:, None], entry.mean, leaving.mean),
+        torch.where(empty[:, None], entry.var, leaving.var),
+    )
 
 
 def empty_norm_state(batch: int, num_groups: int, device: torch.device | None = None) -> NormState:

@@ -1,6 +1,5 @@
 """Norms over time on the CPU: compiled passes over x, as an operator with fake and autograd."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,7 +51,7 @@ def norm_over_time(
     inputs = tuple(
         t.contiguous() for t in (x.float(), weight.float() + 1, bias, entry.mean.double(), entry.var.double())
     )
-    settings = (num_groups, eps, decays, out_dtype, tracked(*inputs))
+    settings = (num_groups, eps, *decays, out_dtype, tracked(*inputs))
     run = form(norm_over_time_forward, _forward, *inputs)
     y, mean, var, _ = run(*inputs, counts, lengths.contiguous(), *settings)
     return y, NormState(where.exit_position(entry.count, length), mean, var)
@@ -68,7 +67,8 @@ def _forward(
     lengths: Tensor,
     num_groups: int,
     eps: float,
-    decays: Sequence[float],
+    mean_decay: float,
+    var_decay: float,
     out_dtype: torch.dtype,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -77,20 +77,8 @@ def _forward(
     y = _blank(x, lengths, out_dtype)
     mean, var = entry_mean.new_empty(entry_mean.shape), entry_var.new_empty(entry_var.shape)
     saved = mean.new_empty(batch, num_groups, length if keep else 0, 3)
-    settings = (x, (length, dim, num_groups, keep), weight, bias, eps, tuple(decays))
-    run_on_team(
-        kernels.forward_on_team,
-        batch * num_groups,
-        *settings,
-        entry_mean,
-        entry_var,
-        counts,
-        lengths,
-        y,
-        mean,
-        var,
-        saved,
-    )
+    inputs = (x, (length, dim, num_groups, keep), weight, bias, eps, (mean_decay, var_decay), entry_mean, entry_var)
+    run_on_team(kernels.forward_on_team, batch * num_groups, *inputs, counts, lengths, y, mean, var, saved)
     return y, mean, var, saved
 
 
@@ -111,13 +99,14 @@ def norm_over_time_forward(
     lengths: Tensor,
     num_groups: int,
     eps: float,
-    decays: Sequence[float],
+    mean_decay: float,
+    var_decay: float,
     out_dtype: torch.dtype,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """_forward as an operator."""
     tensors = [t.detach() for t in (x, weight, bias, entry_mean, entry_var)]
-    return _forward(*tensors, counts, lengths, num_groups, eps, decays, out_dtype, keep)
+    return _forward(*tensors, counts, lengths, num_groups, eps, mean_decay, var_decay, out_dtype, keep)
 
 
 @norm_over_time_forward.register_fake
@@ -131,7 +120,8 @@ def _(
     lengths: Tensor,
     num_groups: int,
     eps: float,
-    decays: Sequence[float],
+    mean_decay: float,
+    var_decay: float,
     out_dtype: torch.dtype,
     keep: bool,
 ) -> Any:
@@ -151,7 +141,8 @@ def norm_over_time_backward(
     grad_y: Tensor,
     grad_mean: Tensor,
     grad_var: Tensor,
-    decays: Sequence[float],
+    mean_decay: float,
+    var_decay: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients to x, weight, bias, and the entry mean and variance."""
     batch, length, dim = x.shape
@@ -159,7 +150,7 @@ def norm_over_time_backward(
     grad_x = _blank(x, lengths, x.dtype)
     grad_weight, grad_bias = x.new_empty(batch, dim), x.new_empty(batch, dim)
     to_mean, to_var = grad_mean.new_empty(grad_mean.shape), grad_var.new_empty(grad_var.shape)
-    inputs = (x, (length, dim, groups, True), weight, tuple(decays), counts, lengths, saved, entry_mean)
+    inputs = (x, (length, dim, groups, True), weight, (mean_decay, var_decay), counts, lengths, saved, entry_mean)
     grads = (grad_y, grad_mean, grad_var, grad_x, grad_weight, grad_bias, to_mean, to_var)
     run_on_team(kernels.backward_on_team, batch * groups, *inputs, *grads)
     return grad_x, grad_weight.sum(0), grad_bias.sum(0), to_mean, to_var
@@ -176,7 +167,8 @@ def _(
     grad_y: Tensor,
     grad_mean: Tensor,
     grad_var: Tensor,
-    decays: Sequence[float],
+    mean_decay: float,
+    var_decay: float,
 ) -> Any:
     return tuple(t.new_empty(t.shape) for t in (x, weight, weight, grad_mean, grad_var))
 
@@ -184,7 +176,7 @@ def _(
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
     x, weight, _, entry_mean, _, counts, lengths = inputs[:7]
     ctx.save_for_backward(x, weight, entry_mean, counts, lengths, output[3])
-    ctx.decays, ctx.out_dtype = inputs[9], output[0].dtype
+    ctx.decays, ctx.out_dtype = inputs[9:11], output[0].dtype
     ctx.set_materialize_grads(False)
 
 
@@ -193,8 +185,8 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_mean: Tensor | None, grad_va
     x, entry_mean = saved[0], saved[2]
     grad_y = x.new_zeros(x.shape, dtype=ctx.out_dtype) if grad_y is None else grad_y.contiguous()
     moments = (entry_mean.new_zeros(entry_mean.shape) if g is None else g.contiguous() for g in (grad_mean, grad_var))
-    grads = norm_over_time_backward(*saved, grad_y, *moments, ctx.decays)
-    return *grads, *([None] * 7)
+    grads = norm_over_time_backward(*saved, grad_y, *moments, *ctx.decays)
+    return *grads, *([None] * 8)
 
 
 norm_over_time_forward.register_autograd(_backward, setup_context=_save)
