@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from .scalars import as_float, copy, maximum, rough_exp, rounded
-from .simd import LANES, compiled, inner
+from .scalars import as_float, copy, maximum, rounded
+from .simd import LANES, compiled, exp, inner, load, splat, store, total
 from .team import share
 
-_STEP = 4 * LANES  # of vectorised loops, which run over whole multiples of it
+_PART = 4 * LANES  # keys or features of a task where there are few queries
 _CONTRACT = {"contract"}
 _SUM = {"contract", "reassoc", "nsz"}
 
@@ -55,43 +55,41 @@ def plan_groups(slots: Any, most: int, ends: Any, groups: Any) -> int:
     return count
 
 
-@inner(fastmath=_SUM)
-def _sum_exp(x: Any, highest: Any) -> Any:
-    """Sum of e^(x - highest), which replaces x."""
-    total = np.float32(0)
-    for i in range(len(x)):
-        power = rough_exp(x[i] - highest)
-        x[i] = power
-        total += power
-    return total
+@inner(fastmath=_CONTRACT)
+def _sum_exp(x: Any, count: int, highest: Any) -> Any:
+    """Sum of e^(x - highest), which replaces the first `count` x; those up to a multiple of LANES are lost."""
+    for i in range(count, -(-count // LANES) * LANES):
+        x[i] = -np.inf
+    top, sums = splat(highest), splat(np.float32(0))
+    for i in range(0, count, LANES):
+        power = exp(load(x, i) - top)
+        store(x, i, power)
+        sums = sums + power
+    return total(sums)
 
 
 @inner(fastmath=_CONTRACT)
 def _softmax_rows(first: int, last: int, scores: Any, slots: Any, before: int, start: int, sums: Any) -> None:
     _heads, rows, width = scores.shape
-    x = np.empty(width + _STEP, np.float32)
+    x = np.empty(width + LANES, np.float32)
     for task in range(first, last):
         h, r = task // rows, task % rows
         row = scores[h, r]
         high = before + start + r + 1
         low = high - 1 - slots[start + r]
-        begin = low // _STEP * _STEP
-        end = -(-high // _STEP) * _STEP
-        x[begin:low] = -np.inf
-        x[high:end] = -np.inf
         highest = np.float32(-np.inf)
-        seen, kept = row[low:high], x[low:high]
+        seen = row[low:high]
         for i in range(len(seen)):
             value = as_float(seen[i])
-            kept[i] = value
+            x[i] = value
             highest = maximum(highest, value)
-        total = _sum_exp(x[begin:end], highest)
-        scale = np.float32(1) / total
+        power = _sum_exp(x, len(seen), highest)
+        scale = np.float32(1) / power
         row[:low] = 0
         for i in range(len(seen)):
-            seen[i] = rounded(kept[i] * scale, row)
+            seen[i] = rounded(x[i] * scale, row)
         row[high:] = 0
-        sums[h, start + r] = highest + np.log(total)
+        sums[h, start + r] = highest + np.log(power)
 
 
 @compiled(fastmath=_CONTRACT)
@@ -108,12 +106,35 @@ def softmax(threads: int, scores: Any, slots: Any, before: int, start: int, sums
 
 
 @inner(fastmath=_CONTRACT)
-def _weight_gradients(scores: Any, grads: Any, sums: Any, deltas: Any) -> None:
-    for i in range(len(scores)):
-        weight = rough_exp(as_float(scores[i]) - sums[i])
-        grad = weight * (as_float(grads[i]) - deltas[i])
-        scores[i] = rounded(weight, scores)
-        grads[i] = rounded(grad, grads)
+def _weigh(scores: Any, grads: Any, i: int, sums: Any, deltas: Any) -> Any:
+    """Sixteen scores and gradients of weights to weights and gradients of scores."""
+    weight = exp(load(scores, i) - load(sums, i))
+    return weight, weight * (load(grads, i) - load(deltas, i))
+
+
+@inner(fastmath=_CONTRACT)
+def _weigh_row(scores: Any, grads: Any, begin: int, end: int, sums: Any, deltas: Any) -> None:
+    """In place, from begin to end, which is LANES or more, and maybe some before."""
+    last = end - LANES  # taken first, since they may overlap those before
+    weights, products = _weigh(scores, grads, last, sums, deltas)
+    for i in range(begin, last, LANES):
+        weight, product = _weigh(scores, grads, i, sums, deltas)
+        store(scores, i, weight)
+        store(grads, i, product)
+    store(scores, last, weights)
+    store(grads, last, products)
+
+
+@inner(fastmath=_CONTRACT)
+def _weigh_narrow(scores: Any, grads: Any, sums: Any, deltas: Any, given: Any, of_queries: Any) -> None:
+    """In place, fewer than LANES; the last two are scratch (2, LANES)."""
+    copy(scores, given[0])
+    copy(grads, given[1])
+    copy(sums, of_queries[0])
+    copy(deltas, of_queries[1])
+    _weigh_row(given[0], given[1], 0, LANES, of_queries[0], of_queries[1])
+    copy(given[0, : len(scores)], scores)
+    copy(given[1, : len(grads)], grads)
 
 
 @inner(fastmath=_CONTRACT)
@@ -130,15 +151,18 @@ def _gradient_rows(
     deltas: Any,
 ) -> None:
     _heads, rows, width = scores.shape
+    given, of_queries = np.zeros((2, LANES), scores.dtype), np.zeros((2, LANES), np.float32)
     for task in range(first, last):
         h, r = task // rows, task % rows
         token = start + r - before
         low = max(token, 0) - query
         high = ends[start + r] - query
-        begin = low // _STEP * _STEP
-        end = min(-(-high // _STEP) * _STEP, width)
         row, grad = scores[h, r], grads[h, r]
-        _weight_gradients(row[begin:end], grad[begin:end], sums[h, query:][begin:end], deltas[h, query:][begin:end])
+        if width < LANES:
+            _weigh_narrow(row, grad, sums[h, query:], deltas[h, query:], given, of_queries)
+        else:
+            end = min(-(-high // LANES) * LANES, width)
+            _weigh_row(row, grad, low // LANES * LANES, end, sums[h, query:], deltas[h, query:])
         row[:low] = 0
         row[high:] = 0
         grad[:low] = 0
@@ -163,10 +187,10 @@ def weight_gradients(
 
 @inner(fastmath=_SUM)
 def _dot(a: Any, b: Any) -> Any:
-    total = np.float32(0)
+    product = np.float32(0)
     for i in range(len(a)):
-        total += as_float(a[i]) * as_float(b[i])
-    return total
+        product += as_float(a[i]) * as_float(b[i])
+    return product
 
 
 @inner(fastmath=_CONTRACT)
@@ -211,7 +235,7 @@ def _few_scores(
         for t in range(begin, end):
             high = before + t - begin + 1
             low = high - 1 - slots[row, t]
-            for key in range(max(low, part * _STEP), min(high, (part + 1) * _STEP)):
+            for key in range(max(low, part * _PART), min(high, (part + 1) * _PART)):
                 scores[g, h, t - begin, key] = _dot(q[row, t, h], _place(keys, k, groups[g], key, h))
 
 
@@ -228,7 +252,7 @@ def _few_outputs(
 ) -> None:
     heads, width = v.shape[2], v.shape[3]
     parts = -(-width // size)
-    weights = np.empty(scores.shape[3] + _STEP, np.float32)
+    weights = np.empty(scores.shape[3] + LANES, np.float32)
     mixed = np.empty(size, np.float32)
     for task in range(first, last):
         g, h, part = task // parts // heads, task // parts % heads, task % parts
@@ -242,10 +266,8 @@ def _few_outputs(
             highest = np.float32(-np.inf)
             for i in range(len(seen)):
                 highest = maximum(highest, seen[i])
-            padded = -(-len(seen) // _STEP) * _STEP
             copy(seen, weights)
-            weights[len(seen) : padded] = -np.inf
-            total = _sum_exp(weights[:padded], highest)
+            power = _sum_exp(weights, len(seen), highest)
             mixed[:] = 0
             for key in range(low, high, 4):  # beyond the last key weights are 0, and its value stands in
                 a = _place(values, v, group, key, h)[left:right]
@@ -254,11 +276,11 @@ def _few_outputs(
                 d = _place(values, v, group, min(key + 3, high - 1), h)[left:right]
                 _add_rows(weights[key - low :], a, b, c, d, mixed[: right - left])
             target = out[row, t, h, left:right]
-            scale = np.float32(1) / total
+            scale = np.float32(1) / power
             for i in range(len(target)):
                 target[i] = rounded(mixed[i] * scale, out)
             if part == 0:
-                sums[heads * (row * slots.shape[1] + begin) + h * (end - begin) + t - begin] = highest + np.log(total)
+                sums[heads * (row * slots.shape[1] + begin) + h * (end - begin) + t - begin] = highest + np.log(power)
 
 
 @compiled(fastmath=_CONTRACT)
@@ -286,8 +308,8 @@ def attend_few(
         out: (B, L, H, dv), out.
         sums: (B * L * H,) float32, out: as from softmax, (H, n) for each group in turn.
     """
-    parts = -(-scores.shape[3] // _STEP)
+    parts = -(-scores.shape[3] // _PART)
     tasks = groups.shape[0] * q.shape[2]
-    size = max(_STEP, v.shape[3] // 4)
+    size = max(_PART, v.shape[3] // 4)
     share(_few_scores, threads, tasks * parts, (q, k, keys, slots, groups, scores, parts))
     share(_few_outputs, threads, tasks * -(-v.shape[3] // size), (v, values, slots, groups, scores, out, sums, size))

@@ -1,4 +1,4 @@
-"""float32 and bf16 scalars inside compiled loops that LLVM vectorises: conversions, exponential, maximum.
+"""float32 and bf16 scalars inside compiled loops that LLVM vectorises: conversions, maximum.
 
 NumPy has no bf16: arrays of it travel as uint16.
 """
@@ -110,25 +110,3 @@ def copy(source: Any, target: Any) -> None:
     """Element by element: assigning a whole slice would compile for seconds."""
     for i in range(len(source)):
         target[i] = source[i]
-
-
-_LOG2_E = np.float32(1.4426950408889634)
-_SHIFTER = np.float32(1.5 * 2**23 + 127)  # adding it rounds to an integer, and leaves it as an exponent in the low bits
-_TAYLOR = tuple(np.float32(np.log(2) ** n / np.prod(np.arange(1.0, n + 1))) for n in range(7))
-
-
-@njit(fastmath={"contract"})
-def rough_exp(x: Any) -> Any:
-    """e^x of a float32 x up to 88, to 4e-7 relative near 0 and 4e-6 near -87; below that 1e-38. NaN stays NaN.
-
-    That is near enough for a softmax, and takes fewer operations than simd.exp.
-    """
-    y = x * _LOG2_E
-    if y < np.float32(-126):
-        y = np.float32(-126)
-    shifted = y + _SHIFTER
-    f = y - (shifted - _SHIFTER)
-    power = _TAYLOR[6]
-    for n in range(5, -1, -1):
-        power = power * f + _TAYLOR[n]
-    return power * _float_of_bits(_bits_of_float(shifted) << np.uint32(23))

@@ -254,10 +254,14 @@ def _constant(number: float) -> ir.Constant:
 _SHIFTER = 1.5 * 2**23 + 127  # adding it rounds to an integer, and leaves it as an exponent in the low bits
 
 
+def _limited(builder: Any, x: Any, order: str, limit: float) -> Any:
+    """The limit in lanes that are `order` ("<" or ">") it; NaN is neither, and stays."""
+    return builder.select(builder.fcmp_ordered(order, x, _constant(limit)), _constant(limit), x)
+
+
 def _exp(builder: Any, x: Any) -> Any:
     """2^(x log2 e) with the fraction by a polynomial of degree 6 in Cody and Waite's reduced argument."""
-    for order, limit in (("<", -87.33654), (">", 80.0)):  # NaN is neither, and stays
-        x = builder.select(builder.fcmp_ordered(order, x, _constant(limit)), _constant(limit), x)
+    x = _limited(builder, x, "<", -87.33654)
     shifted = _multiply_add(builder, x, _constant(1.4426950408889634), _constant(_SHIFTER))
     whole = builder.fsub(shifted, _constant(_SHIFTER))
     x = _multiply_add(builder, whole, _constant(-0.693145751953125), x)
@@ -282,7 +286,7 @@ def _reciprocal(builder: Any, x: Any) -> Any:
 
 @intrinsic
 def exp(typingctx: Any, value: Any) -> Any:
-    """e to the power of each lane, to about 2e-7 relative; 1e-38 below -87, and from 80 on that of 80. NaN stays."""
+    """e to the power of each lane, which is up to 88, to about 2e-7 relative; 1e-38 below -87. NaN stays."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return _exp(builder, args[0])
@@ -295,7 +299,8 @@ def sigmoid(typingctx: Any, value: Any) -> Any:
     """1 / (1 + e^-x) of each lane, to about 5e-7 relative above -80, where it ends at 2e-35."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _reciprocal(builder, builder.fadd(_exp(builder, builder.fneg(args[0])), _constant(1.0)))
+        power = _exp(builder, _limited(builder, builder.fneg(args[0]), ">", 80.0))
+        return _reciprocal(builder, builder.fadd(power, _constant(1.0)))
 
     return float32x16(float32x16), codegen
 
