@@ -93,7 +93,7 @@ def flush(path: Path) -> None:
 
 
 def check_writable(path: str | Path, kind: Kind) -> None:
-    """Refuse a place that could not be written, or that holds something else, before work is done for it.
+    """Refuse a path that could not be written, or that holds something else, before work is done for it.
 
     Args:
         path: of the file to write.

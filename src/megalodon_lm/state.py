@@ -74,9 +74,9 @@ class State:
         return next((tensors[name].device for name, leaf in named(self.spec) if not leaf.on_cpu), torch.device("cpu"))
 
     def __repr__(self) -> str:
-        places = sorted(set(self.position.tolist()))
-        position = ", ".join(f"{p:,}" for p in (places if len(places) < 5 else (places[0], places[-1])))
-        if len(places) > 4:
+        positions = sorted(set(self.position.tolist()))
+        position = ", ".join(f"{p:,}" for p in (positions if len(positions) < 5 else (positions[0], positions[-1])))
+        if len(positions) > 4:
             position = position.replace(", ", " to ")
         maker = self.model() if self.model is not None else None
         made = "an unknown model" if maker is None else maker.summary

@@ -109,7 +109,7 @@ def write_sealed(path: Path, table: dict[str, Any]) -> None:
     """Write JSON with a checksum, atomically.
 
     Raises:
-        InputError: the place cannot be written.
+        InputError: the path cannot be written.
     """
     write_atomically(path, json.dumps({**table, "checksum": _checksum(table)}) + "\n")
 

@@ -166,7 +166,7 @@ class Context:
         """Write a bookmark, atomically: the new one or the old one is there, whatever happens.
 
         Raises:
-            InputError: the place cannot be written, or holds something that is no bookmark.
+            InputError: the path cannot be written, or holds something that is no bookmark.
         """
         check_writable(path, BOOKMARK)
         notes = {

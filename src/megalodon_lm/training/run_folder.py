@@ -119,7 +119,7 @@ def free_run_folder(path: str | Path) -> Path:
 
 
 def _check_free(path: Path) -> None:
-    """Refuse a place that holds anything but what a run leaves that was killed before it began."""
+    """Refuse a folder that holds anything but what a run leaves that was killed before it began."""
     try:
         used = path.exists() and any(p.name != LOCK_FILE and not is_unfinished(p, RUN_FILE) for p in path.iterdir())
     except OSError as error:

@@ -23,7 +23,7 @@ from numba.extending import intrinsic
 from .simd import as_numpy
 from .threads import run_on_pool
 
-_PIECES_PER_THREAD = 2
+_SHARES_PER_THREAD = 2
 _SYMBOL = "megalodon_run_on_team"
 _INT = ir.IntType(64)
 _POINTER = ir.IntType(8).as_pointer()
@@ -66,9 +66,9 @@ def share(typingctx: Any, kernel: Any, threads: Any, num_tasks: Any, args: Any) 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         compiled = _compiled_here(typingctx, context, kernel.dispatcher, kinds)
         _, threads, num_tasks, arguments = values
-        pieces = builder.mul(threads, _INT(_PIECES_PER_THREAD))
-        pieces = builder.select(builder.icmp_signed("<", pieces, num_tasks), pieces, num_tasks)
-        fields = [_INT(0), pieces, num_tasks, arguments]  # the first one counts pieces taken
+        shares = builder.mul(threads, _INT(_SHARES_PER_THREAD))
+        shares = builder.select(builder.icmp_signed("<", shares, num_tasks), shares, num_tasks)
+        fields = [_INT(0), shares, num_tasks, arguments]  # the first one counts shares taken
         shared = cgutils.pack_struct(builder, fields)
         pointer = cgutils.alloca_once_value(builder, shared)
 
@@ -82,11 +82,11 @@ def share(typingctx: Any, kernel: Any, threads: Any, num_tasks: Any, args: Any) 
         loop, work, leave = (body.append_basic_block() for _ in range(3))
         inner.branch(loop)
         inner.position_at_end(loop)
-        piece = inner.atomic_rmw("add", taken, _INT(1), "monotonic")
-        inner.cbranch(inner.icmp_signed("<", piece, total), work, leave)
+        number = inner.atomic_rmw("add", taken, _INT(1), "monotonic")
+        inner.cbranch(inner.icmp_signed("<", number, total), work, leave)
         inner.position_at_end(work)
-        first = inner.sdiv(inner.mul(tasks, piece), total)
-        last = inner.sdiv(inner.mul(tasks, inner.add(piece, _INT(1))), total)
+        first = inner.sdiv(inner.mul(tasks, number), total)
+        last = inner.sdiv(inner.mul(tasks, inner.add(number, _INT(1))), total)
         unpacked = [_borrowed(context, inner, kind, inner.extract_value(inputs, i)) for i, kind in enumerate(args)]
         context.call_internal_no_propagate(inner, compiled.fndesc, compiled.signature, [first, last, *unpacked])
         inner.branch(loop)
