@@ -8,8 +8,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from megalodon_lm import Megalodon, ModelConfig
+
 from .test_cut_invariant import CHUNK, build
 
+CONFIG = ModelConfig.named("tiny", num_layers=1)
 PIECES = (CHUNK + 5, CHUNK)
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 POLICIES = {"float32": MixedPrecisionPolicy(), "bf16": BF16, "bf16, CEMA apart": BF16}
@@ -57,6 +60,14 @@ def work(rank, folder):
             "theta": weights[0],
             "untouched": entries[1] is state.parts["layers"][1],
         }
+    with torch.device("meta"):
+        model = Megalodon(CONFIG)
+    for block in (*model.layers, model):
+        fully_shard(block, mesh=mesh)
+    model.to_empty(device="cpu")
+    torch.manual_seed(rank)
+    model.init_weights()
+    found["drawn"] = {n: p.full_tensor() for n, p in model.named_parameters()}
     if rank == 0:
         torch.save(found, f"{folder}/found")
     dist.destroy_process_group()
@@ -67,6 +78,13 @@ def sharded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fsdp")
     torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
     return torch.load(folder / "found")
+
+
+def test_weights_drawn_into_shards_are_those_of_one_process(sharded):
+    """From the meta device, by the seed of the first process."""
+    torch.manual_seed(0)
+    for name, p in Megalodon(CONFIG).named_parameters():
+        assert torch.equal(sharded["drawn"][name], p), name
 
 
 def errors(gradients, model):
@@ -85,7 +103,7 @@ def test_gradients_are_those_of_one_process(sharded, policy, losses, tolerance):
 
 
 def test_statistics_and_averages_keep_their_precision(sharded):
-    for case, found in sharded.items():
+    for case, found in ((case, found) for case, found in sharded.items() if case != "drawn"):
         assert found["untouched"], case
         assert found["theta"] == (torch.bfloat16 if case[0] == "bf16" else torch.float32)
         for name, dtype in found["types"].items():

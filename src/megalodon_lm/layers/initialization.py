@@ -1,8 +1,11 @@
 """Initial values of matrices, as in the authors' code. Layers are given one of these; see Megalodon.init_weights."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..config import InitMode
@@ -24,6 +27,25 @@ def init_embedding(weight: Tensor) -> None:
     """Fill a (vocabulary, D) weight: truncated normal, std 1/sqrt(D), cut at 3 std."""
     std = 1 / math.sqrt(weight.shape[1])
     nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+
+
+@contextmanager
+def whole_parameters(layer: nn.Module) -> Iterator[None]:
+    """Meanwhile a layer's own parameters, where they are sharded (DTensor), are whole: drawing is of whole tensors.
+
+    The shards are then parts of what the first process drew, so that a seed means the same weights as in one process.
+    """
+    sharded: dict[str, Any] = {name: p for name, p in layer.named_parameters(recurse=False) if hasattr(p, "placements")}
+    for name, p in sharded.items():
+        setattr(layer, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=p.device)))
+    yield
+    for name, p in sharded.items():
+        from torch.distributed.tensor import distribute_tensor
+
+        whole = getattr(layer, name)
+        setattr(layer, name, p)
+        with torch.no_grad():
+            p.copy_(distribute_tensor(whole.detach(), p.device_mesh, p.placements))
 
 
 INITIALISERS: dict[InitMode, Initialiser] = {"he": init_he, "bert": init_bert, "xavier": nn.init.xavier_uniform_}

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
 from ..errors import InputError
-from ..layers.initialization import init_embedding
+from ..layers.initialization import init_embedding, whole_parameters
 from ..layers.linear import Linear
 from ..layers.norms import NormOverTime
 from ..ops.boundaries import Boundaries, Padding
@@ -109,7 +109,8 @@ class Megalodon(nn.Module):
         for part in self.modules():
             draw: Callable[[], None] | None = None if part is self else getattr(part, "init_weights", None)
             if draw is not None:
-                draw()
+                with whole_parameters(part):
+                    draw()
 
     def forward(
         self,
