@@ -12,6 +12,7 @@ from megalodon_lm.ops import backend
 from megalodon_lm.ops.cema import cema, cema_coefficients
 from megalodon_lm.ops.chunk_attention import chunk_attention
 from megalodon_lm.ops.cpu import elementwise_kernels, simd
+from megalodon_lm.ops.decay_norm import decay_norm
 from megalodon_lm.ops.gates import silu_gate
 from megalodon_lm.ops.norms import rms_norm
 from megalodon_lm.ops.timestep_norm import timestep_norm
@@ -54,11 +55,12 @@ def test_what_runs_is_told(choose):
 def everything(x, weight, bias, alpha, delta, theta, gamma, omega):
     """All kinds of ops, one after another."""
     y, norm = timestep_norm(x, weight, bias, 2)
+    y, forgetful = decay_norm(y, weight, bias, 2)
     y, h = cema(y, *cema_coefficients(alpha, delta, theta, gamma), omega)
     y = rms_norm(y, weight, 1e-5)
     heads = y.unflatten(-1, (2, -1))
     attention, cache = chunk_attention(heads, heads, heads, 16, 1e4)
-    return silu_gate(y, attention.flatten(-2)), norm.var, h, cache.keys
+    return silu_gate(y, attention.flatten(-2)), norm.var, forgetful.var, h, cache.keys
 
 
 def inputs():
@@ -69,9 +71,10 @@ def inputs():
 def test_autocast_rounds_outputs_and_products_alone(name, choose):
     choose(name)
     with torch.autocast("cpu", torch.bfloat16):
-        y, var, h, keys = everything(*inputs())
+        y, var, forgetful, h, keys = everything(*inputs())
         assert torch.is_autocast_enabled("cpu")
-    assert (y.dtype, var.dtype, h.dtype, keys.dtype) == (torch.bfloat16, torch.float64, torch.float32, torch.bfloat16)
+    assert (var.dtype, forgetful.dtype, h.dtype) == (torch.float64, torch.float64, torch.float32)
+    assert (y.dtype, keys.dtype) == (torch.bfloat16, torch.bfloat16)
 
 
 @pytest.mark.filterwarnings("ignore")  # inside torch.compile

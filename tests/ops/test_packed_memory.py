@@ -7,6 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 from megalodon_lm.ops.boundaries import Boundaries
 from megalodon_lm.ops.cema import cema, cema_coefficients
 from megalodon_lm.ops.chunk_attention import chunk_attention
+from megalodon_lm.ops.decay_norm import decay_norm
 from megalodon_lm.ops.timestep_norm import timestep_norm
 
 LENGTH, CHUNK, DIM = 1024, 256, 32
@@ -29,10 +30,14 @@ def average(where):
     return inputs + parameters, cema.portable(inputs[0], *cema_coefficients(*parameters), inputs[1], None, where)
 
 
-def norm(where):
+def norm(where, op=timestep_norm):
     inputs = draw((1, LENGTH, DIM), (DIM,), (DIM,))
-    y, state = timestep_norm.portable(*inputs, 4, 1e-5, None, where)
+    y, state = op.portable(*inputs, 4, 1e-5, None, where)
     return inputs, (y, state.mean, state.var)
+
+
+def norm_that_forgets(where):
+    return norm(where, decay_norm)
 
 
 def peak(run, where):
@@ -45,7 +50,7 @@ def peak(run, where):
     return int(changes.cumsum(0).max())
 
 
-@pytest.mark.parametrize("run", [attention, average, norm])
+@pytest.mark.parametrize("run", [attention, average, norm, norm_that_forgets])
 def test_packed_documents_cost_no_more_memory_than_one(run):
     one = peak(run, None)
     for size in (1, 16):

@@ -61,7 +61,7 @@ def decay_norm(
         since = torch.where(where.valid(length), since, -1)
 
     groups, token_mean, token_var = moments_of_tokens(x, num_groups)
-    moments = torch.cat([token_mean, token_var], -1)  # (B, L, 2 G)
+    moments = torch.cat([token_mean, token_var], -1).double()  # (B, L, 2 G)
     strips = cut_into_strips(batch, length, STRIP_SIZE, boundaries, x.device)
     before = torch.where((entry.count > 0)[:, None], torch.cat([entry.mean, entry.var], -1), 0)
     averages = _averages(moments, before, strips)
@@ -70,7 +70,8 @@ def decay_norm(
         averages = _averages(finite_part(moments), before, strips).masked_fill(wrong, math.nan)
 
     mean, var = (averages.unflatten(-1, (2, -1)) / _mass(count)[..., None]).unbind(-2)
-    y = normalise(groups, torch.cat([mean, (var + eps).rsqrt()], -1), weight, bias, boundaries)
+    statistics = torch.cat([mean, (var + eps).rsqrt()], -1).to(groups.dtype)
+    y = normalise(groups, statistics, weight, bias, boundaries)
 
     rows = torch.arange(batch, device=x.device)
     last = length - 1 if where.lengths is None else (where.lengths - 1).clamp(min=0).to(x.device)

@@ -52,7 +52,7 @@ def timestep_norm(
     batch, length, _ = x.shape
     strips = cut_into_strips(batch, length, STRIP_SIZE, boundaries, x.device)
     groups, token_mean, token_var = moments_of_tokens(x, num_groups)
-    means = strips.gather(token_mean)  # (M, T, G)
+    means = strips.gather(token_mean.double())  # (M, T, G)
 
     # Moments are taken about the entry mean, or about the first token of a document that starts here.
     shift = means[:, 0].detach()
@@ -70,7 +70,7 @@ def timestep_norm(
     ones = torch.ones(batch, length, 1, dtype=torch.float64, device=x.device)
     taken = strips.gather(ones)  # (M, T, 1): 1 in used slots
     offset = (means - shift[:, None]) * taken
-    moments = torch.cat([offset, offset.square() + strips.gather(token_var), taken], -1).cumsum(1)
+    moments = torch.cat([offset, offset.square() + strips.gather(token_var.double()), taken], -1).cumsum(1)
     moments = moments + strips.carry(moments[:, -1], None)[:, None]
     first, second, count = moments.split([num_groups, num_groups, 1], -1)
     count = count + before[:, None, None]
@@ -81,7 +81,8 @@ def timestep_norm(
     mean = shift[:, None] + drift
     var = (second / count.clamp(min=1) - drift.square()).clamp(min=0)
 
-    y = normalise(groups, strips.scatter(torch.cat([mean, (var + eps).rsqrt()], -1)), weight, bias, boundaries)
+    statistics = strips.scatter(torch.cat([mean, (var + eps).rsqrt()], -1)).to(groups.dtype)
+    y = normalise(groups, statistics, weight, bias, boundaries)
     at = (strips.last.clamp(min=0), strips.used.clamp(min=1) - 1)
     leaving = NormState(count[at].squeeze(-1).round().long(), mean[at], var[at])
     if boundaries is not None and boundaries.lengths is not None:
@@ -91,18 +92,18 @@ def timestep_norm(
 
 
 def moments_of_tokens(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x as groups (B, L, G, D / G) in float32 or better; each token's mean and variance of them, (B, L, G) float64."""
+    """x as groups (B, L, G, D / G), and each token's mean and variance of them (B, L, G), in float32 or better."""
     groups = x.to(torch.promote_types(x.dtype, torch.float32)).view(*x.shape[:2], num_groups, -1)
     mean = groups.mean(-1, keepdim=True)
-    return groups, mean.squeeze(-1).double(), (groups - mean).square().mean(-1).double()
+    return groups, mean.squeeze(-1), (groups - mean).square().mean(-1)
 
 
 def normalise(
     groups: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor, boundaries: Boundaries | None
 ) -> Tensor:
-    """y (B, L, D), zero at padding, from groups and, side by side, their mean and 1 / deviation (B, L, 2 G)."""
+    """y (B, L, D), zero at padding, from groups and their mean and 1 / deviation, side by side (B, L, 2 G)."""
     batch, length = groups.shape[:2]
-    centre, scale = (s.unsqueeze(-1) for s in statistics.to(groups.dtype).chunk(2, -1))
+    centre, scale = (s.unsqueeze(-1) for s in statistics.chunk(2, -1))
     y = ((groups - centre) * scale).view(batch, length, -1) * (weight.to(groups.dtype) + 1) + bias.to(groups.dtype)
     if boundaries is not None and boundaries.lengths is not None:
         y = torch.where(boundaries.valid(length)[..., None].to(y.device), y, 0)
