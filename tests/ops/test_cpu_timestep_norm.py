@@ -6,6 +6,7 @@ import torch
 from megalodon_lm.ops import reference
 from megalodon_lm.ops.cpu import timestep_norm as native
 from megalodon_lm.ops.cpu import timestep_norm_kernels as kernels
+from megalodon_lm.ops.cpu.decay_norm import decay_norm
 from megalodon_lm.ops.cpu.timestep_norm import timestep_norm
 from megalodon_lm.ops.timestep_norm import NormState
 
@@ -56,11 +57,12 @@ def test_bf16_in_and_out_lose_no_more_than_their_rounding():
     assert y.dtype == torch.bfloat16
 
 
-def test_same_bits_every_time_and_for_every_number_of_threads():
+@pytest.mark.parametrize("norm", [timestep_norm, decay_norm])
+def test_same_bits_every_time_and_for_every_number_of_threads(norm):
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        found.append(gradients(run(timestep_norm, None), case(100, 64)))
+        found.append(gradients(run(norm, None), case(100, 64)))
     torch.set_num_threads(2)
     for other in found[1:]:
         for a, b in zip([*found[0][0], *found[0][1]], [*other[0], *other[1]], strict=True):
