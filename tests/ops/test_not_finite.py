@@ -12,7 +12,7 @@ from megalodon_lm.ops.adaptive_memory import MemoryState
 from megalodon_lm.ops.backend import OPS
 from megalodon_lm.ops.cema import cema_coefficients
 from megalodon_lm.ops.chunk_attention import KeyValueCache
-from megalodon_lm.ops.cpu import causal_attention
+from megalodon_lm.ops.cpu import adaptive_memory, causal_attention
 from megalodon_lm.ops.sliding_attention import SlidingCache
 from megalodon_lm.ops.timestep_norm import NormState
 
@@ -78,6 +78,7 @@ def run_sliding(op):
 def run_memory(op):
     def run(where, q, k, v, keys, values, memory, log_sum):
         used = (torch.arange(C) < FILL[:, None])[..., None, None]
+        memory = memory.to(torch.promote_types(memory.dtype, torch.float32))
         state = MemoryState(torch.where(used, keys, 0), FILL, memory, log_sum, torch.tensor([3, 2]))
         cache = KeyValueCache(keys, torch.where(used, values, 0), FILL)
         out, leaving = op(q, k, v, C, 2, state, cache, where)
@@ -96,7 +97,6 @@ OPS_WITH_STATE = {
     "sliding_attention": (run_sliding, draw(*HEADS[:3], (B, 2 * C, H, 16), (B, 2 * C, H, 32))),
     "adaptive_memory": (run_memory, draw(*HEADS, (B, 2, H, 16, 32), (B, H, 16))),
 }
-PORTABLE = {"decay_norm", "adaptive_memory"}
 TOKEN_OPS = {
     "rms_norm": (rms_definition, (1e-5,), draw((B, L, D), (D,))),
     "layer_norm": (layer_definition, (1e-5,), draw((B, L, D), (D,), (D,))),
@@ -163,10 +163,12 @@ def test_portable(name, kind):
 @pytest.mark.parametrize("name", OPS_WITH_STATE)
 def test_native(name, kind, dtype, monkeypatch):
     monkeypatch.setattr(causal_attention, "FEW_QUERIES", 4)
+    monkeypatch.setattr(adaptive_memory, "FEWEST_PRODUCTS", 0)
     run, inputs = OPS_WITH_STATE[name]
-    fast = OPS[name].portable if name in PORTABLE else native(OPS[name])
+    fast = native(OPS[name])
     where, slow = boundaries(kind, B, L), getattr(reference, name)
-    compare(lambda *a: run(fast)(where, *a), lambda *a: run(slow)(where, *a), inputs, dtype, name.endswith("attention"))
+    of_one_type = name.endswith(("attention", "memory"))
+    compare(lambda *a: run(fast)(where, *a), lambda *a: run(slow)(where, *a), inputs, dtype, of_one_type)
 
 
 @pytest.mark.parametrize("natively", [False, True])

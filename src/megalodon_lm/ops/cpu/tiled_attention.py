@@ -33,7 +33,7 @@ def _by_heads(piece: Tensor, cached: Tensor | None, group: Group) -> Tensor:
     return torch.cat([cached[row, entries + low : entries].transpose(0, 1), tokens], 1)
 
 
-def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a @ b for each head. In one call PyTorch is faster in float32, and slower in bf16, where it copies."""
     if a.dtype == torch.float32:
         torch.bmm(a, b, out=out)
@@ -92,9 +92,9 @@ def forward(
             stop = min(start + size, end - begin)
             high = before + stop
             scores = scratch[: heads * (stop - start) * high].view(heads, stop - start, high)
-            _multiply(qs[:, start:stop], ks[:, :high].mT, scores)
+            multiply(qs[:, start:stop], ks[:, :high].mT, scores)
             kernels.softmax(threads, as_numpy(scores), slots_of[row, begin:end], before, start, logs)
-            _multiply(scores, vs[:, :high], out[row, begin + start : begin + stop].transpose(0, 1))
+            multiply(scores, vs[:, :high], out[row, begin + start : begin + stop].transpose(0, 1))
 
 
 def backward(
@@ -145,12 +145,12 @@ def backward(
             query = max(start - before, 0)
             shape = (heads, stop - start, n - query)
             weights, scores = (t[: shape[0] * shape[1] * shape[2]].view(shape) for t in scratch)
-            _multiply(ks[:, start:stop], qs[:, query:].mT, weights)
-            _multiply(vs[:, start:stop], gs[:, query:].mT, scores)
+            multiply(ks[:, start:stop], qs[:, query:].mT, weights)
+            multiply(vs[:, start:stop], gs[:, query:].mT, scores)
             tile = (as_numpy(weights), as_numpy(scores), last, before, start, query, logs, deltas)
             kernels.weight_gradients(threads, *tile)
-            _multiply(weights, gs[:, query:], dv[:, start:stop])
-            _multiply(scores, qs[:, query:], dk[:, start:stop])
+            multiply(weights, gs[:, query:], dv[:, start:stop])
+            multiply(scores, qs[:, query:], dk[:, start:stop])
             for h in range(heads):
                 dq[h, query:] += scores[h].T @ ks[h, start:stop]
         grad_q[row, begin:end] = dq.transpose(0, 1)
