@@ -15,41 +15,14 @@ from megalodon_lm.ops import backend
 from megalodon_lm.ops.cpu import decoding_kernels, simd
 from megalodon_lm.ops.derived import rounded
 
+from .decoding import assert_same_state, in_float64, model_of, read, steps, tokens_of, with_rounded_weights
+
 CONFIGS = {
     "swiglu": ModelConfig.named("tiny", norm_num_groups=4),
     "heads, plain feed-forward": ModelConfig.named("tiny", swiglu=False, num_heads=2, cema_ndim=16, share_emb=True),
     "rescaled": ModelConfig.named("tiny", rescale_nffn=True, scale_emb=True, cema_ndim=20, norm_num_groups=64),
     "long chunks": ModelConfig.named("tiny", chunk_size=512, vocab_size=261),
 }
-
-
-def model_of(config, seed=0):
-    """A model whose every parameter counts: nothing left at 0."""
-    torch.manual_seed(seed)
-    model = Megalodon(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return model
-
-
-def tokens_of(rows, length, seed=0):
-    return torch.randint(0, 259, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def read(model, tokens):
-    """Logits of all tokens, and the state after them."""
-    with torch.no_grad():
-        return model(tokens)
-
-
-def steps(engine, tokens):
-    return torch.stack([engine.step(t).clone() for t in tokens.unbind(1)], 1)
-
-
-def assert_same_state(found, expected, atol):
-    for name, t in expected.tensors().items():
-        torch.testing.assert_close(found.tensors()[name], t, atol=atol, rtol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
@@ -69,13 +42,9 @@ def test_steps_give_what_one_piece_gives(name, rows):
 
 
 def test_the_definition_in_float64_is_the_judge():
-    config = CONFIGS["rescaled"]
-    model = model_of(config)
-    judge = Megalodon(config).eval().double()
-    judge.load_state_dict(model.state_dict())
+    model = model_of(CONFIGS["rescaled"])
     tokens = tokens_of(2, 300)
-    with torch.no_grad():
-        expected, _ = judge(tokens)
+    expected, _ = read(in_float64(model), tokens)
     _, state = read(model, tokens[:, :40])
     found = steps(DecodingEngine(model, state, "float32"), tokens[:, 40:])
     torch.testing.assert_close(found.double(), expected[:, 40:], atol=1e-4, rtol=1e-4)
@@ -83,17 +52,13 @@ def test_the_definition_in_float64_is_the_judge():
 
 def test_small_offsets_stored_in_bf16_have_their_effect():
     """Norms and attention scale by 1 + the parameter: 1 + 0.003 in bf16 would be 1."""
-    config = CONFIGS["swiglu"]
-    model = model_of(config).bfloat16()
+    model = model_of(CONFIGS["swiglu"]).bfloat16()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if (p.dim() == 1 and "weight" in name) or name.endswith("mega.gamma"):
                 p.fill_(0.003)
-    judge = Megalodon(config).eval().double()
-    judge.load_state_dict(model.state_dict())
     tokens = tokens_of(1, 40)
-    with torch.no_grad():
-        expected, _ = judge(tokens)
+    expected, _ = read(in_float64(model), tokens)
     found = steps(DecodingEngine(model, model.empty_state(), "float32"), tokens)
     torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
 
@@ -101,11 +66,7 @@ def test_small_offsets_stored_in_bf16_have_their_effect():
 def test_bf16_differs_by_the_rounding_of_weights_and_cache_alone():
     """Against a float32 model that has the rounded weights, so that only the cache's rounding is left."""
     model = model_of(CONFIGS["swiglu"])
-    rounded = model_of(CONFIGS["swiglu"])
-    with torch.no_grad():
-        for name, p in rounded.named_parameters():
-            if p.dim() == 2 and name.split(".")[-2] not in ("embed", "mega", "cema"):
-                p.copy_(p.bfloat16())
+    rounded = with_rounded_weights(model)
     tokens = tokens_of(2, 130)
     state = read(rounded, tokens[:, :1])[1]
     state.model = None  # of unknown make, so that the other model takes it

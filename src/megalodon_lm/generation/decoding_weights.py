@@ -10,126 +10,93 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..config import ModelConfig
-from ..layers.block import Block
-from ..layers.chunk_attention import ChunkAttention
 from ..layers.complex_ema import ComplexEMA
-from ..layers.embedding import Embedding
-from ..layers.feed_forward import FeedForward
-from ..layers.gated_attention import GatedAttention
 from ..layers.linear import Linear
-from ..layers.norms import AffineNorm, LayerNorm, RMSNorm, TimestepNorm
-from ..model.decoder import Head, Megalodon
-from ..ops.cema import cema_coefficients
-from ..ops.cpu.decoding_kernels import Affine, Average, Heads, HeadWeights, LayerWeights, Sizes
+from ..layers.norms import AffineNorm, DecayNorm, NormOverTime
+from ..layers.sliding_attention import SlidingAttention
+from ..model.decoder import Megalodon
+from ..ops.cema import cema_coefficients, ema_coefficients
+from ..ops.cpu.decoding_parts import Affine, Average, Choices, Heads, HeadWeights, LayerWeights, Sizes
 from ..ops.cpu.matrix_vector import Matrix
 from ..ops.cpu.simd import LANES, as_numpy
+from ..ops.cpu.timestep_norm_kernels import CUMULATIVE
+from ..ops.decay_norm import MEAN_DECAY, VAR_DECAY
 from ..ops.derived import derived, rounded
-from ..ops.rotary import rotations
-
-_BLOCK = {
-    "": Block,
-    "mega": GatedAttention, "mega.timenorm": TimestepNorm, "mega.cema": ComplexEMA, "mega.rmsnorm": RMSNorm,
-    "mega.attention": ChunkAttention,
-    "mega.wv": Linear, "mega.wz": Linear, "mega.wr": Linear, "mega.wh1": Linear, "mega.wh2": Linear,
-    "nffn": FeedForward, "nffn.norm": LayerNorm, "nffn.fc1": Linear, "nffn.fc2": Linear,
-}  # fmt: skip
-_BLOCKS = (_BLOCK, _BLOCK | {"nffn.fc3": Linear})
-_HEAD = {"": Head, "final_norm": TimestepNorm, "output": Linear}
-_CHOICES = ("timestep_norm", "attention", "heads_without_rope", "memory", "residual", "cema", "cema_omega",
-            "attention_norm", "normalize_attention")  # fmt: skip
-_CPU = torch.device("cpu")
 
 
 class DecodingWeights(NamedTuple):
     """Weights of a model, prepared for steps of one token."""
 
     sizes: Sizes
-    eps: float
-    """Of all norms."""
+    choices: Choices
     layers: list[LayerWeights]
+    maps: list[Heads]
+    """Of the memories' queries and keys, where the model has memories."""
     head: HeadWeights
-
-
-def fits(model: Megalodon) -> bool:
-    """Whether compiled steps can run a model.
-
-    It is made of the very parts that they know, those of a Megalodon, all blocks of the same widths, these multiples of
-    16, and without dropout; its weights are float32 or bf16 on the CPU.
-    """
-    parts = list(model.modules())
-    dropped = model.training and any(getattr(part, name, 0) for part in parts for name in ("dropout", "hidden_dropout"))
-    plain = all(p.device.type == "cpu" and p.dtype in (torch.float32, torch.bfloat16) for p in model.parameters())
-    usual = all(getattr(model.config, name) == getattr(ModelConfig(), name) for name in _CHOICES)
-    known = usual and type(model.embed) is Embedding and _kinds(model.output) == _HEAD
-    blocks: list[Any] = list(model.layers)
-    if dropped or not plain or not known or not all(_kinds(block) in _BLOCKS for block in blocks):
-        return False
-    sizes = _sizes(blocks[0])
-    widths = (sizes.model_dim, sizes.hidden_dim, sizes.z_head_dim, sizes.value_head_dim)
-    alike = (
-        {_sizes(block) for block in blocks},
-        {block.mega.attention.rope_base for block in blocks},
-        {part.group_dim for part in parts if isinstance(part, TimestepNorm)},
-        {part.eps for part in parts if hasattr(part, "eps")},
-    )
-    return all(width % LANES == 0 for width in widths) and all(len(values) == 1 for values in alike)
-
-
-def _kinds(module: nn.Module) -> dict[str, type]:
-    return {name: type(part) for name, part in module.named_modules()}
 
 
 @torch.no_grad()
 def prepare(model: Megalodon, dtype: torch.dtype) -> DecodingWeights:
-    """The weights of a model that `fits`.
+    """The weights of a model that decodable.fits.
 
     Args:
         model: later changes of its weights may or may not show in what was made.
         dtype: of the weights in products, float32 or bf16.
     """
-    first: Any = model.layers[0]
-    sizes, attention = _sizes(first), first.mega.attention
-    table = rotations(sizes.chunk_size, sizes.z_head_dim, attention.rope_base, torch.float32, _CPU)
-    cos, sin = (_flat(t) for t in table)
-    layers = [_layer(block, sizes, dtype, cos, sin) for block in model.layers]
-    head = HeadWeights(_affine(model.output.final_norm), _matrix(model.output.output, dtype))
-    return DecodingWeights(sizes, model.output.final_norm.eps, layers, head)
+    norm, first = model.output.final_norm, model.layers[0]
+    layers = [_layer(block, dtype) for block in model.layers]
+    mixers: list[Any] = [block.mega for block in model.layers]
+    maps = [_maps(mixer, 2) for mixer in mixers if mixer.memory is not None]
+    head = HeadWeights(_affine(norm), _matrix(model.output.output, dtype))
+    return DecodingWeights(sizes_of(first, norm), choices_of(first, norm), layers, maps, head)
 
 
-def _sizes(block: Any) -> Sizes:
-    mega, hidden_dim = block.mega, len(block.nffn.fc1.weight)
-    dim, ndim, _ = mega.cema.gamma.shape
+def sizes_of(block: Any, norm: NormOverTime) -> Sizes:
+    """The widths of a block, in a model with this final norm."""
+    mega, dim = block.mega, len(norm.weight)
+    ndim = 0 if mega.cema is None else mega.cema.gamma.shape[1]
     return Sizes(
         model_dim=dim,
-        num_groups=dim // mega.timenorm.group_dim,
+        num_groups=dim // norm.group_dim,
         cema_ndim=ndim + -ndim % LANES,
         num_heads=len(mega.wz.weight) // mega.z_head_dim,
         z_head_dim=mega.z_head_dim,
         value_head_dim=mega.value_head_dim,
-        hidden_dim=hidden_dim,
+        hidden_dim=len(block.nffn.fc1.weight),
         chunk_size=mega.attention.chunk_size,
+        num_chunks=2 if isinstance(mega.attention, SlidingAttention) else 1,
     )
 
 
-def _layer(block: Any, sizes: Sizes, dtype: torch.dtype, cos: np.ndarray, sin: np.ndarray) -> LayerWeights:
+def choices_of(block: Any, norm: NormOverTime) -> Choices:
+    """What else a block, in a model with this final norm, does."""
+    mega = block.mega
+    return Choices(
+        eps=norm.eps,
+        decays=(MEAN_DECAY, VAR_DECAY) if isinstance(norm, DecayNorm) else CUMULATIVE,
+        over_time=isinstance(mega.timenorm, NormOverTime),
+        normalized=mega.normalized,
+        rotary_heads=len(mega.wz.weight) // mega.z_head_dim - mega.attention.heads_without_rope,
+        two_hop=block.two_hop,
+    )
+
+
+def _layer(block: Any, dtype: torch.dtype) -> LayerWeights:
     mega, ffn = block.mega, block.nffn
-    cema, width = mega.cema, sizes.model_dim
+    width = len(mega.rmsnorm.weight)
     fc1 = _matrix(ffn.fc1, dtype)
-    scale = derived(_head_scale, mega.gamma, arguments=(sizes.z_head_dim,))
-    p, q, g = derived(_coefficients, cema.alpha, cema.delta, cema.theta, cema.gamma)
     return LayerWeights(
         timenorm=_affine(mega.timenorm),
-        cema=Average(_flat(p), _flat(q), _flat(g), _vector(cema.omega)),
+        cema=_no_average(width) if mega.cema is None else _average(mega.cema),
         rmsnorm=Affine(as_numpy(derived(_scale, mega.rmsnorm.weight)), as_numpy(torch.zeros(width))),
         wv=_matrix(mega.wv, dtype),
         wz=_matrix(mega.wz, dtype),
         wr=_matrix(mega.wr, dtype),
         wh1=_matrix(mega.wh1, dtype),
         wh2=_matrix(mega.wh2, dtype),
-        heads=Heads(_flat(scale), _vector(mega.beta), cos, sin),
+        heads=_maps(mega, 0),
         ffn_norm=_affine(ffn.norm),
         fc1=fc1,
         fc3=Matrix(fc1.weight, fc1.bias[:0]) if ffn.fc3 is None else _matrix(ffn.fc3, dtype),
@@ -146,6 +113,28 @@ def _matrix(linear: Linear, dtype: torch.dtype) -> Matrix:
 
 def _affine(norm: AffineNorm) -> Affine:
     return Affine(as_numpy(derived(_scale, norm.weight)), _vector(norm.bias))
+
+
+def _maps(mixer: Any, first: int) -> Heads:
+    """Of the mixer's view number `first` and the next one."""
+    scale = as_numpy(derived(_head_scale, mixer.gamma, arguments=(mixer.z_head_dim,)))
+    shift = _vector(mixer.beta).reshape(scale.shape)
+    return Heads(*(t[first : first + 2].reshape(-1) for t in (scale, shift)))
+
+
+def _average(cema: ComplexEMA) -> Average:
+    scaled = (cema.omega is not None,)
+    if cema.theta is None:
+        p, q, g = derived(_real, cema.alpha, cema.delta, cema.gamma, arguments=scaled)
+    else:
+        p, q, g = derived(_complex, cema.alpha, cema.delta, cema.theta, cema.gamma, arguments=scaled)
+    omega = as_numpy(torch.ones(len(p))) if cema.omega is None else _vector(cema.omega)
+    return Average(_flat(p), _flat(q), _flat(g), omega)
+
+
+def _no_average(dim: int) -> Average:
+    nothing = as_numpy(torch.zeros(0))
+    return Average(nothing, nothing, nothing, as_numpy(torch.ones(dim)))
 
 
 def _vector(t: Tensor) -> np.ndarray:
@@ -165,9 +154,16 @@ def _head_scale(gamma: Tensor, width: int) -> Tensor:
     return (gamma.float() + 1) / math.sqrt(width)
 
 
-def _coefficients(alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor) -> tuple[Tensor, ...]:
-    """p, q and g of CEMA as the kernel takes them; see Average."""
-    p, q, g = cema_coefficients(alpha, delta, theta, gamma)
+def _complex(alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor, scaled: bool) -> tuple[Tensor, ...]:
+    return _laid_out(*cema_coefficients(alpha, delta, theta, gamma, scaled))
+
+
+def _real(alpha: Tensor, delta: Tensor, gamma: Tensor, scaled: bool) -> tuple[Tensor, ...]:
+    return _laid_out(*ema_coefficients(alpha, delta, gamma, scaled))
+
+
+def _laid_out(p: Tensor, q: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+    """The coefficients of CEMA as the kernel takes them; see Average."""
     return tuple(_pad(t).contiguous() for t in (p, *(torch.view_as_real(t).transpose(1, 2) for t in (q, g))))
 
 

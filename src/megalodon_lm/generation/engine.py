@@ -39,7 +39,7 @@ class DecodingEngine:
 
     def _make_stepper(self, state: State) -> "FusedStep | _ModelStep":
         if backend.runs_natively(self.model.embed.weight):
-            from .decoding_weights import fits
+            from .decodable import fits
             from .fused_step import FusedStep
 
             if fits(self.model):

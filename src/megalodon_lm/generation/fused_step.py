@@ -1,12 +1,14 @@
 """One token at a time on the CPU: each layer is one compiled call, and nothing is allocated from step to step."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..model.decoder import Megalodon
 from ..ops.cpu import decoding_kernels as kernels
+from ..ops.cpu.decoding_parts import Scratch, plain
 from ..ops.cpu.simd import as_numpy
 from ..ops.cpu.team import num_threads
 from ..state import State
@@ -25,19 +27,27 @@ class FusedStep:
 
     def __init__(self, model: Megalodon, state: State, dtype: torch.dtype):
         self.weights, num_rows = prepare(model, dtype), state.batch_size
-        sizes = self.weights.sizes
+        weights, sizes = self.weights, self.weights.sizes
         self.rows = DecodingRows(model, sizes, num_rows, dtype)
         self.rows.enter(state)
         self._embed = model.embed
         self._x = as_numpy(torch.zeros(num_rows * sizes.model_dim))
         self._logits = torch.zeros(num_rows, len(model.output.output.weight))
-        scratch = kernels.Scratch.make(num_rows, sizes)
-        layers = zip(self.weights.layers, self.rows.layers, strict=True)
-        self._common = num_rows, kernels.plain(sizes), self.weights.eps, self._x
-        self._layers = [kernels.plain((weights, rows, scratch)) for weights, rows in layers]
-        head = (self.weights.head, self.rows.norm, scratch.normed, scratch.ones, as_numpy(self._logits).reshape(-1))
-        self._head = kernels.plain(head)
+        scratch = Scratch.make(num_rows, sizes)
+        self._common = num_rows, plain(sizes), plain(weights.choices), self._x
+        layers: list[tuple[Any, ...]] = [
+            (*parts, scratch) for parts in zip(weights.layers, self.rows.layers, strict=True)
+        ]
+        self._layer: Any = kernels.layer
+        if self.rows.memories:
+            memories = zip(weights.maps, self.rows.memories, strict=True)
+            self._layer = kernels.layer_with_memory
+            layers = [(*parts, *memory) for parts, memory in zip(layers, memories, strict=True)]
+        self._layers = [plain(parts) for parts in layers]
+        head = (weights.head, self.rows.norm, scratch.normed, scratch.ones, as_numpy(self._logits).reshape(-1))
+        self._head = plain(head)
 
+    @torch.no_grad()  # what memories absorb
     def step(self, tokens: Tensor) -> Tensor:
         """Read one token a row.
 
@@ -50,10 +60,11 @@ class FusedStep:
         embed, threads = self._embed, num_threads()
         x = embed.weight.detach()[tokens].float().view(-1)
         self._x[:] = (x * math.sqrt(embed.embedding_dim) if embed.scaled else x).numpy()
+        places = tuple(self.rows.places.find())
         for layer in self._layers:
-            kernels.layer(threads, *self._common, *layer)
+            self._layer(threads, *self._common, places, *layer)
         kernels.head(threads, *self._common, *self._head)
-        self.rows.position += 1
+        self.rows.advance()
         return self._logits
 
     def state(self) -> State:

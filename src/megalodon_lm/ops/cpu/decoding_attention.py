@@ -18,6 +18,15 @@ def silu(x: Any, at: int, y: Any, to: int, size: int) -> None:
 
 
 @inner
+def head_scale(z: Any, at: int, dk: int, eps: float) -> Any:
+    """1 over the root mean square of one head."""
+    square = np.float32(0)
+    for i in range(dk):
+        square += z[at + i] * z[at + i]
+    return np.float32(1 / np.sqrt(square / np.float32(dk) + np.float32(eps)))
+
+
+@inner
 def enter_cache(
     first: int,
     last: int,
@@ -25,28 +34,28 @@ def enter_cache(
     v: Any,
     gamma: Any,
     beta: Any,
+    positions: Any,
     cos: Any,
     sin: Any,
     shape: Any,
-    eps: float,
-    fill: Any,
+    choices: Any,
     q: Any,
     keys: Any,
     values: Any,
 ) -> None:
     """Rows first..last: normalise z per head, make and rotate the query and the key, and store key and value."""
-    size, heads, dk, dv = shape
+    size, chunks, heads, dk, dv = shape
+    eps, normalized, rotary_heads = choices
+    one, zero = np.float32(1), np.float32(0)
     for b in range(first, last):
-        slot = fill[b]
+        entry = b * chunks * size + positions[b] % (chunks * size)
+        turn = (positions[b] % size if chunks == 1 else b) * dk // 2
         for h in range(heads):
             at = (b * heads + h) * dk
-            square = np.float32(0)
-            for i in range(dk):
-                square += z[at + i] * z[at + i]
-            scale = np.float32(1 / np.sqrt(square / np.float32(dk) + np.float32(eps)))
-            to = ((b * size + slot) * heads + h) * dk
+            scale = head_scale(z, at, dk, eps) if normalized else one
+            to = (entry * heads + h) * dk
             for i in range(0, dk, 2):
-                c, s = cos[slot * dk // 2 + i // 2], sin[slot * dk // 2 + i // 2]
+                c, s = (cos[turn + i // 2], sin[turn + i // 2]) if h < rotary_heads else (one, zero)
                 even, odd = z[at + i] * scale, z[at + i + 1] * scale
                 w = h * dk + i
                 a, o = even * gamma[w] + beta[w], odd * gamma[w + 1] + beta[w + 1]
@@ -55,7 +64,7 @@ def enter_cache(
                 a, o = even * gamma[w] + beta[w], odd * gamma[w + 1] + beta[w + 1]
                 keys[to + i] = scalars.rounded(a * c - o * s, keys)
                 keys[to + i + 1] = scalars.rounded(a * s + o * c, keys)
-        silu(v, b * heads * dv, values, (b * size + slot) * heads * dv, heads * dv)
+        silu(v, b * heads * dv, values, entry * heads * dv, heads * dv)
 
 
 @inner
@@ -77,6 +86,17 @@ def _weights(at: int, count: int, scores: Any, summary: Any, to: int) -> None:
 
 
 @inner
+def _seen(position: int, chunk: int, chunks: int, size: int) -> int:
+    """How many keys a token sees of one of the chunks held in a ring: those of its own up to itself, all of another.
+
+    Held are its own and, after the first, the one before.
+    """
+    if position // size % chunks == chunk:
+        return position % size + 1
+    return size if position >= size else 0
+
+
+@inner
 def attend(
     first: int,
     last: int,
@@ -84,13 +104,13 @@ def attend(
     q: Any,
     keys: Any,
     values: Any,
-    fill: Any,
+    positions: Any,
     shape: Any,
     scores: Any,
     summary: Any,
     partial: Any,
 ) -> None:
-    """Tasks first..last of (B, splits): softmax attention to SPLIT keys, not yet divided by its sum of weights.
+    """Tasks first..last of (B, chunks, splits): softmax attention to SPLIT keys, not yet divided by its sum of weights.
 
     The heads go together, so that keys and values are read in the order in which they lie.
 
@@ -99,13 +119,14 @@ def attend(
         summary: (tasks, H, 2), out: highest score and sum of weights.
         partial: (tasks, H, dv), out.
     """
-    size, heads, dk, dv = shape
+    size, chunks, heads, dk, dv = shape
     zero = splat(np.float32(0))
     for task in range(first, last):
-        b, begin = task // splits, task % splits * SPLIT
-        count = min(SPLIT, fill[b] + 1 - begin)
+        chunk, begin = task // splits, task % splits * SPLIT
+        b = chunk // chunks
+        count = min(SPLIT, _seen(positions[b], chunk % chunks, chunks, size) - begin)
         mine = task * heads * SPLIT
-        key = (b * size + begin) * heads * dk
+        key = (chunk * size + begin) * heads * dk
         for j in range(max(count, 0)):
             for h in range(heads):
                 at = (b * heads + h) * dk
@@ -118,7 +139,7 @@ def attend(
             _weights(mine + h * SPLIT, count, scores, summary, 2 * (task * heads + h))
 
         out, row = task * heads * dv, heads * dv
-        value = (b * size + begin) * row
+        value = (chunk * size + begin) * row
         for i in range(0, row, LANES):
             store(partial, out + i, zero)
         for j in range(0, count - 3, 4):

@@ -1,155 +1,27 @@
 """One token through one layer, or through the head, as one compiled call without gradients.
 
-What belongs to the model (weights), to the rows (state) and to nobody (scratch) comes in tuples of its own. The state
-is changed in place and nothing is allocated. Activations are float32; weights and the attention cache are float32 or
-bf16. All arrays are flat, rows first; they may have room for more rows than take the step. Widths are multiples of 16.
-
-Named tuples take Numba three times as long to let in as plain ones, so they come as `plain` makes them, and get their
-names back inside, where these cost nothing.
+What belongs to the model (weights), to the rows (state, places) and to nobody (scratch) comes in tuples of its own; see
+decoding_parts. The state is changed in place and nothing is allocated. Activations are float32; weights and the
+attention cache are float32 or bf16. Widths are multiples of 16.
 """
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import numpy as np
-import torch
 
 from .decoding_attention import SPLIT, attend, combine, enter_cache, silu
+from .decoding_memory import enter_memory, recall, strips
+from .decoding_parts import Choices, HeadWeights, LayerRows, LayerWeights, Scratch, Sizes
 from .elementwise_kernels import gate_forward_on_team, norm_forward_on_team
-from .matrix_vector import Matrix, products
-from .simd import LANES, add_product, as_numpy, compiled, inner, load, splat, store, sub_product, total
+from .matrix_vector import products
+from .simd import LANES, add_product, compiled, inner, load, splat, store, sub_product, total
 from .team import share
-from .timestep_norm_kernels import CUMULATIVE
 from .timestep_norm_kernels import forward_on_team as timestep_norm
 
 _FEW = 1 << 14  # operations that are not worth waking another thread for
 
-
-def plain(part: Any) -> Any:
-    """Arrays and numbers in named tuples, as `layer` and `head` take them."""
-    return tuple(map(plain, part)) if isinstance(part, tuple) else part
-
-
-class Sizes(NamedTuple):
-    """Widths of a model."""
-
-    model_dim: int
-    num_groups: int
-    cema_ndim: int
-    """States of a channel, filled up to a multiple of 16."""
-    num_heads: int
-    z_head_dim: int
-    value_head_dim: int
-    hidden_dim: int
-    """Of the feed-forward network."""
-    chunk_size: int
-
-
-class Affine(NamedTuple):
-    """What a norm multiplies by, its 1 added, and what it adds: (D,) float32."""
-
-    scale: np.ndarray
-    shift: np.ndarray
-
-
-class Average(NamedTuple):
-    """CEMA: p (D, N), q and g (D, 2, N), all real parts of a channel before the imaginary ones, and omega (D,)."""
-
-    p: np.ndarray
-    q: np.ndarray
-    g: np.ndarray
-    omega: np.ndarray
-
-
-class Heads(NamedTuple):
-    """Maps (2, Z) from normalised z to queries and keys, and their rotations (c, Z / H / 2)."""
-
-    scale: np.ndarray
-    shift: np.ndarray
-    cos: np.ndarray
-    sin: np.ndarray
-
-
-class LayerWeights(NamedTuple):
-    """Weights of one block, prepared; named as in its modules."""
-
-    timenorm: Affine
-    cema: Average
-    rmsnorm: Affine
-    wv: Matrix
-    wz: Matrix
-    wr: Matrix
-    wh1: Matrix
-    wh2: Matrix
-    heads: Heads
-    ffn_norm: Affine
-    fc1: Matrix
-    fc3: Matrix
-    """Without a bias where there is no gate."""
-    fc2: Matrix
-    alpha: np.ndarray
-    """(D,) that the feed-forward network is multiplied by."""
-
-
-class HeadWeights(NamedTuple):
-    """Weights of the final norm and of the map to the vocabulary."""
-
-    final_norm: Affine
-    output: Matrix
-
-
-class Statistics(NamedTuple):
-    """Of a TimestepNorm: count (B,) int64, mean and variance (B, G) float64; for kernels the memory of them."""
-
-    count: Any
-    mean: Any
-    var: Any
-
-
-class LayerRows(NamedTuple):
-    """What one block carries for each row: cema (B, D, 2, N) float32, keys and values (B, c, H, d), fill (B,) int64.
-
-    For kernels the memory of them.
-    """
-
-    norm: Statistics
-    cema: Any
-    keys: Any
-    values: Any
-    fill: Any
-
-
-class Scratch(NamedTuple):
-    """Memory for one step of B rows, of no meaning before or after it."""
-
-    normed: np.ndarray
-    mixed: np.ndarray
-    v: np.ndarray
-    z: np.ndarray
-    gate: np.ndarray
-    skip: np.ndarray
-    queries: np.ndarray
-    scores: np.ndarray
-    summary: np.ndarray
-    partial: np.ndarray
-    attention: np.ndarray
-    y: np.ndarray
-    hidden: np.ndarray
-    hidden_gated: np.ndarray
-    saved: np.ndarray
-    """Where norms leave what a backward pass would need."""
-    ones: np.ndarray
-    """(B,) int64, tokens of each row in this step."""
-
-    @classmethod
-    def make(cls, rows: int, sizes: Sizes) -> "Scratch":
-        """For so many rows."""
-        d, f = sizes.model_dim, sizes.hidden_dim
-        z, v = sizes.num_heads * sizes.z_head_dim, sizes.num_heads * sizes.value_head_dim
-        splits = -(-sizes.chunk_size // SPLIT)
-        tasks = sizes.num_heads * splits
-        widths = (d, d, v, z, v, d, z, tasks * SPLIT, tasks * 2, v * splits, v, d, f, f)
-        arrays = (as_numpy(torch.zeros(rows * width)) for width in (*widths, 2))  # PyTorch's begin at a cache line
-        return cls(*arrays, np.ones(rows, np.int64))
+part = partial(inner, inline="always")  # of an entry, put into its text: compiled with it, and not before for itself
 
 
 @inner
@@ -181,67 +53,88 @@ def _add(a: Any, b: Any, y: Any, size: int) -> None:
         store(y, i, load(y, i) + (load(a, i) + load(b, i)))
 
 
-@inner
+@part
 def _time_norm(
-    threads: int, rows: int, sizes: Any, eps: float, x: Any, affine: Any, state: Any, ones: Any, y: Any
+    threads: int, rows: int, sizes: Any, choices: Any, x: Any, affine: Any, state: Any, ones: Any, y: Any
 ) -> None:
-    """TimestepNorm of one token a row; what a backward pass would need is not kept."""
+    """A norm over time of one token a row; what a backward pass would need is not kept."""
     scale, shift = affine
     count, mean, var = state
     for i in range(rows):
         count[i] += 1
     shape, nothing = (1, sizes.model_dim, sizes.num_groups, False), var
-    args = (x, shape, scale, shift, eps, CUMULATIVE, mean, var, count, ones, y, mean, var, nothing)
+    args = (x, shape, scale, shift, choices.eps, choices.decays, mean, var, count, ones, y, mean, var, nothing)
     timestep_norm(threads, rows * sizes.num_groups, args)
 
 
-@compiled
-def layer(threads: int, rows: int, sizes: Any, eps: float, x: Any, weights: Any, state: Any, scratch: Any) -> None:
-    """One token a row through one layer.
-
-    Args:
-        threads: from team.num_threads().
-        rows: B.
-        sizes: Sizes.
-        eps: of all norms.
-        x: (B, D) float32, the residual stream, in and out.
-        weights: LayerWeights.
-        state: LayerRows.
-        scratch: Scratch.
-    """
-    sizes, weights, state, scratch = Sizes(*sizes), LayerWeights(*weights), LayerRows(*state), Scratch(*scratch)
-    dim, ndim, heads, value_dim = sizes.model_dim, sizes.cema_ndim, sizes.num_heads, sizes.value_head_dim
-    few = 1 if rows * dim < _FEW else threads
-    normed, mixed, y, saved = scratch.normed, scratch.mixed, scratch.y, scratch.saved
-
-    _time_norm(few, rows, sizes, eps, x, weights.timenorm, state.norm, scratch.ones, normed)
+@part
+def _average(
+    threads: int, few: int, rows: int, sizes: Any, choices: Any, x: Any, weights: Any, state: Any, scratch: Any
+) -> None:
+    """What stands before attention: norm, moving average, and all that they are multiplied by."""
+    dim, ndim, normed, mixed, y = sizes.model_dim, sizes.cema_ndim, scratch.normed, scratch.mixed, scratch.y
+    if choices.over_time:
+        _time_norm(few, rows, sizes, choices, x, weights.timenorm, state.norm, scratch.ones, normed)
+    else:
+        norm_forward_on_team(few, rows, (x, dim, *weights.timenorm, True, choices.eps, normed, scratch.saved))
     some = 1 if rows * dim * ndim < _FEW else threads
     share(_moving_average, some, rows * dim, (normed, dim, ndim, *weights.cema, state.cema, y))
-    norm_forward_on_team(few, rows, (y, dim, *weights.rmsnorm, False, eps, mixed, saved))
-
-    v, z, gate, skip = scratch.v, scratch.z, scratch.gate, scratch.skip
+    norm_forward_on_team(few, rows, (y, dim, *weights.rmsnorm, False, choices.eps, mixed, scratch.saved))
     products(
         threads, rows,
-        (normed, weights.wv, v), (mixed, weights.wz, z), (mixed, weights.wr, gate), (mixed, weights.wh1, skip),
+        (normed, weights.wv, scratch.v), (mixed, weights.wz, scratch.z), (mixed, weights.wr, scratch.gate),
+        (mixed, weights.wh1, scratch.skip),
     )  # fmt: skip
-    queries, keys, values, fill = scratch.queries, state.keys, state.values, state.fill
-    shape = (sizes.chunk_size, heads, sizes.z_head_dim, value_dim)
-    share(enter_cache, few, rows, (z, v, *weights.heads, shape, eps, fill, queries, keys, values))
+
+
+@part
+def _attend(
+    threads: int, few: int, rows: int, sizes: Any, choices: Any, places: Any, weights: Any, state: Any, scratch: Any
+) -> None:
+    """Attention with its new key and value, times its gate."""
+    size, chunks, heads, value_dim = sizes.chunk_size, sizes.num_chunks, sizes.num_heads, sizes.value_head_dim
+    queries, keys, values, positions = scratch.queries, state.keys, state.values, places[0]
+    shape = (size, chunks, heads, sizes.z_head_dim, value_dim)
+    chosen = (choices.eps, choices.normalized, choices.rotary_heads)
+    args = (scratch.z, scratch.v, *weights.heads, *places, shape, chosen, queries, keys, values)
+    share(enter_cache, few, rows, args)
     longest = 0
     for i in range(rows):
-        longest = max(longest, fill[i])
-    splits = longest // SPLIT + 1
-    summary, partial, attention = scratch.summary, scratch.partial, scratch.attention
-    args = (splits, queries, keys, values, fill, shape, scratch.scores, summary, partial)
-    share(attend, threads, rows * splits, args)
-    share(combine, few, rows * heads, (splits, heads, value_dim, summary, partial, gate, attention))
-    for i in range(rows):
-        fill[i] = (fill[i] + 1) % sizes.chunk_size
+        longest = max(longest, size if chunks > 1 and positions[i] >= size else positions[i] % size + 1)
+    splits = -(-longest // SPLIT)
+    summary, partial = scratch.summary, scratch.partial
+    args = (splits, queries, keys, values, positions, shape, scratch.scores, summary, partial)
+    share(attend, threads, rows * chunks * splits, args)
+    args = (chunks * splits, heads, value_dim, summary, partial, scratch.gate, scratch.attention)
+    share(combine, few, rows * heads, args)
 
+
+@part
+def _remember(
+    threads: int, few: int, rows: int, sizes: Any, choices: Any, positions: Any, maps: Any, memory: Any, scratch: Any
+) -> None:
+    """Add what the memory recalls, and note its new key."""
+    keys, matrices = memory
+    shape = (sizes.chunk_size, sizes.num_heads, sizes.z_head_dim, sizes.value_head_dim)
+    queries = scratch.queries
+    args = (scratch.z, *maps, positions, shape, choices.eps, choices.normalized, queries, keys)
+    share(enter_memory, few, rows, args)
+    tasks = rows * sizes.num_heads * strips(sizes.value_head_dim)
+    some = 1 if rows * sizes.num_heads * sizes.z_head_dim * sizes.value_head_dim < _FEW else threads
+    share(recall, some, tasks, (queries, matrices, sizes.num_chunks, shape, scratch.attention))
+
+
+@part
+def _join(threads: int, few: int, rows: int, sizes: Any, choices: Any, x: Any, weights: Any, scratch: Any) -> None:
+    """Back to the stream, and the feed-forward network."""
+    dim, normed, y, saved = sizes.model_dim, scratch.normed, scratch.y, scratch.saved
     idle = (normed, (weights.wh2[0], weights.wh2[1][:0]), y)
-    products(threads, rows, (attention, weights.wh2, y), idle, idle, idle)
-    _add(x, skip, y, rows * dim)
-    norm_forward_on_team(few, rows, (y, dim, *weights.ffn_norm, True, eps, normed, saved))
+    products(threads, rows, (scratch.attention, weights.wh2, y), idle, idle, idle)
+    _add(x, scratch.skip, y, rows * dim)
+    norm_forward_on_team(few, rows, (y, dim, *weights.ffn_norm, True, choices.eps, normed, saved))
+    if not choices.two_hop:
+        for i in range(0, rows * dim, LANES):
+            store(x, i, load(y, i))
     a, b = scratch.hidden, scratch.hidden_gated
     products(threads, rows, (normed, weights.fc1, a), (normed, weights.fc3, b), idle, idle)
     if len(weights.fc3[1]):
@@ -254,14 +147,54 @@ def layer(threads: int, rows: int, sizes: Any, eps: float, x: Any, weights: Any,
 
 
 @compiled
+def layer(
+    threads: int, rows: int, sizes: Any, choices: Any, x: Any, places: Any, weights: Any, state: Any, scratch: Any
+) -> None:
+    """One token a row through one layer.
+
+    Args:
+        threads: from team.num_threads().
+        rows: B.
+        sizes: Sizes.
+        choices: Choices.
+        x: (B, D) float32, the residual stream, in and out.
+        places: Places.
+        weights: LayerWeights.
+        state: LayerRows.
+        scratch: Scratch.
+    """
+    sizes, choices, weights = Sizes(*sizes), Choices(*choices), LayerWeights(*weights)
+    state, scratch = LayerRows(*state), Scratch(*scratch)
+    few = 1 if rows * sizes.model_dim < _FEW else threads
+    _average(threads, few, rows, sizes, choices, x, weights, state, scratch)
+    _attend(threads, few, rows, sizes, choices, places, weights, state, scratch)
+    _join(threads, few, rows, sizes, choices, x, weights, scratch)
+
+
+@compiled
+def layer_with_memory(
+    threads: int, rows: int, sizes: Any, choices: Any, x: Any, places: Any, weights: Any, state: Any, scratch: Any,
+    maps: Any, memory: Any,
+) -> None:  # fmt: skip
+    """As `layer`, with the Heads and the MemoryRows of an adaptive memory."""
+    sizes, choices, weights = Sizes(*sizes), Choices(*choices), LayerWeights(*weights)
+    state, scratch = LayerRows(*state), Scratch(*scratch)
+    few = 1 if rows * sizes.model_dim < _FEW else threads
+    _average(threads, few, rows, sizes, choices, x, weights, state, scratch)
+    _attend(threads, few, rows, sizes, choices, places, weights, state, scratch)
+    _remember(threads, few, rows, sizes, choices, places[0], maps, memory, scratch)
+    _join(threads, few, rows, sizes, choices, x, weights, scratch)
+
+
+@compiled
 def head(
-    threads: int, rows: int, sizes: Any, eps: float, x: Any, weights: Any, state: Any, normed: Any, ones: Any,
+    threads: int, rows: int, sizes: Any, choices: Any, x: Any, weights: Any, state: Any, normed: Any, ones: Any,
     logits: Any,
 ) -> None:  # fmt: skip
     """The residual stream x (B, D) to logits (B, vocabulary) float32; as `layer`, of HeadWeights and Statistics."""
-    sizes, weights = Sizes(*sizes), HeadWeights(*weights)
+    sizes, choices, weights = Sizes(*sizes), Choices(*choices), HeadWeights(*weights)
     matrix, bias = weights.output
     few = 1 if rows * sizes.model_dim < _FEW else threads
-    _time_norm(few, rows, sizes, eps, x, weights.final_norm, state, ones, normed)
+    _time_norm(few, rows, sizes, choices, x, weights.final_norm, state, ones, normed)
     idle = (normed, (matrix, bias[:0]), logits)
     products(threads, rows, (normed, (matrix, bias), logits), idle, idle, idle)
