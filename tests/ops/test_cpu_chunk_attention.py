@@ -159,11 +159,11 @@ def test_operators_are_well_formed():
     q, k, v, keys, values = (t.requires_grad_() for t in case(20))
     slots = (torch.tensor([[5], [0], [3]]) + torch.arange(20)) % C
     slots[2, 15:] = -1
-    stops, leaving = torch.tensor([20, 20, 15]), torch.tensor([9, 4, 2])
+    places = torch.tensor([[20, 9, 5], [20, 4, 0], [15, 2, 3]])
     torch.library.opcheck(rotary.rotate_pairs, (q, slots, 1e4, C, H, False))
     torch.library.opcheck(causal_attention.attention_forward, (q, k, v, keys, values, slots))
     torch.library.opcheck(causal_attention.attention_forward, (q, k, v, None, None, torch.arange(20).expand(B, 20) % C))
-    torch.library.opcheck(exits.take_open_chunk, (k, keys, stops, leaving, C, torch.tensor([5, 0, 3])))
+    torch.library.opcheck(exits.take_open_chunk, (k, keys, places, C))
 
 
 @pytest.mark.parametrize("kind", ["none", "both"])

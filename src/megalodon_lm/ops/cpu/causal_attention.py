@@ -40,11 +40,11 @@ def causal_attention(
     return form(attention_forward, _forward, q, k, v, keys, values)(q, k, v, keys, values, slots)[0]
 
 
-def _plan(slots: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Ends (B, entries + L) and groups (M, 5)."""
+def _plan(slots: Tensor, keys: Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Ends (B, n + L), with n entries of the cache, and groups (M, 5)."""
     slots_of = as_numpy(slots.contiguous())
     batch, length = slots_of.shape
-    ends = np.empty((batch, slots_of[:, 0].max(initial=0) + length), np.int64)
+    ends = np.empty((batch, length if keys is None else keys.shape[1] + length), np.int64)
     groups = np.empty((batch * length, 5), np.int64)
     count = kernels.plan_groups(slots_of, MERGED_KEYS, ends, groups)
     return ends, groups[:count]
@@ -60,7 +60,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Output, and logarithms of the softmax's sums: (H, n) for each group in turn, flat."""
     slots = slots.contiguous()
-    _, groups = _plan(slots)
+    _, groups = _plan(slots, keys)
     heads = q.shape[2]
     num_queries = groups[:, 2] - groups[:, 1]
     everywhere = num_queries.sum() == slots.numel()
@@ -110,7 +110,7 @@ def attention_backward(
     sums: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients to q, k, v, keys and values; the last two empty if there is no cache."""
-    ends, groups = _plan(slots)
+    ends, groups = _plan(slots, keys)
     everywhere = (groups[:, 2] - groups[:, 1]).sum() == slots.numel()
     grads = [t.new_empty(t.shape) if everywhere else t.new_zeros(t.shape) for t in (q, k, v)]
     grads += [q.new_zeros(0) if t is None else t.new_zeros(t.shape) for t in (keys, values)]

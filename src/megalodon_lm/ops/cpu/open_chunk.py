@@ -12,43 +12,44 @@ from .simd import as_numpy, compiled, inner
 from .team import num_threads, share
 
 
-def open_chunk(piece: Tensor, cached: Tensor | None, stops: Tensor, fill: Tensor, size: int, entry: Tensor) -> Tensor:
-    """As megalodon_lm.ops.open_chunk.open_chunk."""
+def open_chunk(piece: Tensor, cached: Tensor | None, places: Tensor, size: int) -> Tensor:
+    """As megalodon_lm.ops.open_chunk.open_chunk; `places` are (B, 3): its `stops`, `fill` and `entry`."""
     run = form(take_open_chunk, _take, piece, cached)
-    places = (stops.contiguous(), fill.contiguous(), size, entry.contiguous())
-    return run(piece.contiguous(), None if cached is None else cached.contiguous(), *places)
+    return run(piece.contiguous(), None if cached is None else cached.contiguous(), places, size)
 
 
 @inner
-def _take_rows(first: int, last: int, piece: Any, cached: Any, stops: Any, fill: Any, entry: Any, target: Any) -> None:
+def _take_rows(first: int, last: int, piece: Any, cached: Any, places: Any, target: Any) -> None:
     size = target.shape[1]
     for task in range(first, last):
         b, slot = task // size, task % size
-        token = stops[b] - fill[b] + slot
-        if slot >= fill[b]:
+        stop, fill, entry = places[b, 0], places[b, 1], places[b, 2]
+        token = stop - fill + slot
+        if slot >= fill:
             for i in range(target.shape[2]):
                 target[b, slot, i] = 0
         elif token >= 0:
             copy(piece[b, token], target[b, slot])
         else:
-            copy(cached[b, entry[b] + token], target[b, slot])
+            copy(cached[b, entry + token], target[b, slot])
 
 
 @compiled
-def _take_all(threads: int, piece: Any, cached: Any, stops: Any, fill: Any, entry: Any, target: Any) -> None:
-    share(_take_rows, threads, target.shape[0] * target.shape[1], (piece, cached, stops, fill, entry, target))
+def _take_all(threads: int, piece: Any, cached: Any, places: Any, target: Any) -> None:
+    share(_take_rows, threads, target.shape[0] * target.shape[1], (piece, cached, places, target))
 
 
 @compiled
-def _return_all(grad: Any, stops: Any, fill: Any, entry: Any, piece: Any, cached: Any) -> None:
+def _return_all(grad: Any, places: Any, piece: Any, cached: Any) -> None:
     """The transpose of _take_all, into zeros."""
-    for b in range(len(fill)):
-        for slot in range(fill[b]):
-            token = stops[b] - fill[b] + slot
+    for b in range(len(places)):
+        stop, fill, entry = places[b, 0], places[b, 1], places[b, 2]
+        for slot in range(fill):
+            token = stop - fill + slot
             if token >= 0:
                 copy(grad[b, slot], piece[b, token])
             else:
-                copy(grad[b, slot], cached[b, entry[b] + token])
+                copy(grad[b, slot], cached[b, entry + token])
 
 
 def _words(t: Tensor) -> np.ndarray:
@@ -57,50 +58,46 @@ def _words(t: Tensor) -> np.ndarray:
     return words.reshape(*t.shape[:2], t.shape[2] * words.shape[3])  # of no rows too, where -1 would tell nothing
 
 
-def _take(piece: Tensor, cached: Tensor | None, stops: Tensor, fill: Tensor, size: int, entry: Tensor) -> Tensor:
+def _take(piece: Tensor, cached: Tensor | None, places: Tensor, size: int) -> Tensor:
     target = piece.new_empty(len(piece), size, *piece.shape[2:])
     source = piece if cached is None else cached
-    pieces = (_words(piece), _words(source))
-    _take_all(num_threads(), *pieces, as_numpy(stops), as_numpy(fill), as_numpy(entry), _words(target))
+    _take_all(num_threads(), _words(piece), _words(source), as_numpy(places), _words(target))
     return target
 
 
 @torch.library.custom_op("megalodon::take_open_chunk", mutates_args=())
-def take_open_chunk(
-    piece: Tensor, cached: Tensor | None, stops: Tensor, fill: Tensor, size: int, entry: Tensor
-) -> Tensor:
+def take_open_chunk(piece: Tensor, cached: Tensor | None, places: Tensor, size: int) -> Tensor:
     """_take as an operator."""
-    return _take(piece, cached, stops, fill, size, entry)
+    return _take(piece, cached, places, size)
 
 
 @take_open_chunk.register_fake
-def _(piece: Tensor, cached: Tensor | None, stops: Tensor, fill: Tensor, size: int, entry: Tensor) -> Tensor:
+def _(piece: Tensor, cached: Tensor | None, places: Tensor, size: int) -> Tensor:
     return piece.new_empty(piece.shape[0], size, *piece.shape[2:])
 
 
 @torch.library.custom_op("megalodon::return_open_chunk", mutates_args=())
-def return_open_chunk(grad: Tensor, stops: Tensor, fill: Tensor, entry: Tensor, length: int) -> tuple[Tensor, Tensor]:
+def return_open_chunk(grad: Tensor, places: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Gradients to piece and cache."""
     piece, cached = grad.new_zeros(len(grad), length, *grad.shape[2:]), grad.new_zeros(grad.shape)
-    places = (as_numpy(stops), as_numpy(fill), as_numpy(entry))
-    _return_all(_words(grad), *places, _words(piece), _words(cached))
+    _return_all(_words(grad), as_numpy(places), _words(piece), _words(cached))
     return piece, cached
 
 
 @return_open_chunk.register_fake
-def _(grad: Tensor, stops: Tensor, fill: Tensor, entry: Tensor, length: int) -> Any:
+def _(grad: Tensor, places: Tensor, length: int) -> Any:
     return grad.new_empty(grad.shape[0], length, *grad.shape[2:]), grad.new_empty(grad.shape)
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    piece, cached, stops, fill, _, entry = inputs
-    ctx.save_for_backward(stops, fill, entry)
+    piece, cached, places, _ = inputs
+    ctx.save_for_backward(places)
     ctx.length, ctx.cached = piece.shape[1], cached is not None
 
 
 def _backward(ctx: Any, grad: Tensor) -> Any:
     piece, cached = return_open_chunk(grad.contiguous(), *ctx.saved_tensors, ctx.length)
-    return piece, cached if ctx.cached else None, None, None, None, None
+    return piece, cached if ctx.cached else None, None, None
 
 
 take_open_chunk.register_autograd(_backward, setup_context=_save)

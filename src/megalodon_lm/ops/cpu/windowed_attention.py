@@ -66,5 +66,5 @@ def windowed_attention(
     q, k = rotate(q, *turn), rotate(k, *turn)
     out = causal_attention(q, k, v, keys, values, slots)
     leaving = window.slots(where.exit_position(fill, length))
-    places = (stops, leaving, window.size, fill)
-    return out, open_chunk(k, keys, *places), open_chunk(v, values, *places), leaving
+    places = torch.stack([stops, leaving, fill], 1)
+    return out, open_chunk(k, keys, places, window.size), open_chunk(v, values, places, window.size), leaving
