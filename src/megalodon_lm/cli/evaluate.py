@@ -163,14 +163,16 @@ class Recall(Quiet):
     """Keys and values in a sequence; each number is a task of its own."""
     distances: list[int] = field(default_factory=lambda: [0, 1, 4, 16, 64])
     """Chunks between a key and its query, to test; 0 for the same chunk, where three tokens a pair fit into one."""
-    train_distances: list[int] = field(default_factory=lambda: [0, 1, 4])
-    """Those of the sequences that are learnt from: each step of one of them, drawn at random."""
+    train_distances: list[int] = field(default_factory=lambda: [0, 1, 2, 4])
+    """Those of the sequences that are learnt from, a step of one of them; the longer ones join in later."""
     steps: int = 2000
     """Of training."""
     batch_size: int = 32
     """Sequences in a step."""
-    learning_rates: list[float] = field(default_factory=lambda: [4e-3])
+    learning_rates: list[float] = field(default_factory=lambda: [8e-3])
     """At the peak: warm-up over the first tenth of the steps, then a cosine."""
+    weight_decay: float = 0.03
+    """Decoupled, on every weight."""
     seeds: list[int] = field(default_factory=lambda: [0])
     """Of weights and sequences."""
     sequences: int = 256
@@ -202,7 +204,7 @@ class Recall(Quiet):
                 name, config, pairs, tuple(self.train_distances), tuple(self.distances), self.sequences,
                 TrainingRecipe(
                     steps=self.steps, batch_size=self.batch_size, learning_rate=rate, warmup_steps=self.steps // 10,
-                    precision=self.precision, seed=seed,
+                    weight_decay=self.weight_decay, precision=self.precision, seed=seed,
                 ),
             )
             for pairs in self.pairs

@@ -24,6 +24,7 @@ from ..training.schedule import learning_rate
 from .recall import VOCAB_SIZE, Recalled, RecallTask, ask
 
 CPU = torch.device("cpu")
+GROWING = 0.5  # part of the training in which longer distances join
 TRAINING, TESTING = 0, 1  # first numbers of the seeds of sequences: none is tested that was trained on
 USED = (
     "steps", "batch_size", "learning_rate", "warmup_steps", "schedule", "final_learning_rate", "weight_decay", "beta1",
@@ -56,7 +57,7 @@ class Trial:
     pairs: int
     """In a sequence."""
     train_distances: tuple[int, ...]
-    """Each step learns from a batch of one of them, drawn at random."""
+    """Each step learns from a batch of one of them; see train."""
     test_distances: tuple[int, ...]
     """Those at which the model is asked afterwards."""
     test_rows: int
@@ -192,8 +193,9 @@ def train(
 ) -> float:
     """Train a model on fresh sequences: each step learns from a batch of one distance, drawn at random.
 
-    So steps are many and cheap: what has to grow, such as the scales of a memory's queries and keys, grows by the
-    learning rate a step, whatever a step has read.
+    Distances grow: the shortest alone comes first, and over the first half of the steps the longer ones join it, one
+    after the other. What is learnt of matching keys at a short distance is what a longer one needs too; of all at once,
+    a model that has to carry words in its memory did not begin to learn.
 
     Args:
         model: new or not.
@@ -205,8 +207,7 @@ def train(
     Returns:
         The mean loss of the last tenth of the steps; NaN where one is not finite, and then training ended at once.
     """
-    distances = [distance for distance in distances if task.fits(distance)]
-    drawn = np.random.default_rng((TRAINING, recipe.seed)).choice(distances, recipe.steps).tolist()
+    drawn = schedule([d for d in distances if task.fits(d)], recipe.steps, (TRAINING, recipe.seed))
     device = next(model.parameters()).device
     precision = choose_precision(recipe.precision, device)
     optimizer = build_optimizer(model, recipe, precision)
@@ -228,6 +229,13 @@ def train(
         last = [*last, loss.item()][-max(1, recipe.steps // 10) :]
         watch(step + 1, loss.item())
     return sum(last) / len(last)
+
+
+def schedule(distances: Sequence[int], steps: int, seed: Sequence[int]) -> list[int]:
+    """The distance of each step; see train."""
+    random, distances = np.random.default_rng(list(seed)), sorted(set(distances))
+    joined = (min(len(distances), 1 + int(len(distances) * step / (GROWING * steps))) for step in range(steps))
+    return [distances[random.integers(number)] for number in joined]
 
 
 def carry_out(
