@@ -117,7 +117,7 @@ def adaptive_memory(
             memories, log_sum = memories + made, log_sums[:, -1]
         empty = lag if state is None else lag - int(old.chunks.max())
         out = _read_evenly(reading, memories, chunk_size, entry.start, empty)
-        memory = torch.stack(memories[-lag:], 1)
+        memory = torch.stack(memories[-lag:], 1) if ended else old.memory.to(wide)
     else:
         places = find_places(position, entry.boundaries, length, chunk_size, lag)
         log_sums = old.log_sum[:, None].double()
@@ -255,7 +255,8 @@ def _read_evenly(q: Tensor, memories: list[Tensor], chunk_size: int, start: int,
             out.append(q.new_zeros(len(q), nothing, q.shape[2], memories[0].shape[-1]))
         if skipped < groups:
             given = q[:, begin : begin + tokens].unflatten(1, (groups, -1))[:, skipped:]
-            read = torch.stack(memories[group + skipped : group + groups], 1).to(q.dtype)
+            theirs = memories[group + skipped : group + groups]
+            read = (torch.stack(theirs, 1) if len(theirs) > 1 else theirs[0][:, None]).to(q.dtype)
             out.append(_read(given, read).flatten(1, 2))
         begin, group = begin + tokens, group + groups
     return out[0] if len(out) == 1 else torch.cat(out, 1)

@@ -16,12 +16,12 @@ from .open_chunk import open_chunk
 from .operators import form
 from .simd import LANES
 
-FEWEST_PRODUCTS = 1 << 22  # multiplications of a chunk that are worth the calls for it
+FEWEST_PRODUCTS = 1 << 22  # multiplications of a chunk, or of the part of one, that are worth the calls for it
 
 
 def _fits(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, *_: Any, **__: Any) -> bool:
     aligned = q.shape[-1] % LANES == 0 and v.shape[-1] % LANES == 0
-    enough = chunk_size * q.shape[-1] * v.shape[-1] * v.shape[-2] >= FEWEST_PRODUCTS
+    enough = min(chunk_size, q.shape[1]) * q.shape[-1] * v.shape[-1] * v.shape[-2] >= FEWEST_PRODUCTS
     return aligned and enough and q.dtype == k.dtype == v.dtype
 
 
