@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalodon_lm import ByteTokenizer, Context, Generator, Megalodon, ModelConfig, State
-from megalodon_lm.config import SIZES
+from megalodon_lm.config import GECKO
 from megalodon_lm.evaluation.norm_statistics import NormSchedule, WindowedStatistics
 from megalodon_lm.generation.context import bookmark_bytes, unit_length
 from megalodon_lm.generation.engine import DecodingEngine
@@ -28,7 +28,6 @@ from .test_cut_invariant import build, check, gradients_of_cut_and_whole, pieces
 from .test_documents_and_padding import sources
 from .test_resume import Stopped, stop_after
 
-GECKO = {key: value for key, value in SIZES["gecko_tiny"].items() if key not in SIZES["tiny"]}
 OTHERS = {
     "timestep_norm": ["decay"],
     "attention": ["sliding"],

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megalodon_lm.config import GECKO
 from megalodon_lm.ops.backend import set_backend
 
 from .test_cut_invariant import CHUNK, build
@@ -20,9 +21,9 @@ def run(model, compiled, tokens, state, given):
     return [*outputs.values(), *grads]
 
 
-def compare(backend, piece, compiler, tolerance):
+def compare(backend, piece, choices, compiler, tolerance):
     set_backend(backend)
-    model = build(torch.float32, num_layers=1)
+    model = build(torch.float32, num_layers=1, **choices)
     g = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 30, (2, 3 * CHUNK - 1), generator=g)
     state, given = None, {}
@@ -40,8 +41,12 @@ def compare(backend, piece, compiler, tolerance):
             torch.testing.assert_close(f, e, atol=tolerance, rtol=tolerance)
 
 
-CASES = [("auto", "packed"), ("portable", "packed")]
-MORE = [("auto", "first"), ("portable", "first"), ("portable", "carried")]
+REAL = {"cema": "real", "heads_without_rope": 1, "memory": "adaptive", "attention_norm": "layer"}
+CASES = [("auto", "packed", {}), ("portable", "packed", {}), ("auto", "packed", GECKO)]
+MORE = [
+    ("auto", "first", {}), ("portable", "first", {}), ("portable", "carried", {}), ("auto", "first", GECKO),
+    ("portable", "packed", GECKO), ("portable", "packed", REAL),
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -51,14 +56,16 @@ def _afterwards():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize(("backend", "piece"), [*CASES, *(pytest.param(*c, marks=pytest.mark.slow) for c in MORE)])
-def test_one_graph_computes_what_the_model_does(backend, piece):
+@pytest.mark.parametrize(
+    ("backend", "piece", "choices"), [*CASES, *(pytest.param(*c, marks=pytest.mark.slow) for c in MORE)]
+)
+def test_one_graph_computes_what_the_model_does(backend, piece, choices):
     """Of a first piece; of one with an entry state; of one with documents, padding, and targets not all learnt, too."""
-    compare(backend, piece, "aot_eager", 1e-6)
+    compare(backend, piece, choices, "aot_eager", 1e-5 if choices else 1e-6)  # attention is laid out in another way
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
-@pytest.mark.parametrize(("backend", "piece"), [*CASES, *MORE])
-def test_compiled_code_computes_what_the_model_does(backend, piece):
-    compare(backend, piece, "inductor", 1e-4)
+@pytest.mark.parametrize(("backend", "piece", "choices"), [*CASES, *MORE])
+def test_compiled_code_computes_what_the_model_does(backend, piece, choices):
+    compare(backend, piece, choices, "inductor", 1e-4)

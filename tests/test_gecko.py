@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from megalodon_lm import ModelConfig
-from megalodon_lm.config import SIZES
+from megalodon_lm.config import GECKO
 
 from .test_cut_invariant import build
 
-GECKO = {key: value for key, value in SIZES["gecko_tiny"].items() if key not in SIZES["tiny"] or key == "rope_base"}
 B1, B2 = 0.999, 0.9999
 
 
