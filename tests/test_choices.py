@@ -26,6 +26,7 @@ from .reading import GREEDY, TEXT, written
 from .runs import recipe, same_weights
 from .test_cut_invariant import build, check, gradients_of_cut_and_whole, pieces, run
 from .test_documents_and_padding import sources
+from .test_model import compare_with_definition
 from .test_resume import Stopped, stop_after
 
 OTHERS = {
@@ -65,6 +66,13 @@ def test_parameters_and_the_size_of_a_state_are_known(changes):
         assert sum(parts.values()) + 8 == model.state_bytes(1, dtype)
     present = {"attention", "norm"} | ({"cema"} if changes["cema"] != "none" else set())
     assert parts.keys() == present | ({"memory"} if changes["memory"] != "none" else set())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-3)])
+@FEW
+@given(changes=COMBINATIONS)
+def test_the_definition_in_float64_is_the_judge(dtype, tolerance, changes):
+    compare_with_definition(build(dtype, num_layers=1, **changes), 28, tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 3e-4)])
