@@ -53,7 +53,8 @@ def adaptive_memory(
     run = form(memory_forward, _forward, q, k, v, keys, values, memory, log_sum)
     out, memory, log_sum, *_ = run(q, k, v, keys, values, memory, log_sum, since, chunks, chunk_size)
     stops = torch.full_like(fill, length) if where.lengths is None else where.lengths
-    return out, MemoryState(open_chunk(k, keys, stops, fill, chunk_size, old.fill), fill, memory, log_sum, chunks)
+    keys = open_chunk(k, keys, torch.stack([stops, fill, old.fill], 1), chunk_size)
+    return out, MemoryState(keys, fill, memory, log_sum, chunks)
 
 
 Made = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
