@@ -15,7 +15,7 @@ from pathlib import Path
 HANGS = 1200  # seconds that nothing here takes, on however slow a machine: what is waited for will never be
 
 _NURSERY = """
-import importlib, json, os, sys, traceback
+import importlib, json, os, resource, sys, traceback
 from pathlib import Path
 import matplotlib.figure, pyarrow.parquet, sentencepiece, tokenizers, torch.utils.tensorboard
 import megalodon_lm.generation.generator, megalodon_lm.training.report, megalodon_lm.training.trainer
@@ -35,6 +35,8 @@ for line in sys.stdin:
             for number, (path, flags) in enumerate(zip(request["streams"], FLAGS)):
                 os.dup2(os.open(path, flags), number)
             sys.stdin = open(0, closefd=False)
+            if request["largest_file"]:
+                resource.setrlimit(resource.RLIMIT_FSIZE, [request["largest_file"]] * 2)
             main([str(a) for a in request["arguments"]])
             code = 0
         except SystemExit as ended:
@@ -62,9 +64,9 @@ class Nursery:
             [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def start(self, arguments, streams=(os.devnull,) * 3, cwd=None) -> int:
-        """Begin a command; gives its process number."""
-        request = {"arguments": arguments, "streams": streams, "cwd": cwd or Path.cwd()}
+    def start(self, arguments, streams=(os.devnull,) * 3, cwd=None, largest_file=None) -> int:
+        """Begin a command, which can write no file of more bytes than the largest; gives its process number."""
+        request = {"arguments": arguments, "streams": streams, "cwd": cwd or Path.cwd(), "largest_file": largest_file}
         print(json.dumps(request, default=str), file=self.process.stdin, flush=True)
         return int(self.process.stdout.readline())
 

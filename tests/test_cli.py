@@ -142,14 +142,14 @@ def test_a_bookmark_from_command_to_command(saved, tmp_path):
 def test_interrupted_reading_keeps_what_was_read(saved, tmp_path):
     command = [sys.executable, "-m", "megalodon_lm", "read", saved, "-", "--save", tmp_path / "a.state"]
     reader = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    reader.stdin.write("word " * 60_000)
+    reader.stdin.write("word " * 40_000)
     reader.stdin.flush()  # returns when the pipe holds the last of it: the rest has been taken from there, and read
     reader.send_signal(signal.SIGINT)
     out, _ = reader.communicate()
     assert reader.returncode == 130
     assert re.search(r"a\.state: [\d,]+ tokens", out)
     said = json.loads(megalodon("state", "show", tmp_path / "a.state", "--json").stdout)
-    assert said["position"] > 100_000
+    assert said["position"] > 50_000  # all but what the pipe and one read of it hold
 
 
 def test_chat_forks_saves_and_comes_back(saved, tmp_path):

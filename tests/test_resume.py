@@ -6,11 +6,8 @@ import json
 import math
 import os
 import random
-import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -216,7 +213,7 @@ def lines(run):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def nursery():
     nursery = Nursery("megalodon_lm.training.report.write_report = lambda *arguments: None")
     yield nursery
@@ -311,21 +308,20 @@ def test_killed_at_random_moments_the_run_ends_the_same(kind, kills, nursery, tm
     assert not [path for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
 
 
-def test_full_disk_ends_in_one_line_and_the_last_checkpoint_can_be_used(tmp_path):
+def test_full_disk_ends_in_one_line_and_the_last_checkpoint_can_be_used(nursery, tmp_path):
     """A limit on the size of files stands for the full disk: the system refuses in the middle of writing."""
     given = recipe(tmp_path, steps=8)
     (tmp_path / "r.toml").write_text(given.to_toml())
     Trainer(given, tmp_path / "run").train()
     (tmp_path / "r.toml").write_text(recipe(tmp_path, steps=12).to_toml())
     size = (tmp_path / "run" / "model.safetensors").stat().st_size
-    ended = subprocess.run(
-        [sys.executable, "-m", "megalodon_lm", "train", "r.toml", "--out", "run", "--resume", "last"],
-        cwd=tmp_path, capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2)),
-    )  # fmt: skip
-    assert ended.returncode == 2, ended.stderr
-    assert "Traceback" not in ended.stderr
-    assert "cannot write the checkpoint" in ended.stderr
+    streams = [os.devnull, os.devnull, tmp_path / "errors.txt"]
+    streams[2].touch()
+    nursery.start(["train", "r.toml", "--out", "run", "--resume", "last"], streams, tmp_path, size // 2)
+    assert nursery.ended() == 2
+    errors = streams[2].read_text()
+    assert "Traceback" not in errors
+    assert "cannot write the checkpoint" in errors
     trainer = Trainer(recipe(tmp_path, steps=12), tmp_path / "run", resume="last")
     assert trainer.step == 8
     assert trainer.train()
