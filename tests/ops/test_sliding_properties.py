@@ -133,3 +133,15 @@ def test_cost_grows_as_the_length_does(packed):
     assert many <= 5 * few
     assert large <= 5 * small
     assert large <= 4 * size * 2048
+
+
+def test_documents_cost_what_one_does():
+    """First chunks, which see none before them, share no bin that would make all others twice as wide."""
+
+    def operations(starts):
+        inputs = [torch.zeros(1, 2048, 1, 4) for _ in range(3)]
+        with FlopCounterMode(display=False) as counted:
+            op.portable(*inputs, 256, BASE, None, Boundaries(mark(starts, 2048)) if starts else None)
+        return counted.get_total_flops()
+
+    assert operations([500, 756, 1012, 1268]) <= 1.3 * operations([])
