@@ -229,11 +229,15 @@ def _byte_model(dim: int) -> dict[str, Any]:
 _PG19 = dict(num_layers=24, model_dim=2048, num_heads=2, z_dim=512, value_dim=4096, norm_num_groups=64)
 _7B = dict(num_layers=32, model_dim=4096, num_heads=4, z_dim=1024, value_dim=8192, norm_num_groups=64)
 
-GECKO = dict(timestep_norm="decay", attention="sliding", memory="adaptive", residual="plain", cema_omega=False,
-             rope_base=500_000.0)  # fmt: skip
+GECKO: dict[str, Any] = dict(
+    timestep_norm="decay", attention="sliding", memory="adaptive", residual="plain", cema_omega=False,
+    rope_base=500_000.0,
+)  # fmt: skip
 """The choices that make a Gecko of a Megalodon."""
 _TINY = dict(vocab_size=259, num_layers=2, model_dim=64, z_dim=32, value_dim=128, ffn_hidden_dim=128, cema_ndim=8,
              chunk_size=64, norm_num_groups=4, swiglu=True)  # fmt: skip
+_BENCH = dict(vocab_size=256, num_layers=6, model_dim=512, num_heads=2, z_dim=256, value_dim=1024, ffn_hidden_dim=1024,
+              chunk_size=1024, norm_num_groups=16, swiglu=True)  # fmt: skip
 
 SIZES: dict[str, dict[str, Any]] = {
     # Published: the presets of the authors' code, and the 7B of each paper.
@@ -252,6 +256,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "mini": _byte_model(192),
     "small": _byte_model(256),
     "gecko_small": {**_byte_model(256), **GECKO},
-    "bench22M": dict(vocab_size=256, num_layers=6, model_dim=512, num_heads=2, z_dim=256, value_dim=1024,
-                     ffn_hidden_dim=1024, chunk_size=1024, norm_num_groups=16, swiglu=True),
+    "bench22M": _BENCH,
+    "gecko22M": {**_BENCH, **GECKO},
 }  # fmt: skip

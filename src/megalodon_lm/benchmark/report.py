@@ -25,6 +25,7 @@ LOOKS = {
     "llama": Look("Llama", "tab:orange"),
     "rwkv": Look("RWKV", "tab:red"),
     "mamba": Look("Mamba", "tab:green"),
+    "gecko": Look("Gecko", "tab:olive"),
     "megalodon-jax": Look("megalodon-jax", "tab:purple"),
     "portable": Look("portable code", "tab:cyan"),
 }

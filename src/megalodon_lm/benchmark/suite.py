@@ -18,7 +18,7 @@ from .worker import ContenderFailed, Prepared, Worker
 from .workloads import STEPS, Measure
 
 _Request = tuple[Measure, int, int]
-PeerName = Literal["llama", "mamba", "rwkv", "jax", "floor", "itself", "portable"]
+PeerName = Literal["llama", "mamba", "rwkv", "gecko", "jax", "floor", "itself", "portable"]
 LENGTHS = (1024, 4096, 16_384, 32_768, 131_072)
 QUICK_LENGTHS = (1024, 4096)
 LONG_ROUND = 20.0  # seconds; from there on the warm-up counts as the first round
@@ -31,17 +31,20 @@ LONGEST: dict[tuple[Measure, PeerName], int] = {
     ("training", "llama"): 32_768,
     ("training", "mamba"): 4096,
     ("training", "rwkv"): 4096,
+    ("training", "gecko"): 32_768,
     ("training", "jax"): 4096,
-    ("training", "floor"): 16_384,
+    ("training", "floor"): 32_768,
     ("prefill", "jax"): 4096,
     ("decode", "jax"): 4096,
     ("prefill", "llama"): 32_768,
     ("prefill", "mamba"): 4096,
     ("prefill", "rwkv"): 16_384,
+    ("prefill", "gecko"): 32_768,
     ("prefill", "floor"): 16_384,
     ("decode", "llama"): 131_072,
     ("decode", "mamba"): 16_384,
     ("decode", "rwkv"): 16_384,
+    ("decode", "gecko"): 16_384,
     ("decode", "floor"): 16_384,
     ("cema", "portable"): 4096,
     ("cema", "floor"): 4096,

@@ -5,6 +5,7 @@ depends on the number of parameters alone. Tokens are random. Every contender re
 """
 
 import copy
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from ..baselines import baseline
-from ..config import ModelConfig
+from ..config import GECKO, ModelConfig
 from ..generation.engine import DecodingEngine
 from ..layers.complex_ema import ComplexEMA
 from ..model.decoder import Megalodon
@@ -40,9 +41,11 @@ class Contender(Protocol):
 
 
 def contender(name: str, config: ModelConfig, precision: Literal["bf16", "float32"]) -> Contender:
-    """By name: megalodon, portable (its CEMA without native kernels), floor, or a baseline."""
+    """By name: megalodon, gecko (the same sizes), portable (CEMA without native kernels), floor, or a baseline."""
     if name == "megalodon":
         return Ours(config, precision)
+    if name == "gecko":
+        return Ours(dataclasses.replace(config, **GECKO), precision)
     if name == "portable":
         backend.set_backend("portable")
         return Ours(config, precision)

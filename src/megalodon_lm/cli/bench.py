@@ -30,10 +30,11 @@ class Bench(Quiet):
     """A named size, a configuration file or a model folder."""
     measures: tuple[Literal["training", "prefill", "decode", "cema"], ...] = ("training", "prefill", "decode", "cema")
     """A training step (forward, loss and backward); reading a prompt; writing tokens after one; the CEMA operation."""
-    peers: tuple[Literal["llama", "mamba", "rwkv", "jax", "floor", "itself", "portable"], ...] = (
+    peers: tuple[Literal["llama", "mamba", "rwkv", "gecko", "jax", "floor", "itself", "portable"], ...] = (
         "llama", "mamba", "rwkv", "jax", "floor", "itself", "portable",
     )  # fmt: skip
-    """What to compare with; itself is Megalodon at a short length, portable its CEMA without native kernels."""
+    """What to compare with; gecko is Megalodon with Gecko's choices, itself Megalodon at a short length, portable its
+    CEMA without native kernels."""
     lengths: tuple[int, ...] = ()
     """Tokens; each comparison takes those a CPU bears. Nothing for 1K to 128K."""
     jax_python: str | None = None
