@@ -180,7 +180,7 @@ def _absorb(
     scale = (highest - log_sums).exp().to(wide)
     weights = weights.to(values.dtype).permute(0, 1, 3, 4, 2)
     added = scale[..., None] * (weights @ values.transpose(2, 3)).to(wide)
-    taken = scale[..., None] * (weights @ predicting.transpose(2, 3)).to(wide) + torch.diag_embed(scale * sums)
+    taken = scale[..., None] * (weights @ predicting.transpose(2, 3)).to(wide) + _diagonal(scale * sums)
 
     made = []
     known = not torch.compiler.is_compiling()
@@ -194,6 +194,11 @@ def _absorb(
             memory = memory + (add - take_away @ memory)
         made.append(memory)
     return made, log_sums
+
+
+def _diagonal(x: Tensor) -> Tensor:
+    """(..., n) to (..., n, n); torch.diag_embed warns in inductor's backward."""
+    return x[..., None] * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
 
 
 def _running(logs: Tensor, entry: Tensor, first: Tensor) -> Tensor:
