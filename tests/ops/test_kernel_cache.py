@@ -121,11 +121,11 @@ def test_kernels_share_no_code(nowhere):
     (nowhere / "tmp").mkdir()
 
     @simd.compiled
-    def sums(x, y):
-        y[0] = _sum_exp(x, 3, y[0])
-        y[1] = _sum_exp(x, 3, y[1])
+    def sums(x, count, y):
+        y[0] = _sum_exp(x, count, y[0])
+        y[1] = _sum_exp(x, count, y[1])
 
-    sums(np.zeros(simd.LANES, np.float32), np.zeros(2, np.float32))
+    sums(np.zeros(simd.LANES, np.float32), 3, np.zeros(2, np.float32))
     (compiled,) = sums.overloads.values()
     code = {f.name: f.linkage for f in compiled.library._final_module.functions if not f.is_declaration}
     assert [linkage for name, linkage in code.items() if "_sum_exp" in name] == [Linkage.internal]
