@@ -25,8 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from megalodon_lm.cli.training import train_with_progress
-from megalodon_lm.config import GECKO, ModelConfig
+from megalodon_lm.config import ModelConfig
 from megalodon_lm.errors import InputError
+from megalodon_lm.evaluation.recall_trials import VARIANTS
 from megalodon_lm.evaluation.validation import Validation
 from megalodon_lm.files import write_atomically
 from megalodon_lm.training.recipe import Recipe
@@ -34,12 +35,9 @@ from megalodon_lm.training.trainer import Trainer
 
 BASE = "megalodon"
 CHOICES: dict[str, dict[str, Any]] = {
-    BASE: {},
-    "decay": {"timestep_norm": "decay"},
-    "sliding": {"attention": "sliding"},
-    "memory": {"memory": "adaptive"},
+    **VARIANTS,
     "sliding_memory": {"attention": "sliding", "memory": "adaptive"},
-    "gecko": GECKO,
+    "decay": {"timestep_norm": "decay"},
     "plain": {"residual": "plain"},
     "no_omega": {"cema_omega": False},
     "real_ema": {"cema": "real"},
@@ -67,7 +65,7 @@ class Choices:
     """Of each training."""
     tuning_steps: int = 200
     """Of each training that chooses a learning rate."""
-    rates: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])
+    rates: list[float] = field(default_factory=lambda: [1.0, 2.0, 4.0])
     """Factors on the recipe's learning rates, of matrices too."""
     seeds: int = 3
     """Trainings of each choice."""
