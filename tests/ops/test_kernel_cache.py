@@ -9,7 +9,6 @@ import pytest
 from llvmlite.binding import Linkage
 
 from megalodon_lm.ops.cpu import kernel_cache, simd
-from megalodon_lm.ops.cpu.attention_kernels import _sum_exp
 
 
 @pytest.fixture
@@ -120,13 +119,16 @@ def test_kernels_share_no_code(nowhere):
     """Else one copy of a helper, the first that a process meets, serves all kernels, and copies sum in other orders."""
     (nowhere / "tmp").mkdir()
 
-    @simd.compiled
-    def sums(x, count, y):
-        y[0] = _sum_exp(x, count, y[0])
-        y[1] = _sum_exp(x, count, y[1])
+    @simd.inner
+    def halved(n):  # calls itself, and so is never inlined as a whole
+        return n if n < 1 else halved(n // 2)
 
-    sums(np.zeros(simd.LANES, np.float32), 3, np.zeros(2, np.float32))
-    (compiled,) = sums.overloads.values()
+    @simd.compiled
+    def halve(n):
+        return halved(n) + halved(n + 1)
+
+    halve(3)
+    (compiled,) = halve.overloads.values()
     code = {f.name: f.linkage for f in compiled.library._final_module.functions if not f.is_declaration}
-    assert [linkage for name, linkage in code.items() if "_sum_exp" in name] == [Linkage.internal]
+    assert [linkage for name, linkage in code.items() if "halved" in name] == [Linkage.internal]
     assert not {Linkage.linkonce_odr, Linkage.weak_odr} & set(code.values())
