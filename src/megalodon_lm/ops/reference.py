@@ -6,6 +6,7 @@ fast counterpart and returns the same values; run it in float64. Sources: Ma et 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -78,30 +79,14 @@ def timestep_norm(
     boundaries: Boundaries | None = None,
 ) -> tuple[Tensor, NormState]:
     """Merge each token's group moments, as one token, into the running ones; normalise with the merged ones."""
-    batch, length, dim = x.shape
-    zero = torch.zeros(num_groups, dtype=torch.float64)
-    rows, counts, means, variances = [], [], [], []
-    for b in range(batch):
-        valid, starts = _row(boundaries, b, length)
-        n, m1, m2 = (0, zero, zero) if state is None else (int(state.count[b]), state.mean[b], state.var[b])
-        ys = []
-        for t in range(valid):
-            if starts[t]:
-                n, m1, m2 = 0, zero, zero
-            token = x[b, t].view(num_groups, -1)
-            gm, gv = token.mean(-1).double(), token.var(-1, unbiased=False).double()
-            n += 1
-            d = gm - m1
-            m1 = m1 + d / n
-            m2 = (n - 1) / n * m2 + gv / n + (n - 1) / n**2 * d**2
-            y = (token - m1[:, None]) / torch.sqrt(m2[:, None] + eps)
-            ys.append((y.reshape(dim) * (weight + 1) + bias).to(x.dtype))
-        ys += [torch.zeros_like(x[b, 0])] * (length - valid)
-        rows.append(torch.stack(ys))
-        counts.append(n)
-        means.append(m1)
-        variances.append(m2)
-    return torch.stack(rows), NormState(torch.tensor(counts), torch.stack(means), torch.stack(variances))
+
+    def take(n: int, mean: Tensor, var: Tensor, gm: Tensor, gv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        d = gm - mean
+        mean = mean + d / n
+        var = (n - 1) / n * var + gv / n + (n - 1) / n**2 * d**2
+        return mean, var, mean, var
+
+    return _norm_over_time(take, x, weight, bias, num_groups, eps, state, boundaries)
 
 
 def decay_norm(
@@ -114,6 +99,27 @@ def decay_norm(
     boundaries: Boundaries | None = None,
 ) -> tuple[Tensor, NormState]:
     """Take each token's group moments into moving averages; normalise with these, corrected for their zero start."""
+
+    def take(n: int, mean: Tensor, var: Tensor, gm: Tensor, gv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        mean = MEAN_DECAY * mean + (1 - MEAN_DECAY) * gm
+        var = VAR_DECAY * var + (1 - VAR_DECAY) * gv
+        kept, spread = (-math.expm1(n * math.log(decay)) for decay in (MEAN_DECAY, VAR_DECAY))
+        return mean, var, mean / kept, var / spread
+
+    return _norm_over_time(take, x, weight, bias, num_groups, eps, state, boundaries)
+
+
+def _norm_over_time(
+    take: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    state: NormState | None,
+    boundaries: Boundaries | None,
+) -> tuple[Tensor, NormState]:
+    """`take` makes of n, the statistics and a token's moments the next statistics, and what to normalise with."""
     batch, length, dim = x.shape
     zero = torch.zeros(num_groups, dtype=torch.float64)
     rows, counts, means, variances = [], [], [], []
@@ -125,13 +131,10 @@ def decay_norm(
             if starts[t] or n == 0:
                 n, mean, var = 0, zero, zero
             token = x[b, t].view(num_groups, -1)
-            gm, gv = token.mean(-1).double(), token.var(-1, unbiased=False).double()
             n += 1
-            mean = MEAN_DECAY * mean + (1 - MEAN_DECAY) * gm
-            var = VAR_DECAY * var + (1 - VAR_DECAY) * gv
-            centre = mean / -math.expm1(n * math.log(MEAN_DECAY))
-            scale = 1 / torch.sqrt(var / -math.expm1(n * math.log(VAR_DECAY)) + eps)
-            y = (token - centre[:, None]) * scale[:, None]
+            moments = token.mean(-1).double(), token.var(-1, unbiased=False).double()
+            mean, var, centre, variance = take(n, mean, var, *moments)
+            y = (token - centre[:, None]) / torch.sqrt(variance[:, None] + eps)
             ys.append((y.reshape(dim) * (weight + 1) + bias).to(x.dtype))
         ys += [torch.zeros_like(x[b, 0])] * (length - valid)
         rows.append(torch.stack(ys))

@@ -30,7 +30,5 @@ def sliding_attention(
     position = torch.zeros(batch, dtype=torch.int64) if cache is None else cache.position
     entry = None if cache is None else (cache.keys, cache.values, cache.fill)
     places = where.since_start(position, length)
-    out, *leaving = windowed_attention(
-        q, k, v, window, rope_base, entry, boundaries, heads_without_rope, places
-    )  # fmt: skip
+    out, *leaving = windowed_attention(q, k, v, window, rope_base, entry, boundaries, heads_without_rope, places)
     return out, SlidingCache(*leaving, where.exit_position(position, length))
