@@ -19,7 +19,7 @@ from .sliding_attention import SlidingCache
 from .timestep_norm import NormState
 
 
-def _row(boundaries: Boundaries | None, row: int, length: int) -> tuple[int, list[bool]]:
+def tokens_of_row(boundaries: Boundaries | None, row: int, length: int) -> tuple[int, list[bool]]:
     """Number of valid tokens of a row and, for each of them, whether a document starts there."""
     if boundaries is None:
         return length, [False] * length
@@ -55,7 +55,7 @@ def cema(
     batch, length, _ = x.shape
     rows, exits = [], []
     for b in range(batch):
-        valid, starts = _row(boundaries, b, length)
+        valid, starts = tokens_of_row(boundaries, b, length)
         h = torch.view_as_complex(state[b]) if state is not None else torch.zeros_like(q)
         ys = []
         for t in range(valid):
@@ -124,7 +124,7 @@ def _norm_over_time(
     zero = torch.zeros(num_groups, dtype=torch.float64)
     rows, counts, means, variances = [], [], [], []
     for b in range(batch):
-        valid, starts = _row(boundaries, b, length)
+        valid, starts = tokens_of_row(boundaries, b, length)
         n, mean, var = (0, zero, zero) if state is None else (int(state.count[b]), state.mean[b], state.var[b])
         ys = []
         for t in range(valid):
@@ -180,7 +180,7 @@ def chunk_attention(
     batch, length = q.shape[:2]
     rows, keys, values, fills = [], [], [], []
     for b in range(batch):
-        valid, starts = _row(boundaries, b, length)
+        valid, starts = tokens_of_row(boundaries, b, length)
         seen_k: list[Tensor] = []
         seen_v: list[Tensor] = []
         if cache is not None:
@@ -218,7 +218,7 @@ def sliding_attention(
     batch, length = q.shape[:2]
     rows, keys, values, fills, positions = [], [], [], [], []
     for b in range(batch):
-        valid, starts = _row(boundaries, b, length)
+        valid, starts = tokens_of_row(boundaries, b, length)
         position, seen_k, seen_v = 0, [], []
         if cache is not None:
             position = int(cache.position[b])
@@ -258,7 +258,7 @@ def adaptive_memory(
     none = v.new_zeros(heads, dim, v.shape[-1])
     rows, exits = [], []
     for b in range(batch):
-        valid, starts = _row(boundaries, b, length)
+        valid, starts = tokens_of_row(boundaries, b, length)
         keys: list[Tensor] = []
         values: list[Tensor] = []
         memories, log_sum, chunks = [none] * lag, k.new_zeros(heads, dim), 0

@@ -1,0 +1,36 @@
+"""Definitions of the recurrences of the baselines, as in reference.py: one token after another.
+
+Every function takes the same arguments as the op of its name and returns the same values; run it in float64.
+"""
+
+import torch
+from torch import Tensor
+
+from .boundaries import Boundaries
+from .reference import tokens_of_row
+
+
+def short_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    state: Tensor | None = None,
+    boundaries: Boundaries | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The K newest inputs of the document, the token among them, each times its tap."""
+    batch, length, dim = x.shape
+    before = weight.shape[1] - 1
+    nothing = [x.new_zeros(dim)] * before
+    rows, exits = [], []
+    for b in range(batch):
+        valid, starts = tokens_of_row(boundaries, b, length)
+        seen = nothing if state is None else list(state[b])
+        ys = []
+        for t in range(valid):
+            window = (nothing if starts[t] else seen) + [x[b, t]]
+            y = (weight.t() * torch.stack(window)).sum(0)
+            ys.append(y if bias is None else y + bias)
+            seen = window[1:]
+        rows.append(torch.stack(ys + [x.new_zeros(dim)] * (length - valid)))
+        exits.append(torch.stack(seen))
+    return torch.stack(rows), torch.stack(exits)
