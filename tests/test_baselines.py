@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from megalodon_lm import ModelConfig
 from megalodon_lm.baselines import NAMES, baseline, missing
-from megalodon_lm.baselines.sizing import round_width
 
 pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning", "default::FutureWarning")
 PARAMETERS = 300_000
@@ -84,9 +83,3 @@ def test_a_missing_package_is_named(monkeypatch):
         baseline("mamba")
     with pytest.raises(ValueError, match="unknown baseline 'gpt'"):
         baseline("gpt")
-
-
-def test_widths_are_round():
-    assert round_width(lambda w: w * w, 1000**2) == 1000
-    assert round_width(lambda w: w * w, 1022**2) == 1024
-    assert round_width(lambda w: 10_000 * w, 14_000) == 1
