@@ -34,3 +34,34 @@ def short_convolution(
         rows.append(torch.stack(ys + [x.new_zeros(dim)] * (length - valid)))
         exits.append(torch.stack(seen))
     return torch.stack(rows), torch.stack(exits)
+
+
+def generalized_delta_rule(
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor | None = None,
+    boundaries: Boundaries | None = None,
+) -> tuple[Tensor, Tensor]:
+    """S_t = diag(w_t) S_{t-1} + b_t^T (a_t S_{t-1}) + k_t^T v_t; y_t = r_t S_t."""
+    batch, length, heads, width = k.shape
+    rows, exits = [], []
+    for row in range(batch):
+        valid, starts = tokens_of_row(boundaries, row, length)
+        none = v.new_zeros(heads, width, v.shape[-1])
+        matrix = none if state is None else state[row]
+        ys = []
+        for t in range(valid):
+            if starts[t]:
+                matrix = none
+            asked = torch.einsum("hk,hkv->hv", a[row, t], matrix)
+            matrix = log_w[row, t].exp()[..., None] * matrix
+            matrix = matrix + b[row, t, :, :, None] * asked[:, None] + k[row, t, :, :, None] * v[row, t, :, None]
+            ys.append(torch.einsum("hk,hkv->hv", r[row, t], matrix))
+        ys += [torch.zeros_like(v[row, 0])] * (length - valid)
+        rows.append(torch.stack(ys))
+        exits.append(matrix)
+    return torch.stack(rows), torch.stack(exits)
