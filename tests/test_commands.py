@@ -320,3 +320,19 @@ def test_generated_text_as_json(saved, tiny, run):
 def test_what_the_quickstart_cannot_do(options, says, tmp_path, refused):
     assert says in refused("quickstart", "--out", tmp_path / "run", *options)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "values"),
+    [
+        ("train r.toml --set a=1 b=2 --out o --set c=3", "set", ["a=1", "b=2", "c=3"]),
+        ("train --set=a=1 r.toml --set=b=2", "set", ["a=1", "b=2"]),
+        ("evaluate recall --train_distances 1 --quiet --train-distances 2 4", "train_distances", [1, 2, 4]),
+        ("evaluate perplexity m text --contexts 16 --contexts 32", "contexts", [16, 32]),
+        ("bench --lengths 64 --quick --lengths 128", "lengths", (64, 128)),
+        ("generate m --stop a --prompt p --stop b c", "stop", ("a", "b", "c")),
+    ],
+)
+def test_an_option_of_several_values_may_be_given_more_than_once(line, name, values):
+    command = commands.parse(line.split())
+    assert getattr(getattr(command, "task", command), name) == values

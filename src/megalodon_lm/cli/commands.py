@@ -13,7 +13,7 @@ from .chat import Chat
 from .evaluate import Evaluate
 from .generate import Generate
 from .info import Info
-from .options import Quiet
+from .options import Quiet, joined, options_of_many
 from .prepare import Prepare
 from .quickstart import Quickstart
 from .read import Read
@@ -34,7 +34,7 @@ Command = (
     | Annotated[Bench, subcommand("bench")]
     | Annotated[Info, subcommand("info")]
 )
-NAMES = [get_args(choice)[1].name for choice in get_args(Command)]
+COMMANDS = {get_args(choice)[1].name: choice for choice in get_args(Command)}
 
 DESCRIPTION = f"""Megalodon {__version__}: language models without a context limit.
 
@@ -58,13 +58,13 @@ def parse(arguments: list[str] | None = None) -> Any:
     if first == "--version":
         print(f"megalodon {__version__}")
         sys.exit()
-    if not first.startswith("-") and first not in NAMES:
-        raise InputError(f"no command {first!r}{nearest(first, NAMES)}; commands: {', '.join(NAMES)}")
+    if not first.startswith("-") and first not in COMMANDS:
+        raise InputError(f"no command {first!r}{nearest(first, COMMANDS)}; commands: {', '.join(COMMANDS)}")
     command: Any = tyro.cli(
         Annotated[Command, arg(name="")],
         prog="megalodon",
         description=DESCRIPTION,
-        args=arguments,
+        args=joined(arguments, set(options_of_many(COMMANDS.get(first)))),
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
     chosen = getattr(command, "task", command)

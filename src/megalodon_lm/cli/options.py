@@ -1,6 +1,9 @@
-"""Options that several commands have."""
+"""Options that several commands have, and what holds for those that take several values."""
 
+import dataclasses
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 
 @dataclass(kw_only=True)
@@ -9,3 +12,39 @@ class Quiet:
 
     quiet: bool = False
     """Show results and errors, but no progress and no remarks."""
+
+
+def options_of_many(command: Any) -> Iterator[str]:
+    """The options that take several values, such as --set, of a command, its subcommands, or a union of commands."""
+    if dataclasses.is_dataclass(command):
+        for name, hint in get_type_hints(command, include_extras=True).items():
+            if get_origin(hint) in (list, tuple):  # positional ones are annotated
+                yield "--" + name.replace("_", "-")
+            yield from options_of_many(hint)
+    elif get_origin(command) is Annotated:
+        yield from options_of_many(get_args(command)[0])
+    else:
+        for one in get_args(command):
+            yield from options_of_many(one)
+
+
+def joined(arguments: list[str], of_many: Collection[str]) -> list[str]:
+    """A command line in which each option of `of_many` stands once, at the end, with the values of all its mentions.
+
+    The parser alone would keep those of the last one.
+    """
+    others: list[str] = []
+    values: dict[str, list[str]] = {}
+    place = others
+    for argument in arguments:
+        option, assigned, value = argument.partition("=")
+        option = option.replace("_", "-")
+        if option in of_many:
+            place = values.setdefault(option, [])
+            if assigned:
+                place.append(value)
+                place = others
+        else:
+            place = others if argument.startswith("--") else place
+            place.append(argument)
+    return others + [word for option, given in values.items() for word in (option, *given)]
