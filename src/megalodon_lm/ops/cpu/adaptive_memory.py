@@ -57,8 +57,11 @@ def adaptive_memory(
     return out, MemoryState(keys, fill, memory, log_sum, chunks)
 
 
-Made = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+# An operator's signature knows only tuples of tensors.
+OutputsAndKept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Outputs, memory and log_sum at the exit, and the nine tensors of Kept."""
+GradTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""The seven tensors of Grads."""
 
 
 def _forward(
@@ -72,8 +75,8 @@ def _forward(
     since: Tensor,
     chunks: Tensor,
     chunk_size: int,
-) -> Made:
-    """Outputs, memory and log_sum at the exit, then what is kept for backward."""
+) -> OutputsAndKept:
+    """memory_products.forward, in one flat tuple."""
     *made, kept = memory_products.forward(q, k, v, keys, values, memory, log_sum, since, chunks, chunk_size)
     return *made, *kept  # type: ignore[return-value]
 
@@ -90,7 +93,7 @@ def memory_forward(
     since: Tensor,
     chunks: Tensor,
     chunk_size: int,
-) -> Made:
+) -> OutputsAndKept:
     """_forward as an operator."""
     return _forward(q, k, v, keys, values, memory, log_sum, since, chunks, chunk_size)
 
@@ -125,8 +128,8 @@ def memory_backward(
     chunks: Tensor,
     chunk_size: int,
     kept: list[Tensor],
-) -> Seven:
-    """Gradients to q, k, v, keys, values, memory and log_sum; those of keys and values empty if there are none."""
+) -> GradTensors:
+    """memory_products.backward, as an operator that returns what it fills."""
     saved = Kept(*kept)
     grads = Grads(*_grads(torch.zeros, v, keys, values, memory, saved))
     given = (grad_out, grad_memory, grad_log_sum, grads, v, values, memory, since, chunks, chunk_size, saved)
