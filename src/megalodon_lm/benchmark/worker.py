@@ -3,7 +3,6 @@
 The parent writes one line of JSON and reads one; see `serve` for the requests. `jax_peer.py` speaks the same.
 """
 
-import ctypes
 import json
 import os
 import signal
@@ -11,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 SHORT = 2.0
@@ -106,15 +104,6 @@ class Worker:
         return f"{self.name} {how}"
 
 
-def forget_peak() -> None:
-    """Give freed memory back to the system and let the peak begin anew, where the system can."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError, TypeError):
-        pass
-
-
 def serve(name: str, model: dict[str, Any], precision: Any) -> None:
     """The child's end: answer requests until the input ends.
 
@@ -129,7 +118,7 @@ def serve(name: str, model: dict[str, Any], precision: Any) -> None:
         answers.flush()
 
     from ..config import ModelConfig
-    from ..training.memory import keep_freed_memory, resident
+    from ..training.memory import forget_peak, keep_freed_memory, resident
     from .workloads import contender
 
     keep_freed_memory()  # as a training run does; the others gain by it too

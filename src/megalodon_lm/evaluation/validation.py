@@ -55,8 +55,7 @@ class Validation:
         if self.texts is None:
             result = self._of_prepared(model)
         else:
-            texts = _first(self.texts, self.num_bytes) if self.num_bytes else (text.blocks for text in self.texts)
-            losses = score_texts(model, texts, self.tokenizer, precision=self.precision)
+            losses = score_texts(model, beginning(self.texts, self.num_bytes), self.tokenizer, precision=self.precision)
             result = losses.bits_per_byte(losses.num_bytes)
         if self.prompt and self.samples is not None:
             with self.samples.open("a", encoding="utf-8") as file:
@@ -88,8 +87,11 @@ class Validation:
         return self.prompt + generator.write([generator.read(self.prompt)], sampling)[0]
 
 
-def _first(texts: Texts, num_bytes: int) -> Iterator[Iterator[bytes]]:
-    """As many documents as it takes for so many bytes, the last one cut."""
+def beginning(texts: Texts, num_bytes: int) -> Iterator[Iterator[bytes]]:
+    """As many documents as it takes for so many bytes, the last one cut; of 0 bytes, all."""
+    if not num_bytes:
+        yield from (text.blocks for text in texts)
+        return
     left = num_bytes
 
     def begun(blocks: Iterator[bytes]) -> Iterator[bytes]:

@@ -9,6 +9,10 @@ MOST_BAD_STEPS = 10  # skipped in a row, or gone back from to the same checkpoin
 USUAL_LOSS_STEPS = 50  # of the running mean that spikes are measured from
 
 
+class Diverged(InputError):
+    """Too many steps were bad: the run cannot go on with these settings."""
+
+
 class BadSteps:
     """What the loss usually is, and how often a step was bad.
 
@@ -55,12 +59,12 @@ class BadSteps:
             What was done, for the record.
 
         Raises:
-            InputError: the recipe says to stop, or too many steps in a row were bad.
+            Diverged: the recipe says to stop, or too many steps in a row were bad.
         """
         if self.recipe.bad_step == "stop":
-            raise InputError(f"{trouble} at step {step}; {self._advice}, or set training.bad_step to skip or rewind")
+            raise Diverged(f"{trouble} at step {step}; {self._advice}, or set training.bad_step to skip or rewind")
         if self._in_a_row >= MOST_BAD_STEPS:
-            raise InputError(f"{trouble} at step {step}, the {self._in_a_row}th time in a row; {self._advice}")
+            raise Diverged(f"{trouble} at step {step}, the {self._in_a_row}th time in a row; {self._advice}")
         return f"skipped: {trouble}"
 
     def go_back(self, trouble: str, step: int, checkpoint: int | None) -> str:
@@ -70,13 +74,13 @@ class BadSteps:
             What is done, for the record.
 
         Raises:
-            InputError: there is no checkpoint, or the run went back to it too often.
+            Diverged: there is no checkpoint, or the run went back to it too often.
         """
         if checkpoint is None:
-            raise InputError(f"{trouble} at step {step}, and there is no checkpoint yet to go back to; {self._advice}")
+            raise Diverged(f"{trouble} at step {step}, and there is no checkpoint yet to go back to; {self._advice}")
         times = self._went_back[1] + 1 if self._went_back[0] == checkpoint else 1
         if times >= MOST_BAD_STEPS:
-            raise InputError(f"{trouble} at step {step}, the {times}th time since step {checkpoint}; {self._advice}")
+            raise Diverged(f"{trouble} at step {step}, the {times}th time since step {checkpoint}; {self._advice}")
         self._went_back = (checkpoint, times)
         return f"went back from step {step}: {trouble}"
 

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,13 @@ def is_whole(path: Path, run_id: str) -> bool:
     except InputError:
         return False
     return True
+
+
+def discard(run: Path) -> None:
+    """Delete the checkpoints of a run that is over; the model that was exported stays."""
+    prune(run, (), 1 << 62)
+    with suppress(OSError):
+        (run / CHECKPOINTS).rmdir()
 
 
 def prune(run: Path, kept: Collection[int], current: int) -> None:

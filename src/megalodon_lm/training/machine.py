@@ -1,6 +1,10 @@
 """What the machine can do, for comparison with what a run does."""
 
+import os
+import platform
 import time
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -8,6 +12,33 @@ from .precision import autocast
 
 SIZE = 1024
 SECONDS = 0.3
+
+
+def describe(precision: str, device: torch.device) -> dict[str, Any]:
+    """What a measurement was made on, for JSON: the processor by its name, threads, precision, versions."""
+    if device.type == "cuda":
+        processor = torch.cuda.get_device_name(device)
+    else:
+        processor = _processor()
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "gflops": round(product_rate(precision, device) / 1e9),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def product_rate(precision: str, device: torch.device) -> float:

@@ -43,6 +43,15 @@ def keep_freed_memory() -> bool:
     return True
 
 
+def forget_peak() -> None:
+    """Give freed memory back to the system and let the peak begin anew, where the system can."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError, TypeError):
+        pass
+
+
 def resident(peak: bool = False) -> int | None:
     """Bytes of this process in memory, now or at its peak; None where the system does not tell."""
     try:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -14,9 +14,12 @@ from ..errors import InputError, nearest
 from ..tables import parse_value, read_table
 from .precision import Precision
 
+TABLES = ("model", "data", "training")
+"""Of a recipe."""
 _BUNDLED = Path(__file__).parent.parent / "recipes"
 _MOST = 1 << 53  # of every whole number: beyond it neither JSON nor a float is exact
 _MOST_ROWS = 1 << 20  # of what is held as a list
+_INSIDE = {str: ("strings", (str,)), float: ("numbers", (int, float)), int: ("whole numbers", (int,))}
 ORDERS = ("stream", "shuffled")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
@@ -26,6 +29,26 @@ BAD_STEPS = ("stop", "skip", "rewind")
 def bundled_recipes() -> list[str]:
     """Names of the recipes inside the package."""
     return sorted(p.stem for p in _BUNDLED.glob("*.toml"))
+
+
+def read_recipe(path: str | Path, changes: Iterable[str] = (), tables: Collection[str] = TABLES) -> dict[str, Any]:
+    """The tables of a TOML file, or of a recipe of the package by its name.
+
+    Args:
+        path: or name.
+        changes: of single values, such as training.steps=2000, the value as in TOML; a bare word is a string.
+        tables: whose values may be changed.
+
+    Raises:
+        InputError: missing or malformed file, or a change that is none.
+    """
+    if str(path) in bundled_recipes():
+        path = _BUNDLED / f"{path}.toml"
+    known = f"; recipes of the package: {', '.join(bundled_recipes())}"
+    values = read_table(path, "TOML", "the recipe", known)
+    for change in changes:
+        _change(values, change, tables)
+    return values
 
 
 @dataclass
@@ -138,9 +161,11 @@ class Recipe:
             begun: the recipe of the run that is to go on: what a fine-tuning leaves out is then taken from it, and the
                 folder it began from is no longer needed.
         """
-        _known("recipe", values, ["model", "data", "training"])
-        data = _fill(DataRecipe, "data", _table(values, "data"))
-        training = _fill(TrainingRecipe, "training", _table(values, "training"))
+        if "compare" in values:
+            raise InputError("this recipe compares several models; megalodon compare takes it")
+        check_keys("recipe", values, TABLES)
+        data = fill(DataRecipe, "data", _table(values, "data"))
+        training = fill(TrainingRecipe, "training", _table(values, "training"))
         model = dict(_table(values, "model"))
         size = model.pop("size", None)
         _rule(isinstance(size, str | None), "model.size", size, "must be the name of a size")
@@ -160,18 +185,13 @@ class Recipe:
 
         Args:
             path: or name.
-            changes: see changed.
+            changes: see read_recipe.
             begun: see from_dict.
 
         Raises:
             InputError: missing or malformed file, unknown key, wrong value.
         """
-        if str(path) in bundled_recipes():
-            path = _BUNDLED / f"{path}.toml"
-        known = f"; recipes of the package: {', '.join(bundled_recipes())}"
-        values = read_table(path, "TOML", "the recipe", known)
-        for change in changes:
-            _change(values, change)
+        values = read_recipe(path, changes)
         try:
             return cls.from_dict(values, begun)
         except InputError as error:
@@ -181,13 +201,13 @@ class Recipe:
         """The recipe with one value changed.
 
         Args:
-            change: such as training.steps=2000, the value as in TOML; a bare word is a string.
+            change: see read_recipe.
 
         Raises:
             InputError: unknown key or wrong value.
         """
         values = {"model": self.model.to_dict(), "data": vars(self.data).copy(), "training": vars(self.training).copy()}
-        _change(values, change)
+        _change(values, change, TABLES)
         return Recipe.from_dict(values)
 
     def to_toml(self) -> str:
@@ -245,11 +265,11 @@ class Recipe:
             _rule(holds(value), f"training.{key}", value, rule)
 
 
-def _change(values: dict[str, Any], change: str) -> None:
+def _change(values: dict[str, Any], change: str, tables: Collection[str]) -> None:
     """Set one value of a recipe as read from TOML; see Recipe.changed."""
     name, equals, value = change.partition("=")
     part, _, key = name.strip().partition(".")
-    if not equals or part not in ("model", "data", "training"):
+    if not equals or part not in tables:
         raise InputError(f"{change!r} must be like training.steps=2000: a table, a key and a value")
     values[part] = {**_table(values, part), key.strip(): parse_value(value, change)}
 
@@ -260,17 +280,25 @@ def _table(values: dict[str, Any], name: str) -> dict[str, Any]:
     return table
 
 
-def _known(where: str, values: dict[str, Any], known: list[str]) -> None:
+def check_keys(where: str, values: dict[str, Any], known: Collection[str]) -> None:
+    """Refuse a key that is not known, with the nearest one that is."""
     for key in values:
         if key not in known:
             hint = nearest(key, known) or f"; known keys: {', '.join(known)}"
             raise InputError(f"unknown key {key!r} in the {where}{hint}")
 
 
-def _fill(kind: Any, name: str, values: dict[str, Any]) -> Any:
-    """A recipe part from its table, with every value of the type of its default."""
-    defaults = {f.name: getattr(kind(), f.name) for f in dataclasses.fields(kind)}
-    _known(f"table [{name}]", values, list(defaults))
+def fill(kind: Any, name: str, values: dict[str, Any]) -> Any:
+    """A recipe part from its table, with every value of the type of its default.
+
+    Args:
+        kind: a dataclass whose fields have defaults.
+        name: of the table, for messages.
+        values: of it.
+    """
+    values, fields = dict(values), {f.name: f.type for f in dataclasses.fields(kind)}
+    defaults = {key: getattr(kind(), key) for key in fields}
+    check_keys(f"table [{name}]", values, list(defaults))
     for key, value in values.items():
         default = defaults[key]
         if isinstance(default, float) and type(value) is int:
@@ -279,7 +307,7 @@ def _fill(kind: Any, name: str, values: dict[str, Any]) -> Any:
         else:
             _rule(type(value) is type(default), f"{name}.{key}", value, f"must be of type {type(default).__name__}")
         if isinstance(default, list):
-            kinds, inside = ("numbers", (int, float)) if key == "weights" else ("strings", (str,))
+            kinds, inside = _INSIDE[get_args(fields[key])[0]]
             _rule(all(type(v) in inside for v in value), f"{name}.{key}", value, f"must be a list of {kinds}")
     return kind(**values)
 

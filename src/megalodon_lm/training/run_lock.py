@@ -10,6 +10,10 @@ from ..errors import InputError
 LOCK_FILE = ".lock"
 
 
+class InUse(InputError):
+    """Another process is at work in the folder."""
+
+
 class RunLock:
     """A lock on an existing folder, held until it is released, or the process ends however it ends.
 
@@ -20,7 +24,8 @@ class RunLock:
         note: why there is none, on a disk that has no locks; otherwise empty.
 
     Raises:
-        InputError: another process holds it, or the folder cannot be written.
+        InUse: another process holds it.
+        InputError: the folder cannot be written.
     """
 
     def __init__(self, folder: Path):
@@ -34,7 +39,7 @@ class RunLock:
             _lock(descriptor)
         except (BlockingIOError, PermissionError):
             self.release()
-            raise InputError(
+            raise InUse(
                 f"another process is training in {folder}; wait for its end, or train in another folder by --out"
             ) from None
         except OSError as error:
