@@ -107,3 +107,10 @@ def test_bf16_keeps_its_matrix_in_float32():
     expected = recurrence_definitions.generalized_delta_rule(*(t.double() for t in rounded))
     assert_close([found[0]], [expected[0]], 1e-2)
     assert_close([found[1]], [expected[1]], 1e-5)
+
+
+def test_hundred_thousand_tokens_wear_nothing_out():
+    inputs = [t.transpose(0, 1).reshape(1, -1, *t.shape[2:]) for t in case(33_000)[:-1]]
+    with torch.no_grad():
+        found, expected = fast(*(t.float() for t in inputs)), fast(*inputs)
+    assert_close([found[0][:, -100:], found[1]], [expected[0][:, -100:], expected[1]], 1e-5)
