@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from megalodon_lm.baselines.sizing import nearest_size, round_width, usual_depth, widths
+from megalodon_lm.sizing import nearest_size, round_width, usual_depth, widths
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .generation.context import Context
     from .generation.generator import Generator
     from .generation.sampling import Sampling
-    from .model.decoder import Megalodon
+    from .model.megalodon import Megalodon
     from .state import State
 
 __version__ = "0.1.0"
@@ -25,7 +25,7 @@ _HOME = {
     "ByteTokenizer": "data.tokenizer",
     "Context": "generation.context",
     "Generator": "generation.generator",
-    "Megalodon": "model.decoder",
+    "Megalodon": "model.megalodon",
     "ModelConfig": "config",
     "Sampling": "generation.sampling",
     "State": "state",

@@ -1,24 +1,22 @@
 """ModelConfig: every choice of the architecture, the published sizes by name, and what a model of that size costs."""
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self
 
+from .configuration import Configuration, check_sizes, check_type, require
 from .errors import InputError, nearest
-from .files import write_atomically
-from .tables import read_table
+from .sizing import nearest_size, usual_depth
 
-_LARGEST = 2**31 - 1  # of every size; whether a machine can hold it is checked where it is allocated
 _MOST_LAYERS = 10_000
+_WIDTHS = ("model_dim", "z_dim", "value_dim", "ffn_hidden_dim", "norm_num_groups")
 InitMode = Literal["he", "bert", "xavier"]
 CemaKind = Literal["complex", "real", "none"]
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Configuration):
     """The architecture of one decoder. Symbols in brackets are those of docs/model.md.
 
     Its defaults make a Megalodon (Ma et al. 2024, arXiv 2404.08801). The choices from `timestep_norm` on make a Gecko
@@ -27,6 +25,8 @@ class ModelConfig:
     Raises:
         InputError: naming the value, the rule it breaks and the remedy.
     """
+
+    architecture: ClassVar[str] = "megalodon"
 
     vocab_size: int = 32_000
     """Tokens in the vocabulary."""
@@ -91,31 +91,26 @@ class ModelConfig:
     """Queries and keys from z divided by its root mean square (Megalodon, Gecko), or from z itself (ablation)."""
 
     def __post_init__(self) -> None:
-        for field, kind in get_type_hints(type(self)).items():
-            _check_type(field, getattr(self, field), kind)
-            if kind is float:  # 10000 and 10000.0 are one configuration, with one fingerprint
-                object.__setattr__(self, field, float(getattr(self, field)))
-        for field in ("vocab_size", "num_layers", "model_dim", "num_heads", "z_dim", "value_dim", "ffn_hidden_dim",
-                      "cema_ndim", "chunk_size", "norm_num_groups"):  # fmt: skip
-            value, largest = getattr(self, field), _MOST_LAYERS if field == "num_layers" else _LARGEST
-            _require(value >= 1, field, value, "must be at least 1")
-            _require(value <= largest, field, value, f"must be at most {largest:,}")
+        super().__post_init__()
+        rule = f"must be at most {_MOST_LAYERS:,}"
+        require(self.num_layers <= _MOST_LAYERS, "num_layers", self.num_layers, rule)
+        check_sizes(self, "vocab_size", "num_layers", *_WIDTHS, "num_heads", "cema_ndim", "chunk_size")
         for field, whole in (("norm_num_groups", "model_dim"), ("num_heads", "z_dim"), ("num_heads", "value_dim")):
             part, total = getattr(self, field), getattr(self, whole)
             rule = f"must divide {whole} = {total}; {_largest_divisor(total, part)} does"
-            _require(total % part == 0, field, part, rule)
+            require(total % part == 0, field, part, rule)
         head = self.z_dim // self.num_heads
         even = self.z_dim + self.num_heads
         rule = f"gives heads of width {head}, but rotary positions need an even width; use {even}"
-        _require(head % 2 == 0, "z_dim", self.z_dim, rule)
+        require(head % 2 == 0, "z_dim", self.z_dim, rule)
         heads, rule = self.heads_without_rope, f"must be from 0 to num_heads = {self.num_heads}"
-        _require(0 <= heads <= self.num_heads, "heads_without_rope", heads, rule)
+        require(0 <= heads <= self.num_heads, "heads_without_rope", heads, rule)
         for field in ("dropout", "hidden_dropout", "attention_dropout"):
             value = getattr(self, field)
-            _require(0 <= value < 1, field, value, "is a probability and must be at least 0 and below 1")
+            require(0 <= value < 1, field, value, "is a probability and must be at least 0 and below 1")
         for field in ("norm_eps", "rope_base"):
             value = getattr(self, field)
-            _require(value > 0 and math.isfinite(value), field, value, "must be positive and finite")
+            require(value > 0 and math.isfinite(value), field, value, "must be positive and finite")
 
     @classmethod
     def named(cls, name: str, **changes: Any) -> "ModelConfig":
@@ -129,41 +124,41 @@ class ModelConfig:
         return cls.from_dict({**SIZES[name], **changes})
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
-        """From plain values, as read from TOML or JSON; an unknown key is refused with the nearest known one."""
-        known = [f.name for f in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known:
-                raise InputError(f"unknown key {key!r} in the model configuration{nearest(key, known)}")
-        return cls(**values)
+    def sized(cls, parameters: int, vocab_size: int, **choices: Any) -> Self:
+        """The configuration nearest to a number of parameters, in the proportions of the small named sizes.
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, every key."""
-        return dataclasses.asdict(self)
+        The usual depth and a chunk of 512 unless chosen otherwise; Z is half the width, V twice, F about twice: it
+        makes up for the width being a multiple of 32, and for what else is chosen.
 
-    def save(self, path: str | Path) -> None:
-        """Write as TOML or JSON, by the ending of the path, atomically."""
-        path = Path(path)
-        if path.suffix == ".toml":
-            lines = [f"{k} = {json.dumps(v)}" for k, v in self.to_dict().items()]
-            text = "\n".join(lines)
-        else:
-            text = json.dumps(self.to_dict(), indent=2)
-        write_atomically(path, text + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> "ModelConfig":
-        """Read from TOML or JSON, by the ending of the path.
+        Args:
+            parameters: wanted; from 100,000 on, with the vocabulary of bytes, within 1 %.
+            vocab_size: tokens.
+            choices: any but the widths.
 
         Raises:
-            InputError: missing or malformed file, unknown key, wrong value.
+            InputError: a choice that the number of parameters decides.
         """
-        path = Path(path)
-        values = read_table(path, "TOML" if path.suffix == ".toml" else "JSON", "the model configuration")
-        try:
-            return cls.from_dict(values)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
+        for field in _WIDTHS:
+            require(field not in choices, field, choices.get(field), "follows from parameters; leave one of them out")
+
+        heads = choices.get("num_heads", 1)
+        check_type("num_heads", heads, int)
+        require(heads >= 1, "num_heads", heads, "must be at least 1")
+        given = {"vocab_size": vocab_size, "num_layers": usual_depth(parameters), **choices}
+
+        def of(width: int, hidden: int) -> Any:  # mypy knows no Self here
+            return cls.from_dict({**_byte_model(width), **given, "ffn_hidden_dim": hidden})
+
+        return nearest_size(of, parameters, 2, math.lcm(32, 4 * heads))  # whole groups of norms, heads of even width
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, every key; without the name, which files of a Megalodon never had."""
+        return dataclasses.asdict(self)
+
+    @property
+    def reading_unit(self) -> int:
+        """A chunk, after which no keys and values need to be kept, or with sliding attention those of one chunk."""
+        return self.chunk_size
 
     @property
     def num_parameters(self) -> int:
@@ -198,25 +193,10 @@ class ModelConfig:
         return round(forward * (3 if backward else 1))
 
 
-def _require(holds: bool, field: str, value: Any, rule: str) -> None:
-    if not holds:
-        raise InputError(f"{field} = {value!r} {rule}")
-
-
 def _largest_divisor(whole: int, limit: int) -> int:
     """The largest number up to a limit that divides a number."""
     small = [n for n in range(1, math.isqrt(whole) + 1) if whole % n == 0]
     return max(n for n in (*small, *(whole // n for n in small)) if n <= limit)
-
-
-def _check_type(field: str, value: Any, kind: Any) -> None:
-    if get_origin(kind) is Literal:
-        choices = get_args(kind)
-        _require(value in choices, field, value, f"must be one of {', '.join(map(repr, choices))}")
-    else:
-        fits = isinstance(value, kind) and not (kind is not bool and isinstance(value, bool))
-        fits = fits or (kind is float and type(value) is int)
-        _require(fits, field, value, f"must be of type {kind.__name__}, not {type(value).__name__}")
 
 
 def _byte_model(dim: int) -> dict[str, Any]:

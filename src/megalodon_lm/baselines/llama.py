@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from .sizing import round_width
+from ..sizing import round_width
 
 LAYERS = 6
 HEAD_DIM = 128

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM
 
-from .sizing import round_width
+from ..sizing import round_width
 
 LAYERS = 6
 CACHES = ("state",)

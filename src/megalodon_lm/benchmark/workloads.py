@@ -17,7 +17,7 @@ from ..baselines import baseline
 from ..config import GECKO, ModelConfig
 from ..generation.engine import DecodingEngine
 from ..layers.complex_ema import ComplexEMA
-from ..model.decoder import Megalodon
+from ..model.megalodon import Megalodon
 from ..ops import backend
 from ..training.precision import autocast
 from .floor import floor_timer

@@ -2,10 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
 from ..errors import InputError
+
+if TYPE_CHECKING:
+    from ..model.language_model import Config
 
 PARTS = ("norm", "cema", "attention", "memory")  # of a state
 
@@ -52,13 +56,13 @@ class Info:
 
         from rich.table import Table
 
-        from ..model.decoder import Megalodon
+        from ..architectures import load
         from ..training.inspection import inspect_layers
         from .progress import results
 
         if not Path(self.name).is_dir():
             raise InputError(f"--layers needs a model folder, not {self.name or 'nothing'}")
-        figures = inspect_layers(Megalodon.load(self.name))
+        figures = inspect_layers(load(self.name))
         if self.json:
             print(json.dumps(figures, indent=2))
             return
@@ -68,19 +72,19 @@ class Info:
         results.print(table)
 
 
-def _figures(config: "ModelConfig") -> dict[str, int]:  # type: ignore[name-defined]  # noqa: F821
+def _figures(config: "Config") -> dict[str, int]:
     """Counts and bytes, those of the state by part too.
 
     Memory for training is weights, gradients and two moments in float32, without activations.
     """
     import torch
 
+    from ..architectures import build
     from ..generation.context import bookmark_bytes
-    from ..model.decoder import Megalodon
     from ..training.inspection import state_bytes_by_part
 
     with torch.device("meta"):
-        model = Megalodon(config)
+        model = build(config)
     parameters, bf16 = config.num_parameters, torch.bfloat16
     whole, at_end = (state_bytes_by_part(model, bf16, at_chunk_end) for at_chunk_end in (False, True))
     return {

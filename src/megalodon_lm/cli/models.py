@@ -6,38 +6,37 @@ from typing import TYPE_CHECKING
 from ..errors import InputError
 
 if TYPE_CHECKING:
-    from ..config import ModelConfig
     from ..data.tokenizer import Tokenizer
-    from ..model.decoder import Megalodon
+    from ..model.language_model import Config, LanguageModel
 
 
-def find_config(name: str) -> "ModelConfig":
+def find_config(name: str) -> "Config":
     """The configuration of a named size, in a .toml or .json file, or in a model folder.
 
     Raises:
         InputError: none of these, or a file that holds no configuration.
     """
+    from ..architectures import load_config
     from ..config import ModelConfig
 
     path = Path(name)
-    if path.is_dir():
-        return ModelConfig.load(path / "config.json")
-    if path.suffix in (".toml", ".json"):
-        return ModelConfig.load(path)
+    if path.is_dir() or path.suffix in (".toml", ".json"):
+        return load_config(path)
     return ModelConfig.named(name)
 
 
-def load_trained(folder: Path, device: str) -> "tuple[Megalodon, Tokenizer]":
+def load_trained(folder: Path, device: str) -> "tuple[LanguageModel, Tokenizer]":
     """A model in evaluation mode, and its tokenizer.
 
     Raises:
         InputError: not a model folder, one without its tokenizer or with another one, or no such device.
     """
+    from ..architectures import load
     from ..data.tokenizer import load_tokenizer
-    from ..model.decoder import Megalodon
     from ..ops.device import choose_device
 
-    model, tokenizer = Megalodon.load(folder, choose_device(device)).eval(), load_tokenizer(folder)
+    model, tokenizer = load(folder, choose_device(device)), load_tokenizer(folder)
+    model.eval()
     if model.config.vocab_size < tokenizer.vocab_size:
         raise InputError(
             f"{folder} has a vocabulary of {model.config.vocab_size}, its tokenizer one of {tokenizer.vocab_size}; "

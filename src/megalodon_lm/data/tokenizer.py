@@ -6,7 +6,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from ..config import ModelConfig
+from ..architectures import load_config
 from ..errors import InputError
 from .tokenizer_record import RECORD, read_record, write_record
 
@@ -141,7 +141,7 @@ def _unrecorded(folder: Path) -> Tokenizer:
         raise InputError(f"the folder {folder} holds no tokenizer: no tokenizer.json or tokenizer.model")
     tokenizer = _from_file(found) if found else ByteTokenizer()
     if (folder / "config.json").exists():
-        size = ModelConfig.load(folder / "config.json").vocab_size
+        size = load_config(folder / "config.json").vocab_size
         padded = size % 64 == 0 and size < tokenizer.vocab_size + max(128, tokenizer.vocab_size // 32)
         if size < tokenizer.vocab_size or not (size == tokenizer.vocab_size or padded):
             raise InputError(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.tokenizer import Tokenizer
-from ..model.decoder import Megalodon
+from ..model.language_model import LanguageModel
 from ..plots import finite, length_axis, picture
 from ..training.precision import Precision
 from .norm_statistics import NormSchedule
@@ -69,7 +69,7 @@ class Curve:
 
 
 def measure(
-    model: Megalodon,
+    model: LanguageModel,
     read: Callable[[], Iterable[Iterable[bytes]]],
     tokenizer: Tokenizer,
     contexts: Sequence[int],

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..model.decoder import Megalodon
+from ..model.language_model import LanguageModel
 from ..state import State
 from ..training.precision import Precision, autocast, choose_precision
 
@@ -54,11 +54,11 @@ class WindowedStatistics:
         precision: of matrix products.
     """
 
-    def __init__(self, model: Megalodon, schedule: NormSchedule, precision: Precision = "float32"):
+    def __init__(self, model: LanguageModel, schedule: NormSchedule, precision: Precision = "float32"):
         self.model, self.schedule = model, schedule
         self.device = next(model.parameters()).device
         self.precision = choose_precision(precision, self.device)
-        self.chunk = model.config.chunk_size
+        self.chunk = model.config.reading_unit
         self.unit = self.chunk * math.gcd(schedule.first, schedule.every)
         """Tokens from where a replacement may be due to where the next may; no piece of the text may go past one."""
         self._recent = torch.zeros(1, 0, dtype=torch.int64)

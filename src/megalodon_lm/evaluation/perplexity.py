@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data.tokenizer import Tokenizer
 from ..generation.scoring import token_losses
-from ..model.decoder import Megalodon
+from ..model.language_model import LanguageModel
 from ..training.precision import Precision
 from .norm_statistics import NormSchedule, WindowedStatistics
 
@@ -83,7 +83,7 @@ class Losses:
 
 @torch.inference_mode()
 def score(
-    model: Megalodon,
+    model: LanguageModel,
     blocks: Iterable[np.ndarray],
     begin: int,
     context: int | None = None,
@@ -128,7 +128,7 @@ def score(
 
 
 def score_texts(
-    model: Megalodon,
+    model: LanguageModel,
     texts: Iterable[Iterable[bytes]],
     tokenizer: Tokenizer,
     context: int | None = None,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..model.decoder import Megalodon
+from ..model.language_model import LanguageModel
 from ..training.precision import Precision, autocast, choose_precision
 
 SYMBOLS = 64
@@ -119,7 +119,7 @@ class Recalled:
 
 @torch.no_grad()
 def ask(
-    model: Megalodon, task: RecallTask, distance: int, rows: int, seed: Sequence[int], precision: Precision
+    model: LanguageModel, task: RecallTask, distance: int, rows: int, seed: Sequence[int], precision: Precision
 ) -> Recalled:
     """Ask a model, which is in evaluation mode then; the likeliest token of the whole vocabulary is its answer.
 

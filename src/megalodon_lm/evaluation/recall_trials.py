@@ -15,7 +15,7 @@ import torch
 from ..config import GECKO, ModelConfig
 from ..errors import InputError, nearest
 from ..files import FIGURES, check_writable, make_folder, write_atomically
-from ..model.decoder import Megalodon
+from ..model.megalodon import Megalodon
 from ..tables import read_table
 from ..training.optimizer import build_optimizer
 from ..training.precision import autocast, choose_precision

@@ -12,7 +12,7 @@ from ..data.tokenizer import Tokenizer
 from ..generation.generator import Generator
 from ..generation.sampling import Sampling
 from ..generation.scoring import token_losses
-from ..model.decoder import Megalodon
+from ..model.language_model import LanguageModel
 from ..training.precision import Precision
 from .perplexity import LOG2, score_texts
 
@@ -50,7 +50,7 @@ class Validation:
         self.num_bytes = num_bytes
         self.tokenizer, self.precision, self.prompt, self.samples = tokenizer, precision, prompt, samples
 
-    def __call__(self, model: Megalodon) -> float:
+    def __call__(self, model: LanguageModel) -> float:
         """Bits per byte; the model is in evaluation mode."""
         if self.texts is None:
             result = self._of_prepared(model)
@@ -63,7 +63,7 @@ class Validation:
         return result
 
     @torch.inference_mode()
-    def _of_prepared(self, model: Megalodon) -> float:
+    def _of_prepared(self, model: LanguageModel) -> float:
         assert self.prepared is not None
         sequence = self.prepared.sequences[0]
         decode = self.tokenizer.decoder()
@@ -81,7 +81,7 @@ class Validation:
                 break
         return nats / LOG2 / max(1, seen)
 
-    def _sample(self, model: Megalodon) -> str:
+    def _sample(self, model: LanguageModel) -> str:
         generator = Generator(model, self.tokenizer, self.precision)
         sampling = Sampling(SAMPLE_TOKENS, temperature=0.8, top_p=0.95)
         return self.prompt + generator.write([generator.read(self.prompt)], sampling)[0]

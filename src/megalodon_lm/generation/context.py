@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..config import ModelConfig
 from ..data.tokenizer import Tokenizer
 from ..errors import InputError
 from ..files import BOOKMARK, check_writable
-from ..model.decoder import Megalodon
+from ..model.language_model import Config, LanguageModel
 from ..state import State
 from ..state_file import StateFile
 from ..state_spec import named
@@ -31,13 +30,13 @@ from .scoring import token_losses
 MAX_PIECE_LENGTH = 512  # tokens that are read at once; see docs/architecture.md
 
 
-def unit_length(config: ModelConfig) -> int:
-    """Tokens after which a piece and a chunk end together."""
-    return max(config.chunk_size, MAX_PIECE_LENGTH // config.chunk_size * config.chunk_size)
+def unit_length(config: Config) -> int:
+    """Tokens after which a piece and a reading unit, such as a chunk, end together."""
+    return max(config.reading_unit, MAX_PIECE_LENGTH // config.reading_unit * config.reading_unit)
 
 
-def piece_length(config: ModelConfig) -> int:
-    """Tokens in which a model reads: whole chunks, or a chunk that is longer than a piece in even parts."""
+def piece_length(config: Config) -> int:
+    """Tokens in which a model reads: whole reading units, or one that is longer than a piece in even parts."""
     unit = unit_length(config)
     return -(-unit // -(-unit // MAX_PIECE_LENGTH))
 
@@ -50,9 +49,9 @@ class Context:
         precision: of the matrix products; see DecodingEngine.
     """
 
-    def __init__(self, model: Megalodon, precision: Precision = "auto"):
+    def __init__(self, model: LanguageModel, precision: Precision = "auto"):
         self.model = model
-        self.device = model.embed.weight.device
+        self.device = model.device
         self.precision = choose_precision(precision, self.device)
         self.unit, self.piece = unit_length(model.config), piece_length(model.config)
         self.scored, self.nats = 0, 0.0
@@ -160,7 +159,7 @@ class Context:
 
     @property
     def _cache_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.precision == "bf16" else self.model.embed.weight.dtype
+        return torch.bfloat16 if self.precision == "bf16" else self.model.dtype
 
     def save(self, path: str | Path, tokenizer: Tokenizer) -> None:
         """Write a bookmark, atomically: the new one or the old one is there, whatever happens.
@@ -180,7 +179,9 @@ class Context:
         StateFile(self._anchor, self.model.fingerprint(), tokens, notes).write(path)
 
     @classmethod
-    def load(cls, path: str | Path, model: Megalodon, tokenizer: Tokenizer, precision: Precision = "auto") -> "Context":
+    def load(
+        cls, path: str | Path, model: LanguageModel, tokenizer: Tokenizer, precision: Precision = "auto"
+    ) -> "Context":
         """Read a bookmark.
 
         Raises:
@@ -214,7 +215,7 @@ class _Finished:
         return None if state is None or self._logits is None else (self._logits, state)
 
 
-def bookmark_bytes(model: Megalodon) -> int:
+def bookmark_bytes(model: LanguageModel) -> int:
     """Size of the largest bookmark of a model; the file adds a few kilobytes of names.
 
     The unfinished chunk is not in it: its tokens are there to compute it anew. The chunk before it, which sliding

@@ -1,6 +1,6 @@
 """Which models compiled steps of one token can run: those made of the very parts that they know."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -15,7 +15,9 @@ from ..layers.gated_attention import GatedAttention
 from ..layers.linear import Linear
 from ..layers.norms import DecayNorm, EntryLayerNorm, LayerNorm, RMSNorm, TimestepNorm
 from ..layers.sliding_attention import SlidingAttention
-from ..model.decoder import Head, Megalodon
+from ..model.decoder import Head
+from ..model.language_model import LanguageModel
+from ..model.megalodon import Megalodon
 from ..ops.cpu.simd import LANES
 from .decoding_weights import choices_of, sizes_of
 
@@ -39,12 +41,14 @@ _BLOCK: dict[str, tuple[type, ...]] = {
 _HEAD: dict[str, tuple[type, ...]] = {"": (Head,), "final_norm": _OVER_TIME, "output": (Linear,)}
 
 
-def fits(model: Megalodon) -> bool:
+def fits(model: LanguageModel) -> TypeGuard[Megalodon]:
     """Whether compiled steps can run a model.
 
     It is made of the very parts that they know, all blocks alike and of the same widths, these multiples of 16, and
     without dropout; its weights are float32 or bf16 on the CPU.
     """
+    if not isinstance(model, Megalodon):
+        return False
     blocks: list[Any] = list(model.layers)
     parts = list(model.modules())
     dropped = model.training and any(getattr(part, name, 0) for part in parts for name in ("dropout", "hidden_dropout"))
@@ -54,7 +58,7 @@ def fits(model: Megalodon) -> bool:
     )
     if dropped or not plain or not known:
         return False
-    norm = model.output.final_norm
+    norm: Any = model.output.final_norm
     sizes = sizes_of(blocks[0], norm)
     memories = [block.mega.memory for block in blocks]
     alike = (

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..model.decoder import Megalodon
+from ..model.megalodon import Megalodon
 from ..ops.cpu.decoding_parts import LayerRows, MemoryRows, Sizes, Statistics
 from ..ops.cpu.simd import as_numpy
 from ..state import State, StatefulModel

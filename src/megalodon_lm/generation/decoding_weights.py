@@ -16,7 +16,7 @@ from ..layers.complex_ema import ComplexEMA
 from ..layers.linear import Linear
 from ..layers.norms import AffineNorm, DecayNorm, NormOverTime
 from ..layers.sliding_attention import SlidingAttention
-from ..model.decoder import Megalodon
+from ..model.megalodon import Megalodon
 from ..ops.cema import cema_coefficients, ema_coefficients
 from ..ops.cpu.decoding_parts import Affine, Average, Choices, Heads, HeadWeights, LayerWeights, Sizes
 from ..ops.cpu.matrix_vector import Matrix
@@ -45,7 +45,8 @@ def prepare(model: Megalodon, dtype: torch.dtype) -> DecodingWeights:
         model: later changes of its weights may or may not show in what was made.
         dtype: of the weights in products, float32 or bf16.
     """
-    norm, first = model.output.final_norm, model.layers[0]
+    norm: Any = model.output.final_norm
+    first = model.layers[0]
     layers = [_layer(block, dtype) for block in model.layers]
     mixers: list[Any] = [block.mega for block in model.layers]
     maps = [_maps(mixer, 2) for mixer in mixers if mixer.memory is not None]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..model.decoder import Megalodon
+from ..model.language_model import LanguageModel
 from ..ops import backend
 from ..state import State
 from ..training.precision import Precision, autocast, choose_precision
@@ -28,9 +28,9 @@ class DecodingEngine:
             multiplies it natively.
     """
 
-    def __init__(self, model: Megalodon, state: State, precision: Precision = "auto"):
+    def __init__(self, model: LanguageModel, state: State, precision: Precision = "auto"):
         self.model = model
-        self.device = model.embed.weight.device
+        self.device = model.device
         self.precision = choose_precision(precision, self.device)
         state.check(model, state.batch_size)
         self.rows = state.position.shape
@@ -38,7 +38,7 @@ class DecodingEngine:
         self._stepper = self._make_stepper(state)
 
     def _make_stepper(self, state: State) -> "FusedStep | _ModelStep":
-        if backend.runs_natively(self.model.embed.weight):
+        if backend.runs_natively(next(self.model.parameters())):
             from .decodable import fits
             from .fused_step import FusedStep
 
@@ -84,7 +84,7 @@ class DecodingEngine:
 class _ModelStep:
     """Steps that the model itself takes, on any device and of any parts."""
 
-    def __init__(self, model: Megalodon, state: State, precision: Literal["bf16", "float32"]):
+    def __init__(self, model: LanguageModel, state: State, precision: Literal["bf16", "float32"]):
         self._model, self._state, self._precision = model, state, precision
 
     def step(self, tokens: Tensor) -> Tensor:

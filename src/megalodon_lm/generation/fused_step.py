@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model.decoder import Megalodon
+from ..model.megalodon import Megalodon
 from ..ops.cpu import decoding_kernels as kernels
 from ..ops.cpu.decoding_parts import Scratch, plain
 from ..ops.cpu.simd import as_numpy

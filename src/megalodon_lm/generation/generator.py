@@ -15,7 +15,7 @@ from torch import Tensor
 from ..data.corpus import Source, Texts, texts_of
 from ..data.tokenizer import Tokenizer
 from ..errors import InputError
-from ..model.decoder import Megalodon
+from ..model.language_model import LanguageModel
 from ..state import State
 from ..training.precision import Precision
 from .context import Context
@@ -49,7 +49,7 @@ class Generator:
         precision: of matrix products; see DecodingEngine.
     """
 
-    def __init__(self, model: Megalodon, tokenizer: Tokenizer, precision: Precision = "auto"):
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, precision: Precision = "auto"):
         self.model, self.tokenizer, self.precision = model, tokenizer, precision
         self._barred = torch.from_numpy(~tokenizer.writable(model.config.vocab_size))
 

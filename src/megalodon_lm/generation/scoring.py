@@ -5,13 +5,13 @@ import math
 from torch import Tensor
 
 from ..errors import InputError
-from ..model.decoder import Megalodon
+from ..model.language_model import LanguageModel
 from ..state import State
 from ..training.precision import Precision, autocast, choose_precision
 
 
 def token_losses(
-    model: Megalodon,
+    model: LanguageModel,
     tokens: Tensor,
     targets: Tensor,
     state: State | None,
@@ -26,7 +26,7 @@ def token_losses(
         targets: (B, L) int64, the token after each.
         state: what came before, or None for nothing.
         precision: of matrix products.
-        document_starts: see Megalodon.forward.
+        document_starts: see Decoder.forward.
 
     Returns:
         Loss of each target in nats, (B, L) float64 on the CPU, and the state after the piece.

@@ -3,27 +3,30 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ..config import ModelConfig
+from ..configuration import read_config
 from ..errors import InputError
 from ..files import write_atomically
 from ..ops.device import choose_device
 from .identity import digest, remember, weights
+from .language_model import Config
 
 if TYPE_CHECKING:
-    from .decoder import Megalodon
+    from .decoder import Decoder
+
+    D = TypeVar("D", bound=Decoder)
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 HASH = "fingerprint-2"  # of all values; older files have one of a sample, as "fingerprint"
 
 
-def metadata(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, str]:
+def metadata(config: Config, weights: Mapping[str, Tensor]) -> dict[str, str]:
     """What a weights file says of itself: its configuration, and a hash of both.
 
     So the one file vouches for the folder, and is replaced in one step; see load_model.
@@ -31,12 +34,12 @@ def metadata(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, st
     return {"format": "pt", "config": json.dumps(config.to_dict()), HASH: digest(config, weights)}
 
 
-def save_model(model: "Megalodon", folder: str | Path) -> None:
+def save_model(model: "Decoder", folder: str | Path) -> None:
     """Write the configuration and the weights, so that a kill at any moment leaves a model: the old one or the new."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / CONFIG_FILE).exists() and _vouched(folder / WEIGHTS_FILE)[0] not in (None, model.config):
+        if (folder / CONFIG_FILE).exists() and _vouched(folder / WEIGHTS_FILE)[0] not in (None, model.config.to_dict()):
             (folder / CONFIG_FILE).unlink()  # until both are new, the one in the weights file counts
     except OSError as error:
         raise InputError(f"cannot create the folder {folder}: {error.strerror}") from None
@@ -45,20 +48,33 @@ def save_model(model: "Megalodon", folder: str | Path) -> None:
     write_atomically(folder / CONFIG_FILE, json.dumps(model.config.to_dict(), indent=2) + "\n")
 
 
-def _vouched(path: Path) -> tuple[ModelConfig | None, str | None]:
-    """The configuration and the hash within a weights file; None if there are none."""
+def _vouched(path: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """The configuration's values and the hash within a weights file; None if there are none."""
     try:
         with safe_open(path, framework="pt") as file:
             said = file.metadata() or {}
-        return ModelConfig.from_dict(json.loads(said["config"])), said[HASH]
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        values = json.loads(said["config"])
+        return (values, said[HASH]) if isinstance(values, dict) else (None, None)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError):
         return None, None
 
 
-def load_model(
-    cls: "type[Megalodon]", folder: str | Path, device: torch.device | str, dtype: torch.dtype | None
-) -> "Megalodon":
-    """Read a model; see Megalodon.load.
+def config_values(folder: str | Path) -> dict[str, Any]:
+    """The values of the configuration of a model folder; the one in the weights file stands in for a lost config.json.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    folder = Path(folder)
+    if (folder / CONFIG_FILE).is_file():
+        return read_config(folder / CONFIG_FILE)
+    if (within := _vouched(folder / WEIGHTS_FILE)[0]) is None:
+        raise InputError(f"no model in {folder}: {CONFIG_FILE} is missing")
+    return within
+
+
+def load_model(cls: "type[D]", folder: str | Path, device: torch.device | str, dtype: torch.dtype | None) -> "D":
+    """Read a model; see Decoder.load.
 
     A weights file that carries a hash must match it, and config.json must be the one it was written with. Files without
     one, of other programs, are taken as they are.
@@ -66,12 +82,14 @@ def load_model(
     folder = Path(folder)
     device = torch.device(device) if str(device) == "meta" else choose_device(device)
     path = folder / WEIGHTS_FILE
-    within, known = _vouched(path)
+    values, known = _vouched(path)
+    within = _config(cls, values)
+    known = known if within else None
     if not (folder / CONFIG_FILE).is_file() and within is None:
         raise InputError(f"no model in {folder}: {CONFIG_FILE} is missing")
     if not path.is_file():
         raise InputError(f"no model in {folder}: {path.name} is missing")
-    config = within if within and not (folder / CONFIG_FILE).is_file() else ModelConfig.load(folder / CONFIG_FILE)
+    config = within if within and not (folder / CONFIG_FILE).is_file() else cls.config_class.load(folder / CONFIG_FILE)
     try:
         stored = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -82,13 +100,13 @@ def load_model(
             f"{config.num_parameters:,} parameters"
         )
     with torch.device("meta"):
-        model = cls(config)
-    if config.share_emb and "embed.weight" in stored:
-        head = stored.setdefault("output.output.weight", stored["embed.weight"])
-        if not torch.equal(head, stored["embed.weight"]):
+        build: Any = cls  # its subclasses take the configuration alone
+        model = build(config)
+    for name, source in model.tied.items():
+        if source in stored and not torch.equal(stored.setdefault(name, stored[source]), stored[source]):
             raise InputError(
-                f"{path} does not fit {folder / CONFIG_FILE}: it holds a head of its own, and share_emb ties the head "
-                "to the embedding"
+                f"{path} does not fit {folder / CONFIG_FILE}: it holds {name} of its own, which the configuration ties "
+                f"to {source}"
             )
     expected = {n: tuple(t.shape) for n, t in model.state_dict().items()}
     found = {n: tuple(t.shape) for n, t in stored.items()}
@@ -103,7 +121,7 @@ def load_model(
             f"{folder / CONFIG_FILE} was edited or is that of another model: {path.name} was written with "
             f"{_differences(config, within)}; delete {CONFIG_FILE} to load the model as it was written"
         )
-    held = {n: t for n, t in stored.items() if n != "output.output.weight" or not config.share_emb}
+    held = {n: t for n, t in stored.items() if n not in model.tied}
     if known is not None and digest(config, held) != known:
         raise InputError(f"{path} was altered after it was written: its checksum does not match; copy it again")
     model.load_state_dict({n: t.to(device, dtype) for n, t in stored.items()}, assign=True)
@@ -116,6 +134,14 @@ def load_model(
     return model
 
 
-def _differences(config: ModelConfig, within: ModelConfig) -> str:
+def _config(cls: "type[D]", values: dict[str, Any] | None) -> Config | None:
+    """That of an architecture from values in a weights file; None where they are not of it."""
+    try:
+        return None if values is None else cls.config_class.from_dict(values)
+    except (InputError, TypeError):
+        return None
+
+
+def _differences(config: Config, within: Config) -> str:
     ours, theirs = config.to_dict(), within.to_dict()
     return ", ".join(f"{key} = {theirs[key]!r}" for key in ours if ours[key] != theirs[key])

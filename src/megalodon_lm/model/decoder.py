@@ -1,40 +1,45 @@
-"""Megalodon, the language model: embedding, blocks, final norm and head."""
+"""Decoder, the language model of any blocks: embedding, blocks, final norm and head."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import get_args
+from typing import Any, ClassVar, Self, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config import ModelConfig
+from ..configuration import Configuration
 from ..errors import InputError
-from ..layers.initialization import init_embedding, whole_parameters
+from ..layers.embedding import Embedding
+from ..layers.initialization import whole_parameters
 from ..layers.linear import Linear
-from ..layers.norms import NormOverTime
 from ..ops.boundaries import Boundaries, Padding
 from ..ops.derived import forget
 from ..ops.device import check_memory
 from ..ops.linear_cross_entropy import Reduction, linear_cross_entropy
-from ..ops.timestep_norm import NormState
 from ..state import State
 from ..state_spec import Sealed, Tree, declare, named, tree_map
-from .assembly import build_block, build_embedding, build_timestep_norm
+from .language_model import Config
 
 
 class Head(nn.Module):
-    """Final norm over time, with a running state of its own, and the linear map to the vocabulary or to the loss."""
+    """Final norm and the linear map to the vocabulary or to the loss.
 
-    def __init__(self, norm: NormOverTime, output: Linear):
+    Args:
+        norm: of one token, x to x; or over time, with a running state of its own: one that has a `state_spec`.
+        output: (D, vocabulary).
+    """
+
+    def __init__(self, norm: nn.Module, output: Linear):
         super().__init__()
         self.final_norm, self.output = norm, output
+        self._over_time = hasattr(norm, "state_spec")
 
     @property
-    def state_spec(self) -> NormState:
-        """That of the final norm."""
-        return self.final_norm.state_spec
+    def state_spec(self) -> Tree:
+        """That of the final norm, if it has one."""
+        return self.final_norm.state_spec if self._over_time else {}
 
     def forward(
         self,
@@ -47,8 +52,8 @@ class Head(nn.Module):
         learnt: Tensor | None = None,
         reduction: Reduction = "mean",
         logits_to_keep: int | None = None,
-    ) -> tuple[Tensor, NormState]:
-        """What the body gave, (B, L, D), to logits or losses; arguments as in Megalodon.forward.
+    ) -> tuple[Tensor, Tree]:
+        """What the body gave, (B, L, D), to logits or losses; arguments as in Decoder.forward.
 
         Args:
             x: without the padding.
@@ -58,7 +63,9 @@ class Head(nn.Module):
             targets, learnt, reduction, logits_to_keep: with the padding.
         """
         leaving = None if state is None else state.tree
-        if x.shape[1] or leaving is None:
+        if not self._over_time:
+            x, leaving = self.final_norm(x), {}
+        elif x.shape[1] or leaving is None:
             x, leaving = self.final_norm(x, leaving, boundaries)
         if padding is not None:
             x = padding.restore(x)
@@ -68,8 +75,8 @@ class Head(nn.Module):
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), leaving
 
 
-class Megalodon(nn.Module):
-    """A decoder without a context limit.
+class Decoder(nn.Module):
+    """A decoder without a context limit: what every architecture has beside its blocks.
 
     `logits, state = model(tokens)`, then `logits, state = model(more, state)`: the pieces may have any length and give
     what the whole would give. With `targets` it gives the loss instead. Its parts can be run apart: `embed`, `body` and
@@ -79,29 +86,62 @@ class Megalodon(nn.Module):
     `init_weights`.
 
     Args:
-        config: the architecture; see ModelConfig.named.
+        config: the architecture.
+        embedding: tokens to the input of the first block.
+        blocks: each with a `state_spec`, {} or None where nothing is carried, and a forward (x (B, L, D), entry state
+            in Sealed or None, Boundaries or None) to x (B, L, D) and the exit state; see layers.block.
+        head: the last block's output to logits or losses.
         activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
     """
 
-    def __init__(self, config: ModelConfig, activation_checkpointing: bool = False):
+    config_class: ClassVar[type[Configuration]]
+    """Of `config`."""
+
+    def __init__(
+        self,
+        config: Config,
+        embedding: Embedding,
+        blocks: Iterable[nn.Module],
+        head: Head,
+        activation_checkpointing: bool = False,
+    ):
         super().__init__()
-        self.config = config
+        self.config: Any = config
         self.activation_checkpointing = activation_checkpointing
-        self.embed = build_embedding(config)
-        self.layers = nn.ModuleList(build_block(config, i) for i in range(config.num_layers))
-        output = Linear(config.model_dim, config.vocab_size, False, None if config.share_emb else init_embedding)
-        self.output = Head(build_timestep_norm(config), output)
-        layers = tuple(block.state_spec for block in self.layers)
+        self.embed, self.layers, self.output = embedding, nn.ModuleList(blocks), head
+        specs: tuple[Tree, ...] = tuple(block.state_spec for block in self.layers)
+        layers = tuple({} if spec is None else spec for spec in specs)
         position = declare(dtype=torch.int64, on_cpu=True)  # in the document
         self.state_spec: Tree = {"layers": layers, "norm": self.output.state_spec, "position": position}
         self.tie_weights()
         if not self.embed.weight.is_meta:  # drawing there imports PyTorch's compiler, which takes a second
             self.init_weights()
 
+    @property
+    def width(self) -> int:
+        """Of the residual stream."""
+        return self.embed.embedding_dim
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.embed.weight.dtype
+
+    @property
+    def tied(self) -> Mapping[str, str]:
+        """Weights that are another's, by the names of both: they are stored once."""
+        return {}
+
     def tie_weights(self) -> None:
-        """Make a shared embedding the head's weight again, where loading or `to_empty` has parted them."""
-        if self.config.share_emb:
-            self.output.output.weight = self.embed.weight
+        """Make shared weights one again, where loading or `to_empty` has parted them."""
+        for name, source in self.tied.items():
+            module, _, attribute = name.rpartition(".")
+            setattr(self.get_submodule(module), attribute, self.get_parameter(source))
 
     def init_weights(self) -> None:
         """Draw all weights anew, layer by layer from the embedding to the head, so that a seed means one model."""
@@ -189,7 +229,7 @@ class Megalodon(nn.Module):
                 x, leaving = checkpoint(block, x, entry, boundaries, use_reentrant=False)
             else:
                 x, leaving = block(x, entry, boundaries)
-            layers.append(leaving)
+            layers.append({} if leaving is None else leaving)
         return x, tuple(layers)
 
     def empty_state(
@@ -205,15 +245,14 @@ class Megalodon(nn.Module):
         Raises:
             InputError: more than the memory of the device.
         """
-        device = self.embed.weight.device if device is None else device
-        remedy = f"chunk_size = {self.config.chunk_size} decides its size"
-        check_memory(self.state_bytes(batch, dtype), device, f"a state of {batch} rows", remedy)
-        parts = tree_map(lambda leaf: leaf.empty(batch, device, dtype or self.embed.weight.dtype), self.state_spec)
+        device = self.device if device is None else device
+        check_memory(self.state_bytes(batch, dtype), device, f"a state of {batch} rows", self.state_remedy)
+        parts = tree_map(lambda leaf: leaf.empty(batch, device, dtype or self.dtype), self.state_spec)
         return State(parts, self.state_spec, weakref.ref(self))
 
     def state_bytes(self, batch: int = 1, dtype: torch.dtype | None = None) -> int:
         """Size in memory of a State of this model, as empty_state makes it."""
-        return batch * sum(leaf.nbytes(dtype or self.embed.weight.dtype) for _, leaf in named(self.state_spec))
+        return batch * sum(leaf.nbytes(dtype or self.dtype) for _, leaf in named(self.state_spec))
 
     def check_tokens(self, tokens: Tensor) -> None:
         """Refuse what is not a batch of tokens of this model; on the CPU also their values.
@@ -265,8 +304,12 @@ class Megalodon(nn.Module):
     @property
     def summary(self) -> str:
         """The sizes in a few words."""
-        c = self.config
-        return f"a Megalodon of {c.num_layers} layers, width {c.model_dim} and chunks of {c.chunk_size}"
+        return f"a {type(self).__name__} of {len(self.layers)} layers and width {self.width}"
+
+    @property
+    def state_remedy(self) -> str:
+        """What to change where a state is too large."""
+        return "its configuration decides its size"
 
     def fingerprint(self) -> str:
         """Identifies the configuration and the weights: a hash of all of both, kept until a weight changes."""
@@ -287,9 +330,7 @@ class Megalodon(nn.Module):
         save_model(self, folder)
 
     @classmethod
-    def load(
-        cls, folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-    ) -> "Megalodon":
+    def load(cls, folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
         """Read what `save` wrote.
 
         Args:

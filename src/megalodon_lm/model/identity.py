@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..config import ModelConfig
+from .language_model import Config
 
 if TYPE_CHECKING:
-    from .decoder import Megalodon
+    from .decoder import Decoder
 
 _SAMPLE = 512  # values of each weight
 _FIRST_CHOICES = frozenset((
@@ -25,16 +25,15 @@ _FIRST_CHOICES = frozenset((
     "init_mode", "dropout", "hidden_dropout", "attention_dropout", "drop_keys",
 ))  # fmt: skip
 """Those there were when files held a sampled fingerprint: they enter it at their defaults too."""
-_known: "weakref.WeakKeyDictionary[Megalodon, tuple[Any, str]]" = weakref.WeakKeyDictionary()
+_known: "weakref.WeakKeyDictionary[Decoder, tuple[Any, str]]" = weakref.WeakKeyDictionary()
 
 
-def weights(model: "Megalodon") -> dict[str, Tensor]:
-    """The state dict with a tied head left out."""
-    tied = {"output.output.weight"} if model.config.share_emb else set()
-    return {n: t.detach() for n, t in model.state_dict().items() if n not in tied}
+def weights(model: "Decoder") -> dict[str, Tensor]:
+    """The state dict without the weights that are another's."""
+    return {n: t.detach() for n, t in model.state_dict().items() if n not in model.tied}
 
 
-def digest(config: ModelConfig, tensors: Mapping[str, Tensor]) -> str:
+def digest(config: Config, tensors: Mapping[str, Tensor]) -> str:
     """Hash of a configuration and of weights by name, wherever they are.
 
     Choices at their defaults do not enter, so that one that is added later leaves old hashes as they are.
@@ -48,15 +47,19 @@ def digest(config: ModelConfig, tensors: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def _chosen(config: ModelConfig, always: frozenset[str] = frozenset()) -> bytes:
+def _chosen(config: Config, always: frozenset[str] = frozenset()) -> bytes:
     """What a configuration says that is not a default, and the values of some fields even so."""
-    default = ModelConfig().to_dict()
-    chosen = {key: value for key, value in config.to_dict().items() if key in always or value != default[key]}
+    default = {key: value for key, value in type(config)().to_dict().items() if key != "architecture"}
+    chosen = {
+        key: value
+        for key, value in config.to_dict().items()
+        if key in always or key not in default or value != default[key]
+    }
     return json.dumps(chosen, sort_keys=True).encode()
 
 
-def fingerprint(model: "Megalodon") -> str:
-    """See Megalodon.fingerprint."""
+def fingerprint(model: "Decoder") -> str:
+    """See Decoder.fingerprint."""
     seen = _seen(model)
     kept = _known.get(model)
     if kept is None or kept[0] != seen:
@@ -65,18 +68,18 @@ def fingerprint(model: "Megalodon") -> str:
     return kept[1]
 
 
-def remember(model: "Megalodon", known: str) -> None:
+def remember(model: "Decoder", known: str) -> None:
     """Note the fingerprint of a model where it was computed otherwise."""
     _known[model] = _seen(model), known
 
 
-def _seen(model: "Megalodon") -> Any:
+def _seen(model: "Decoder") -> Any:
     """Changes when a weight does."""
     places = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in model.parameters()]
     return places, sampled_fingerprint(model)
 
 
-def sampled_fingerprint(model: "Megalodon") -> str:
+def sampled_fingerprint(model: "Decoder") -> str:
     """Hash of the configuration and of evenly spaced values of every weight: any training step changes it."""
     found = hashlib.sha256(_chosen(model.config, _FIRST_CHOICES))
     for name, weight in model.named_parameters():

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..model.decoder import Megalodon
+from ..model.language_model import LanguageModel
 
 
 class WeightAverage:
@@ -18,11 +18,11 @@ class WeightAverage:
         decay: d; the average over n steps weighs them by 1, d, ... d^(n - 1), from the newest back.
     """
 
-    def __init__(self, model: Megalodon, decay: float):
+    def __init__(self, model: LanguageModel, decay: float):
         self.decay, self.steps = decay, 0
         self.weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
 
-    def update(self, model: Megalodon) -> None:
+    def update(self, model: LanguageModel) -> None:
         """Take a step's weights in."""
         names, weights = zip(*model.named_parameters(), strict=True)
         self.steps += 1
@@ -30,7 +30,7 @@ class WeightAverage:
         torch._foreach_lerp_([self.weights[n] for n in names], [w.detach() for w in weights], newest_share)
 
     @contextmanager
-    def applied(self, model: Megalodon) -> Iterator[None]:
+    def applied(self, model: LanguageModel) -> Iterator[None]:
         """The model with the averaged weights."""
         own = {name: weight.detach().clone() for name, weight in model.named_parameters()}
         put(model, self.weights)
@@ -41,7 +41,7 @@ class WeightAverage:
 
 
 @torch.no_grad()
-def put(model: Megalodon, weights: Mapping[str, Tensor]) -> None:
+def put(model: LanguageModel, weights: Mapping[str, Tensor]) -> None:
     """Copy weights into a model, by name."""
     parameters = dict(model.named_parameters())
     for name, weight in weights.items():

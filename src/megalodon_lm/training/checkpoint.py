@@ -24,10 +24,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..config import ModelConfig
+from ..architectures import load_config
 from ..errors import InputError
 from ..files import check, digest, flush
 from ..model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, metadata
+from ..model.language_model import Config
 
 CHECKPOINTS = "checkpoints"
 TRAINING_FILE, PROGRESS_FILE, MANIFEST_FILE = "training.safetensors", "progress.json", "manifest.json"
@@ -47,7 +48,7 @@ class Checkpoint:
     """
 
     step: int
-    config: ModelConfig
+    config: Config
     weights: Mapping[str, Tensor]
     training: Mapping[str, Tensor]
     progress: Mapping[str, Any]
@@ -98,7 +99,7 @@ class Checkpoint:
         try:
             progress = json.loads((path / PROGRESS_FILE).read_bytes())
             _check_progress(progress)
-            config = ModelConfig.load(path / CONFIG_FILE)
+            config = load_config(path / CONFIG_FILE)
             weights, training = load_file(path / WEIGHTS_FILE), load_file(path / TRAINING_FILE)
         except (OSError, ValueError, RecursionError, SafetensorError) as error:  # written so by another version
             raise InputError(f"the checkpoint {path} cannot be understood: {error}") from None

@@ -5,13 +5,13 @@ from typing import Literal
 import torch
 
 from ..errors import InputError
-from ..model.decoder import Megalodon
+from ..model.language_model import LanguageModel
 from ..ops.backend import KernelError, give_up
 from .precision import autocast
 from .recipe import TrainingRecipe
 
 
-def compile_blocks(model: Megalodon, device: torch.device) -> None:
+def compile_blocks(model: LanguageModel, device: torch.device) -> None:
     """Compile every block in place with torch.compile, at its first use; blocks of equal shapes share the code.
 
     Raises:
@@ -30,7 +30,7 @@ def compile_blocks(model: Megalodon, device: torch.device) -> None:
 
 
 def compile_kernels(
-    model: Megalodon, precision: Literal["bf16", "float32"], device: torch.device, recipe: TrainingRecipe
+    model: LanguageModel, precision: Literal["bf16", "float32"], device: torch.device, recipe: TrainingRecipe
 ) -> None:
     """Run the two kinds of batches once, with and without a document's start, so that a run's clock finds all compiled.
 
@@ -47,7 +47,7 @@ def compile_kernels(
 
 
 def _run_once(
-    model: Megalodon, precision: Literal["bf16", "float32"], device: torch.device, recipe: TrainingRecipe
+    model: LanguageModel, precision: Literal["bf16", "float32"], device: torch.device, recipe: TrainingRecipe
 ) -> None:
     tokens = torch.zeros(recipe.batch_size, recipe.length, dtype=torch.int64, device=device)
     first = torch.zeros(tokens.shape, dtype=torch.bool)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from ..architectures import build, load
 from ..data.batches import Batches, SequentialBatches, ShuffledBatches
 from ..data.corpus import Texts
 from ..data.mixture import load_mixture
@@ -11,7 +12,7 @@ from ..data.shards import is_prepared
 from ..data.subword import SubwordTokenizer, train_bpe
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..errors import InputError
-from ..model.decoder import Megalodon
+from ..model.language_model import LanguageModel
 from ..ops.device import check_memory
 from .recipe import Recipe
 
@@ -24,8 +25,9 @@ def check_size(recipe: Recipe, device: torch.device) -> None:
     """
     t = recipe.training
     with torch.device("meta"):
-        state_bytes = Megalodon(recipe.model).state_bytes(t.batch_size)
-    activations = 4 * t.batch_size * t.length * recipe.model.model_dim  # of one of many
+        model = build(recipe.model)
+    state_bytes = model.state_bytes(t.batch_size)
+    activations = 4 * t.batch_size * t.length * model.width  # of one of many
     check_memory(
         16 * recipe.model.num_parameters + state_bytes + activations,
         device, "this training", "lower the sizes in [model], training.batch_size or training.length",
@@ -77,7 +79,7 @@ def open_text(recipe: Recipe, tokenizer: Tokenizer) -> Batches:
     return SequentialBatches(mixture, t.batch_size, t.length)
 
 
-def load_base(recipe: Recipe, tokenizer: Tokenizer) -> Megalodon | None:
+def load_base(recipe: Recipe, tokenizer: Tokenizer) -> LanguageModel | None:
     """The model a run begins from, if it does, which must be of the recipe's kind.
 
     Raises:
@@ -86,7 +88,7 @@ def load_base(recipe: Recipe, tokenizer: Tokenizer) -> Megalodon | None:
     if not recipe.training.begin_from:
         return None
     folder = Path(recipe.training.begin_from)
-    base = Megalodon.load(folder)
+    base = load(folder)
     if load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
         raise InputError(f"{folder} has another tokenizer than the data; set data.tokenizer to {folder}")
     ours, theirs = recipe.model.to_dict(), base.config.to_dict()

@@ -5,12 +5,12 @@ import math
 import torch
 
 from ..layers.block import Block
-from ..model.decoder import Megalodon
+from ..model.language_model import LanguageModel
 from ..state_spec import named
 
 
 @torch.no_grad()
-def inspect_layers(model: Megalodon) -> list[dict[str, float]]:
+def inspect_layers(model: LanguageModel) -> list[dict[str, float]]:
     """For each block: how long CEMA remembers, and how strongly attention differs from an even mean.
 
     Returns:
@@ -38,7 +38,7 @@ def inspect_layers(model: Megalodon) -> list[dict[str, float]]:
     return found
 
 
-def state_bytes_by_part(model: Megalodon, dtype: torch.dtype, at_chunk_end: bool = False) -> dict[str, int]:
+def state_bytes_by_part(model: LanguageModel, dtype: torch.dtype, at_chunk_end: bool = False) -> dict[str, int]:
     """Bytes of a state of one row, of all layers together, by the name of the part that carries them.
 
     Args:

@@ -5,13 +5,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..model.language_model import LanguageModel
 from .muon import Muon
 from .recipe import TrainingRecipe
 
 MOMENTUM = 0.95  # of Muon
 
 
-def build_optimizer(model: nn.Module, recipe: TrainingRecipe, precision: str) -> torch.optim.AdamW:
+def build_optimizer(model: LanguageModel, recipe: TrainingRecipe, precision: str) -> torch.optim.AdamW:
     """AdamW as in the authors' released code, or Muon for the linear layers of the blocks and AdamW for the rest.
 
     Every weight decays; norms are stored as offsets, so they decay to 1. With `decay_cema = false` the parameters of

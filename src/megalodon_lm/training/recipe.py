@@ -9,8 +9,10 @@ from typing import Any, get_args
 
 import tomli_w
 
+from ..architectures import config_of, is_complete, load_config
 from ..config import ModelConfig
 from ..errors import InputError, nearest
+from ..model.language_model import Config
 from ..tables import parse_value, read_table
 from .precision import Precision
 
@@ -146,7 +148,7 @@ class TrainingRecipe:
 class Recipe:
     """A training run."""
 
-    model: ModelConfig
+    model: Config
     data: DataRecipe = field(default_factory=DataRecipe)
     training: TrainingRecipe = field(default_factory=TrainingRecipe)
 
@@ -169,12 +171,12 @@ class Recipe:
         model = dict(_table(values, "model"))
         size = model.pop("size", None)
         _rule(isinstance(size, str | None), "model.size", size, "must be the name of a size")
-        if training.begin_from and size is None and len(model) < len(dataclasses.fields(ModelConfig)):
-            base = begun.model if begun else ModelConfig.load(Path(training.begin_from) / "config.json")
+        if training.begin_from and size is None and not is_complete(model):
+            base = begun.model if begun else load_config(Path(training.begin_from))
             model = base.to_dict() | model
         if training.begin_from and "tokenizer" not in _table(values, "data"):
             data.tokenizer = training.begin_from
-        config = ModelConfig.from_dict(model) if size is None else ModelConfig.named(size, **model)
+        config = config_of(model) if size is None else ModelConfig.named(size, **model)
         recipe = cls(config, data, training)
         recipe.check()
         return recipe
@@ -206,13 +208,16 @@ class Recipe:
         Raises:
             InputError: unknown key or wrong value.
         """
-        values = {"model": self.model.to_dict(), "data": vars(self.data).copy(), "training": vars(self.training).copy()}
+        values = self._values()
         _change(values, change, TABLES)
         return Recipe.from_dict(values)
 
+    def _values(self) -> dict[str, Any]:
+        return {"model": self.model.to_dict(), "data": vars(self.data).copy(), "training": vars(self.training).copy()}
+
     def to_toml(self) -> str:
         """The whole recipe, defaults included, as TOML."""
-        return tomli_w.dumps(dataclasses.asdict(self))
+        return tomli_w.dumps(self._values())
 
     def check(self) -> None:
         """Refuse values that cannot be trained with: every rule but those of ModelConfig.

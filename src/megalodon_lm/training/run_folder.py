@@ -150,5 +150,5 @@ def _compare(before: Recipe, now: Recipe) -> None:
 
 def _differences(before: Recipe, now: Recipe) -> Iterator[tuple[str, str, Any, Any]]:
     for part in ("model", "data", "training"):
-        old, new = vars(getattr(before, part)), vars(getattr(now, part))
-        yield from ((part, key, old[key], new[key]) for key in old if old[key] != new[key])
+        old, new = (r.model.to_dict() if part == "model" else vars(getattr(r, part)) for r in (before, now))
+        yield from ((part, key, old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key))

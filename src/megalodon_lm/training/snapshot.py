@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..model.decoder import Megalodon
+from ..model.language_model import LanguageModel
 from ..state import State
 from .averaging import WeightAverage, put
 from .checkpoint import Checkpoint, prefixed, under
 
 
 def capture(
-    model: Megalodon, optimizer: torch.optim.Optimizer, average: WeightAverage | None, state: State | None
+    model: LanguageModel, optimizer: torch.optim.Optimizer, average: WeightAverage | None, state: State | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights to use the model with, and all tensors that training needs beside them, copied to the CPU."""
     weights: dict[str, Tensor] = dict(model.named_parameters())
@@ -32,7 +32,7 @@ def capture(
 
 
 def reinstate(
-    checkpoint: Checkpoint, model: Megalodon, optimizer: torch.optim.Optimizer, average: WeightAverage | None
+    checkpoint: Checkpoint, model: LanguageModel, optimizer: torch.optim.Optimizer, average: WeightAverage | None
 ) -> State | None:
     """Put back what was captured, random numbers included.
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
+from ..architectures import build
 from ..data.batches import Batch, prefetched
 from ..errors import InputError
 from ..files import write_atomically
-from ..model.decoder import Megalodon
+from ..model.language_model import LanguageModel
 from ..ops.device import choose_device
 from ..state import State
 from .averaging import WeightAverage
@@ -69,7 +70,7 @@ class Trainer:
             base = load_base(recipe, self.tokenizer) if checkpoint is None else None
             torch.manual_seed(t.seed)
             with self.device:
-                self.model = Megalodon(recipe.model, t.activation_checkpointing)
+                self.model = build(recipe.model, t.activation_checkpointing)
             if base is not None:
                 self.model.load_state_dict(base.state_dict())
             if t.compile:
@@ -110,7 +111,7 @@ class Trainer:
     def train(
         self,
         watch: Callable[[StepMetrics], None] = lambda metrics: None,
-        validate: Callable[[Megalodon], float] | None = None,
+        validate: Callable[[LanguageModel], float] | None = None,
     ) -> bool:
         """Run to the end of the recipe, or to an interrupt; either way a checkpoint is left.
 
@@ -236,7 +237,7 @@ class Trainer:
         metrics.cut(self.step)
         return event
 
-    def _validate(self, validate: Callable[[Megalodon], float]) -> float:
+    def _validate(self, validate: Callable[[LanguageModel], float]) -> float:
         with self.averaged():
             self.model.eval()
             result = validate(self.model)

@@ -1,0 +1,124 @@
+"""The registry of architectures: the only place that knows them by name.
+
+Everything else is written for any `LanguageModel`. An architecture is a configuration, a `Configuration` of that name,
+and a model, a `Decoder` of it; both are imported when they are asked for.
+"""
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .config import GECKO
+from .configuration import Configuration, read_config
+from .errors import InputError, nearest
+from .model.checkpoint import config_values
+from .model.decoder import Decoder
+from .model.language_model import Config, LanguageModel
+from .sizing import TOLERANCE
+
+
+class Architecture(NamedTuple):
+    """Where an architecture lives, as module:name inside the package."""
+
+    config: str
+    model: str
+    choices: Mapping[str, Any] = {}
+    """What differs from the defaults of the configuration."""
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "megalodon": Architecture("config:ModelConfig", "model.megalodon:Megalodon"),
+    "gecko": Architecture("config:ModelConfig", "model.megalodon:Megalodon", GECKO),
+}
+_OLDEST = "megalodon"  # that of files without a name
+
+
+def config_class(name: str) -> type[Configuration]:
+    """The configuration of an architecture.
+
+    Raises:
+        InputError: unknown name; the message lists the known ones.
+    """
+    return _imported(_architecture(name).config)
+
+
+def model_class(name: str) -> type[Decoder]:
+    """The model of an architecture; raises as config_class."""
+    return _imported(_architecture(name).model)
+
+
+def config_of(values: Mapping[str, Any]) -> Config:
+    """The configuration in plain values, as in the table [model] of a recipe or in a config.json.
+
+    Args:
+        values: with the name under `architecture`; a Megalodon without it. `parameters` asks for the size that comes
+            nearest to such a number, which must be within 1 %; `vocab_size` is needed then.
+
+    Raises:
+        InputError: unknown architecture or key, a wrong value, or no such size.
+    """
+    given = dict(values)
+    name = given.pop("architecture", _OLDEST)
+    kind, given = config_class(name), {**_architecture(name).choices, **given}
+    if (wanted := given.pop("parameters", None)) is None:
+        return kind.from_dict(given)
+    if type(wanted) is not int or wanted < 1:
+        raise InputError(f"parameters = {wanted!r} must be a whole number of at least 1")
+    if type(size := given.pop("vocab_size", None)) is not int:
+        raise InputError("parameters needs vocab_size beside it: 259 for bytes, or that of the tokenizer")
+    config: Config = kind.sized(wanted, size, **given)
+    if abs(config.num_parameters / wanted - 1) > TOLERANCE:
+        raise InputError(f"parameters = {wanted:,} cannot be had; the nearest is {config.num_parameters:,}")
+    return config
+
+
+def is_complete(values: Mapping[str, Any]) -> bool:
+    """Whether plain values, as for config_of, leave nothing to the defaults of their architecture."""
+    kind: Any = config_class(values.get("architecture", _OLDEST))
+    return kind().to_dict().keys() <= values.keys()
+
+
+def load_config(path: str | Path) -> Config:
+    """The configuration in a .json or .toml file, or in a model folder.
+
+    Raises:
+        InputError: missing or malformed file, unknown architecture or key, wrong value.
+    """
+    path = Path(path)
+    values = config_values(path) if path.is_dir() else read_config(path)
+    try:
+        return config_of(values)
+    except InputError as error:
+        raise InputError(f"{path / 'config.json' if path.is_dir() else path}: {error}") from None
+
+
+def build(config: Config, activation_checkpointing: bool = False) -> LanguageModel:
+    """A model of a configuration, with new weights; on the meta device without.
+
+    Args:
+        config: of any architecture.
+        activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+    """
+    model: Any = model_class(config.architecture)
+    return model(config, activation_checkpointing)
+
+
+def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:
+    """The model in a folder, whatever its architecture; see Decoder.load."""
+    return model_class(config_values(folder).get("architecture", _OLDEST)).load(folder, device, dtype)
+
+
+def _architecture(name: Any) -> Architecture:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise InputError(
+            f"unknown architecture {name!r}{nearest(name, ARCHITECTURES)}; known: {', '.join(ARCHITECTURES)}"
+        )
+    return ARCHITECTURES[name]
+
+
+def _imported(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(import_module(f".{module}", __package__), name)
