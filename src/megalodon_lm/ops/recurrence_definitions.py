@@ -65,3 +65,59 @@ def generalized_delta_rule(
         rows.append(torch.stack(ys))
         exits.append(matrix)
     return torch.stack(rows), torch.stack(exits)
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    state: Tensor | None = None,
+    boundaries: Boundaries | None = None,
+) -> tuple[Tensor, Tensor]:
+    """S_t = alpha_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T; y_t = S_t q_t; the state is S transposed."""
+    batch, length, heads, dim = k.shape
+    nothing, identity = v.new_zeros(heads, v.shape[-1], dim), torch.eye(dim, dtype=k.dtype)
+    rows, exits = [], []
+    for b in range(batch):
+        valid, starts = tokens_of_row(boundaries, b, length)
+        s = nothing if state is None else state[b].mT
+        ys = []
+        for t in range(valid):
+            if starts[t]:
+                s = nothing
+            alpha, strength = log_decay[b, t].exp()[:, None, None], beta[b, t][:, None, None]
+            key, value = k[b, t][:, None, :], v[b, t][:, :, None]
+            s = alpha * s @ (identity - strength * key.mT @ key) + strength * value @ key
+            ys.append((s @ q[b, t][:, :, None]).squeeze(-1))
+        rows.append(torch.stack(ys + [torch.zeros_like(v[b, 0])] * (length - valid)))
+        exits.append(s.mT)
+    return torch.stack(rows), torch.stack(exits)
+
+
+def state_space_duality(
+    x: Tensor,
+    b: Tensor,
+    c: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None = None,
+    boundaries: Boundaries | None = None,
+) -> tuple[Tensor, Tensor]:
+    """S_t = alpha_t S_{t-1} + b_t x_t^T; y_t = S_t^T c_t."""
+    batch, length, heads, _ = x.shape
+    nothing = x.new_zeros(heads, b.shape[-1], x.shape[-1])
+    rows, exits = [], []
+    for row in range(batch):
+        valid, starts = tokens_of_row(boundaries, row, length)
+        s = nothing if state is None else state[row]
+        ys = []
+        for t in range(valid):
+            if starts[t]:
+                s = nothing
+            into, out = (p[row, t].repeat_interleave(heads // b.shape[2], 0) for p in (b, c))  # (H, N)
+            s = log_decay[row, t].exp()[:, None, None] * s + into[:, :, None] * x[row, t][:, None, :]
+            ys.append(torch.einsum("hnp,hn->hp", s, out))
+        rows.append(torch.stack(ys + [torch.zeros_like(x[row, 0])] * (length - valid)))
+        exits.append(s)
+    return torch.stack(rows), torch.stack(exits)

@@ -1,0 +1,140 @@
+"""The gated delta rule: a memory that forgets, and that corrects what it holds under a key instead of adding to it.
+
+Source: Yang et al. 2024 (arXiv 2412.06464). In a chunk, what each token writes solves a triangular system: the WY form
+of a product of Householder-like factors.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backend import op
+from .boundaries import Boundaries, cut_into_strips
+from .chunked_recurrence import CHUNK_SIZE, by_heads, carry, decays, to_log_decay
+
+
+@op(rounded=3)
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    state: Tensor | None = None,
+    boundaries: Boundaries | None = None,
+) -> tuple[Tensor, Tensor]:
+    """S_t = alpha_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T; y_t = S_t q_t, with alpha = exp(log_decay).
+
+    Args:
+        q: (B, L, H, N), L at least 1.
+        k: (B, L, H, N), of norm at most 1.
+        v: (B, L, H, P).
+        log_decay: (B, L, H), at most 0.
+        beta: (B, L, H), from 0 to 1: how much of what k holds is replaced; up to 2 it stays stable.
+        state: (B, H, N, P), S transposed, at the entry; None for zero.
+        boundaries: documents begin with zero; padding yields 0 and leaves S alone.
+
+    Returns:
+        y (B, L, H, P) in the type of v, and S transposed at the exit, in float32 or better.
+    """
+    batch, length = q.shape[:2]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    strips = cut_into_strips(batch, length, CHUNK_SIZE, boundaries, q.device)
+    given = [by_heads(x, strips).flatten(0, 1) for x in (q, k, v, log_decay.to(wide), beta.to(wide))]
+    read, own, change, added = (x.unflatten(0, (-1, q.shape[2])) for x in _Chunk.apply(*given))
+    before, leaving = carry(change, added, None if state is None else state.to(wide), strips)
+    y = own + read @ before.to(read.dtype)
+    return strips.scatter(y.transpose(1, 2)).to(v.dtype), leaving
+
+
+class _Chunk(torch.autograd.Function):
+    """What chunks (M, T, ...) do to the state S (N, P) before them: y = own + read S, and S becomes added + change S.
+
+    Products are made in the type of q, sums in float32 or better. By hand, because autograd would keep and pass over
+    several times as many matrices (T, T).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
+        between, since = decays(log_decay)
+        size, dim = q.shape[1:]
+        queries_and_keys = torch.cat([q, k], 1)
+        scores = torch.bmm(queries_and_keys, k.mT)
+        attention = (scores[:, :size] * between).to(q.dtype)
+        system = (scores[:, size:] * between).mul_(beta[..., None]).tril_(-1)
+        solution = unit_lower_inverse(system).to(q.dtype)
+        source = torch.cat([(k * (since * beta)[..., None]).to(q.dtype), (v * beta[..., None]).to(q.dtype)], -1)
+        written = torch.bmm(solution, source)  # by each token: -(..., :N) S + (..., N:)
+        own = torch.bmm(attention, written)
+        kept = (k * between[:, -1, :, None]).to(q.dtype)
+        left = torch.bmm(kept.mT, written).to(beta.dtype)
+        read = (q * since[..., None]).sub_(own[..., :dim]).to(q.dtype)
+        change = torch.diag_embed(since[:, -1:].expand(-1, dim)) - left[..., :dim]
+        ctx.save_for_backward(queries_and_keys, v, beta, between, since, scores, attention, solution, written, kept)
+        return read, own[..., dim:], change, left[..., dim:]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        queries_and_keys, v, beta, between, since, scores, attention, solution, written, kept = ctx.saved_tensors
+        to_read, to_own, to_change, to_added = grads
+        size, dtype = v.shape[1], v.dtype
+        q, k = queries_and_keys.split(size, 1)
+        dim = q.shape[-1]
+        to_out = torch.cat([-to_read, to_own], -1)
+        to_left = torch.cat([-to_change, to_added], -1).to(dtype)
+
+        to_written = torch.baddbmm(torch.bmm(attention.mT, to_out), kept, to_left)
+        to_source = torch.bmm(solution.mT, to_written)
+        to_attention = torch.bmm(to_out, written.mT) * between
+        to_system = (torch.bmm(to_source, written.mT) * between).tril_(-1).neg_()
+        to_kept = torch.bmm(written, to_left.mT).to(beta.dtype).mul_(between[:, -1, :, None])
+
+        of_system = to_system * scores[:, size:]
+        to_beta = of_system.sum(-1)
+        of_system *= beta[..., None]
+        to_decays = (to_attention * scores[:, :size]).add_(of_system)
+
+        to_scores = torch.cat([to_attention, to_system * beta[..., None]], 1).to(dtype)
+        to_queries, to_keys = torch.bmm(to_scores, k).split(size, 1)
+        to_keys = torch.baddbmm(to_keys, to_scores.mT, queries_and_keys)
+
+        from_keys, from_values = to_source.split([dim, v.shape[-1]], -1)
+        from_keys = from_keys * since[..., None]
+        of_keys, of_kept = (from_keys * k).sum(-1), (to_kept * k).sum(-1)
+        read_since = to_read * since[..., None]
+        to_since = of_keys * beta + (read_since * q).sum(-1) - of_kept
+        to_since[:, -1] += of_kept.sum(-1) + to_change.diagonal(dim1=-2, dim2=-1).sum(-1) * since[:, -1]
+        to_beta += of_keys + (from_values * v).sum(-1)
+        return (
+            read_since.add_(to_queries).to(dtype),
+            to_kept.add_(to_keys).add_(from_keys.mul_(beta[..., None])).to(dtype),
+            (from_values * beta[..., None]).to(dtype),
+            to_log_decay(to_decays, to_since),
+            to_beta,
+        )
+
+
+def unit_lower_inverse(lower: Tensor, block: int = 8) -> Tensor:
+    """(I + lower)^-1 for strictly lower triangular matrices (M, T, T).
+
+    Diagonal blocks are inverted by substitution, then joined two by two: most of it is products, and unlike a series of
+    powers nothing grows that cancels in the end.
+    """
+    count, size = len(lower), lower.shape[-1]
+    blocks = 1 << (-(-size // block) - 1).bit_length()
+    lower = F.pad(lower, (0, blocks * block - size) * 2)
+
+    def diagonal(width: int) -> Tensor:
+        parts = lower.view(count, -1, width, lower.shape[-1] // width, width)
+        return parts.diagonal(dim1=1, dim2=3).movedim(-1, 1)  # (M, blocks, width, width)
+
+    identity = torch.eye(block, dtype=lower.dtype, device=lower.device).expand(count, blocks, -1, -1)
+    inverse = torch.linalg.solve_triangular(diagonal(block), identity, upper=False, unitriangular=True)
+    while (width := inverse.shape[-1]) < lower.shape[-1]:
+        first, second, below = inverse[:, ::2], inverse[:, 1::2], diagonal(2 * width)[..., width:, :width]
+        inverse = lower.new_zeros(count, first.shape[1], 2 * width, 2 * width)
+        inverse[..., :width, :width], inverse[..., width:, width:] = first, second
+        inverse[..., width:, :width] = (second @ below @ first).neg_()
+    return inverse[:, 0, :size, :size]
