@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import megalodon_lm.ops
-from megalodon_lm.ops import reference
+from megalodon_lm.ops import recurrence_definitions, reference
 from megalodon_lm.ops.adaptive_memory import MemoryState
 from megalodon_lm.ops.backend import OPS
 from megalodon_lm.ops.cema import cema_coefficients
@@ -18,6 +18,9 @@ from megalodon_lm.ops.timestep_norm import NormState
 
 from .cases import boundaries
 from .test_elementwise import gate_definition, head_definition, layer_definition, rms_definition, sum_definition
+
+for file in pkgutil.iter_modules(megalodon_lm.ops.__path__, "megalodon_lm.ops."):
+    importlib.import_module(file.name)
 
 B, L, D, N, G, H, C = 2, 18, 32, 2, 2, 2, 8
 FILL = torch.tensor([3, 7])
@@ -87,6 +90,13 @@ def run_memory(op):
     return run
 
 
+def run_scan(op):
+    def run(where, x, dt, a, *rest):
+        return op(x, dt.abs(), -a.abs(), *rest, where)
+
+    return run
+
+
 HEADS = [(B, L, H, 16), (B, L, H, 16), (B, L, H, 32), (B, C, H, 16), (B, C, H, 32)]
 NORM = [*draw((B, L, D), (D,), (D,), (B, G)), draw((B, G))[0].square() + 0.1]
 OPS_WITH_STATE = {
@@ -96,6 +106,7 @@ OPS_WITH_STATE = {
     "chunk_attention": (run_attention, draw(*HEADS)),
     "sliding_attention": (run_sliding, draw(*HEADS[:3], (B, 2 * C, H, 16), (B, 2 * C, H, 32))),
     "adaptive_memory": (run_memory, draw(*HEADS, (B, 2, H, 16, 32), (B, H, 16))),
+    "selective_scan": (run_scan, draw((B, L, D), (B, L, D), (D, N), (B, L, N), (B, L, N), (D,), (B, D, N))),
 }
 TOKEN_OPS = {
     "rms_norm": (rms_definition, (1e-5,), draw((B, L, D), (D,))),
@@ -104,6 +115,10 @@ TOKEN_OPS = {
     "silu_gate": (gate_definition, (), draw((B, L, D), (B, L, D))),
     "add_branch": (sum_definition, (), draw((B, L, D), (B, L, D), (B, L, D))),
 }
+
+
+def definition(name):
+    return getattr(reference, name, None) or getattr(recurrence_definitions, name)
 
 
 def native(op):
@@ -117,8 +132,6 @@ def native(op):
 
 
 def test_every_op_of_the_table_is_held_to_it():
-    for file in pkgutil.iter_modules(megalodon_lm.ops.__path__, "megalodon_lm.ops."):
-        importlib.import_module(file.name)
     assert set(OPS) == OPS_WITH_STATE.keys() | TOKEN_OPS.keys()
 
 
@@ -154,7 +167,7 @@ def compare(fast, slow, inputs, dtype, all_of_a_type):
 @pytest.mark.parametrize("name", OPS_WITH_STATE)
 def test_portable(name, kind):
     run, inputs = OPS_WITH_STATE[name]
-    where, fast, slow = boundaries(kind, B, L), OPS[name].portable, getattr(reference, name)
+    where, fast, slow = boundaries(kind, B, L), OPS[name].portable, definition(name)
     compare(lambda *a: run(fast)(where, *a), lambda *a: run(slow)(where, *a), inputs, torch.float64, True)
 
 
@@ -166,7 +179,7 @@ def test_native(name, kind, dtype, monkeypatch):
     monkeypatch.setattr(adaptive_memory, "FEWEST_PRODUCTS", 0)
     run, inputs = OPS_WITH_STATE[name]
     fast = native(OPS[name])
-    where, slow = boundaries(kind, B, L), getattr(reference, name)
+    where, slow = boundaries(kind, B, L), definition(name)
     of_one_type = name.endswith(("attention", "memory"))
     compare(lambda *a: run(fast)(where, *a), lambda *a: run(slow)(where, *a), inputs, dtype, of_one_type)
 

@@ -36,6 +36,33 @@ def short_convolution(
     return torch.stack(rows), torch.stack(exits)
 
 
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    skip: Tensor,
+    state: Tensor | None = None,
+    boundaries: Boundaries | None = None,
+) -> tuple[Tensor, Tensor]:
+    """h_t = exp(dt_t a) h_{t-1} + dt_t x_t b_t; y_t = sum_n c_{t,n} h_{t,n} + skip x_t."""
+    batch, length, _ = x.shape
+    rows, exits = [], []
+    for i in range(batch):
+        valid, starts = tokens_of_row(boundaries, i, length)
+        h = torch.zeros_like(a) if state is None else state[i]
+        ys = []
+        for t in range(valid):
+            if starts[t]:
+                h = torch.zeros_like(a)
+            h = torch.exp(dt[i, t, :, None] * a) * h + (dt[i, t] * x[i, t])[:, None] * b[i, t]
+            ys.append(h @ c[i, t] + skip * x[i, t])
+        rows.append(torch.stack(ys + [torch.zeros_like(x[i, 0])] * (length - valid)))
+        exits.append(h)
+    return torch.stack(rows), torch.stack(exits)
+
+
 def generalized_delta_rule(
     r: Tensor,
     log_w: Tensor,

@@ -5,6 +5,8 @@ doubling, and the backward pass computes them anew, so that no tensor of size L 
 product of decays, and no loop runs over tokens.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -53,23 +55,27 @@ def selective_scan(
     out = []
     for first in range(0, length, STRIP_SIZE):
         piece = slice(first, first + STRIP_SIZE)
-        tokens = (xs[:, piece], dt[:, piece], b[:, piece], c[:, piece], None if starts is None else starts[:, piece])
+        tokens: list[Any] = [None if t is None else t[:, piece] for t in (xs, dt, b, c, starts, padding)]
         if torch.is_grad_enabled():
-            y, h = checkpoint(_strip, *tokens, a, h, use_reentrant=False, preserve_rng_state=False)
+            y, h = checkpoint(_strip, a, h, *tokens, use_reentrant=False, preserve_rng_state=False)
         else:
-            y, h = _strip(*tokens, a, h)
+            y, h = _strip(a, h, *tokens)
         out.append(y)
     y = torch.cat(out, 1) + skip.to(dtype) * xs
     return (y if padding is None else y.masked_fill(padding, 0)).to(x.dtype), h
 
 
 def _strip(
-    x: Tensor, dt: Tensor, b: Tensor, c: Tensor, starts: Tensor | None, a: Tensor, entry: Tensor
+    a: Tensor, entry: Tensor, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, starts: Tensor | None, padding: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """sum_n c h of a few tokens, and h after them. A document's first token sees nothing of the state before it."""
-    decay = torch.exp(dt[..., None] * a)  # (B, T, D, N)
+    exponent = dt[..., None] * a  # (B, T, D, N)
+    decay = torch.exp(exponent if padding is None else exponent.masked_fill(padding[..., None], 0))
     h = (dt * x)[..., None] * b[:, :, None]
-    fresh = None if starts is None else starts[..., None, None]  # whether a document starts in the run up to a token
+    fresh = None
+    if starts is not None:
+        fresh = starts[..., None, None]  # whether a document starts in the run of tokens that is combined so far
+        h = h + 0 * decay  # a decay that is not finite reaches a first token too
     step, length = 1, x.shape[1]
     while step < length:
         before = decay[:, step:] * h[:, :-step]

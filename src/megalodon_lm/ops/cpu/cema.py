@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,8 +12,8 @@ from ..boundaries import Boundaries
 from ..derived import derived
 from . import cema_kernels as kernels
 from .cema_step import step
-from .cema_strips import CHANNELS, TOKENS, plan_strips
 from .operators import form, tracked
+from .strips import CHANNELS, TOKENS, plan
 from .team import run_on_team
 
 
@@ -59,18 +58,6 @@ def _saved_shape(x: Tensor, coefficients: Tensor, keep: bool) -> tuple[int, ...]
     return x.shape[0], parts, -(-x.shape[1] // TOKENS) if keep else 0, ndim, 2, CHANNELS
 
 
-def _plan(batch: int, length: int, starts: Tensor | None, lengths: Tensor | None) -> tuple[np.ndarray, ...]:
-    """edges, slots and counts of plan_strips."""
-    most = -(-length // TOKENS) + (0 if starts is None else int(starts.sum(1).max()))
-    edges = np.empty((batch, most + 1), np.int64)
-    slots = np.empty((batch, most), np.int64)
-    counts = np.empty(batch, np.int64)
-    began = np.zeros((batch, 0), np.bool_) if starts is None else starts.contiguous().numpy()
-    valid = np.full(batch, length) if lengths is None else lengths.contiguous().numpy()
-    plan_strips(began, valid, edges, slots, counts)
-    return edges, slots, counts
-
-
 def _forward(
     x: Tensor,
     coefficients: Tensor,
@@ -87,7 +74,7 @@ def _forward(
     every_slot = starts is None and lengths is None
     saved = (entry.new_empty if every_slot else entry.new_zeros)(_saved_shape(x, coefficients, keep))
     shape = (length, dim, entry.shape[2], saved.shape[2])
-    inputs = (x, shape, coefficients, omega, entry, *_plan(batch, length, starts, lengths))
+    inputs = (x, shape, coefficients, omega, entry, *plan(batch, length, starts, lengths))
     run_on_team(kernels.forward, batch * len(omega), *inputs, y, leaving, saved)
     return y, leaving, saved
 
@@ -129,7 +116,7 @@ def cema_backward(
     grad_omega = omega.new_empty(batch, *omega.shape)
     grad_entry = grad_leaving.new_empty(grad_leaving.shape)
     shape = (length, dim, grad_leaving.shape[2], saved.shape[2])
-    inputs = (x, shape, coefficients, omega, saved, *_plan(batch, length, starts, lengths))
+    inputs = (x, shape, coefficients, omega, saved, *plan(batch, length, starts, lengths))
     grads = (grad_y, grad_leaving, grad_x, grad_coefficients, grad_omega, grad_entry)
     run_on_team(kernels.backward, batch * len(omega), *inputs, *grads)
     return grad_x, grad_coefficients.sum(0), grad_omega.sum(0), grad_entry

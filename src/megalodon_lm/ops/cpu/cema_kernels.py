@@ -9,21 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .cema_strips import (
-    CHANNELS,
-    COEFFICIENTS,
-    STEP,
-    TOKENS,
-    clear,
-    enter,
-    gather,
-    leave,
-    load_coefficients,
-    load_pair,
-    scatter,
-    store_pair,
-)
+from .cema_strips import COEFFICIENTS, STEP, load_coefficients, load_pair, store_pair
 from .simd import LANES, add_product, compiled, inner, load, splat, store, sub_product
+from .strips import CHANNELS, TOKENS, clear, enter, gather, leave, scatter
 from .team import share
 
 
@@ -93,7 +81,7 @@ def _forward(
         b, c = task // parts, task % parts
         width = min(CHANNELS, dim - c * CHANNELS)
         state_at = (b * dim + c * CHANNELS) * 2 * ndim
-        enter(states, entry, state_at, ndim, width)
+        enter(states, entry, state_at, 2 * ndim, width)
         for m in range(counts[b]):
             t0, slot = edges[b, m], slots[b, m]
             size = edges[b, m + 1] - t0
@@ -121,7 +109,7 @@ def _forward(
                     store_pair(states, at, h0)
                     store_pair(states, at + STEP, h1)
             scatter(ys, y, offset, dim, size, width)
-        leave(states, leaving, state_at, ndim, width)
+        leave(states, leaving, state_at, 2 * ndim, width)
 
 
 @inner
@@ -156,7 +144,7 @@ def _backward(
         b, c = task // parts, task % parts
         width = min(CHANNELS, dim - c * CHANNELS)
         state_at = (b * dim + c * CHANNELS) * 2 * ndim
-        enter(later, grad_leaving, state_at, ndim, width)
+        enter(later, grad_leaving, state_at, 2 * ndim, width)
         clear(grad_coefficients, task * even * COEFFICIENTS, even * COEFFICIENTS)
         clear(grad_omega, task * CHANNELS, CHANNELS)
         for m in range(counts[b] - 1, -1, -1):
@@ -205,7 +193,7 @@ def _backward(
             if slot < 0:
                 clear(later, 0, even * STEP)
             scatter(dx, grad_x, offset, dim, size, width)
-        leave(later, grad_entry, state_at, ndim, width)
+        leave(later, grad_entry, state_at, 2 * ndim, width)
 
 
 @compiled
