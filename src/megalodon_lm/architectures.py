@@ -32,6 +32,10 @@ class Architecture(NamedTuple):
 ARCHITECTURES: dict[str, Architecture] = {
     "megalodon": Architecture("config:ModelConfig", "model.megalodon:Megalodon"),
     "gecko": Architecture("config:ModelConfig", "model.megalodon:Megalodon", GECKO),
+    "gated_deltanet": Architecture(
+        "baselines.gated_deltanet:GatedDeltaNetConfig", "baselines.gated_deltanet:GatedDeltaNet"
+    ),
+    "mamba2": Architecture("baselines.mamba2:Mamba2Config", "baselines.mamba2:Mamba2"),
 }
 _OLDEST = "megalodon"  # that of files without a name
 

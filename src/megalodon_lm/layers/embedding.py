@@ -5,22 +5,22 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .initialization import init_embedding
+from .initialization import Initialiser, init_embedding
 
 
 class Embedding(nn.Embedding):
     """Rows of the weight, times sqrt(D) where `scaled`, with dropout."""
 
-    def __init__(self, vocab_size: int, dim: int, scaled: bool, dropout: float):
+    def __init__(self, vocab_size: int, dim: int, scaled: bool, dropout: float, init: Initialiser = init_embedding):
         super().__init__(vocab_size, dim)
-        self.scaled, self.dropout = scaled, dropout
+        self.scaled, self.dropout, self.init = scaled, dropout, init
 
     def reset_parameters(self) -> None:
         """Nothing: PyTorch's constructor would draw here."""
 
     def init_weights(self) -> None:
         """Draw the weight."""
-        init_embedding(self.weight)
+        self.init(self.weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (B, L) int64 to (B, L, D)."""

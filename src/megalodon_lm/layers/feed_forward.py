@@ -8,7 +8,7 @@ from ..ops.gates import silu_gate
 from ..ops.residual import add_branch
 from .initialization import Initialiser
 from .linear import Linear
-from .norms import LayerNorm
+from .norms import LayerNorm, RMSNorm
 
 
 class FeedForward(nn.Module):
@@ -27,7 +27,7 @@ class FeedForward(nn.Module):
 
     def __init__(
         self,
-        norm: LayerNorm,
+        norm: LayerNorm | RMSNorm,
         dim: int,
         hidden_dim: int,
         gated: bool,

@@ -29,6 +29,13 @@ def init_embedding(weight: Tensor) -> None:
     nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
 
 
+@torch.no_grad()
+def init_time_step(bias: Tensor) -> None:
+    """Fill what a softplus turns into steps from 0.001 to 0.1, uniform in their logarithm, as in Mamba."""
+    step = torch.empty_like(bias).uniform_(math.log(1e-3), math.log(0.1)).exp_()
+    bias.copy_(step + torch.log(-torch.expm1(-step)))
+
+
 @contextmanager
 def whole_parameters(layer: nn.Module) -> Iterator[None]:
     """Meanwhile a layer's own parameters, where they are sharded (DTensor), are whole: drawing is of whole tensors.
