@@ -16,9 +16,10 @@ from megalodon_lm.errors import InputError
 from megalodon_lm.evaluation.by_context import Curve
 from megalodon_lm.evaluation.by_context import draw as draw_contexts
 from megalodon_lm.evaluation.perplexity import Losses
-from megalodon_lm.evaluation.recall import VOCAB_SIZE, Recalled
-from megalodon_lm.evaluation.recall_report import Summary
+from megalodon_lm.evaluation.recall import Recalled
+from megalodon_lm.evaluation.recall_report import Summary, draw_pairs
 from megalodon_lm.evaluation.recall_report import draw as draw_recall
+from megalodon_lm.evaluation.recall_tasks import VOCAB_SIZE, AssociativeRecall
 from megalodon_lm.evaluation.recall_trials import Result, Trial
 from megalodon_lm.evaluation.report import Report
 from megalodon_lm.plots import finite, picture, short
@@ -179,14 +180,18 @@ def test_recall_by_distance_and_by_state_is_drawn(tmp_path, figures):
     summaries = []
     for pairs, distances in ((8, (0, 1, 4, 16, 64)), (32, (1, 4, 16, 64))):
         for number, name in enumerate(("megalodon", "sliding", "memory", "gecko")):
-            trial = Trial(name, config, pairs, (1,), distances, 1, TrainingRecipe())
+            trial = Trial(name, config, AssociativeRecall(pairs, 64), (1,), distances, 1, TrainingRecipe())
             recalled = tuple(Recalled(d, 100 - d - number, 100, 8432 + 40_000 * number * (d > 0)) for d in distances)
-            summaries.append(Summary((Result(trial, recalled, 1.0, 1.0, 1),)))
+            summaries.append(Summary((Result(trial, recalled, 1.0, 1.0, 1, 0.5),)))
     draw_recall(tmp_path / "r.png", summaries)
     check_legible(figures[0])
     assert [axis.get_ylim() for axis in figures[0].axes] == [(-4, 104)] * 4
     draw_recall(tmp_path / "s.svg", summaries[:1])
     check_legible(figures[1])
+    draw_pairs(tmp_path / "pairs.png", [s for s in summaries if s.name in ("memory", "gecko")])
+    check_legible(figures[2])
+    shown = {axis.get_title(loc="left"): {text.get_text() for text in axis.texts} for axis in figures[2].axes}
+    assert shown["gecko: mqar, % right"] == {"97", "96", "93", "81", "33"}, "what 32 pairs have no place for is empty"
 
 
 @pytest.mark.parametrize("name", ["r.gif", "r", "missing/r.png"])

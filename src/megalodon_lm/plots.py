@@ -109,3 +109,22 @@ def log_axis(which: Any, values: Iterable[float]) -> None:
     which.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 50 else (1,)))
     which.set_major_formatter("{x:,.10g}")
     which.set_minor_formatter(NullFormatter())
+
+
+def heat_map(axis: Any, values: Any, columns: Sequence[str], rows: Sequence[str]) -> None:
+    """Cells coloured from 0 to 100, with their numbers in them; the first row lowest, NaN left empty.
+
+    Args:
+        axis: of one panel.
+        values: (rows, columns) in per cent.
+        columns: their labels.
+        rows: their labels.
+    """
+    axis.imshow(values, origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=100)
+    axis.grid(visible=False)
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set_yticks(range(len(rows)), rows)
+    for row, of_row in enumerate(values):
+        for column, value in enumerate(of_row):
+            if math.isfinite(value):
+                axis.text(column, row, f"{value:.0f}", ha="center", va="center", color="w" if value < 60 else "k")

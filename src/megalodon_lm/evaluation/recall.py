@@ -1,95 +1,67 @@
-"""Associative recall: a model reads keys with their values and is asked for the values some chunks later.
+"""Recall: a model reads something that it is to know, and is asked for it some chunks later.
 
-Multi-query associative recall after Zoology (Arora et al. 2023, arXiv 2312.04927), in sequences of our own: the
-distance is counted in chunks of attention, so that one can see what each part of a model carries.
+What is read and asked are tasks, behind one interface. The synthetic ones (recall_tasks) are learnt from scratch by any
+architecture; those in prose (recall_prose) are put to a trained language model as it is.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError
 from ..model.language_model import LanguageModel
 from ..training.precision import Precision, autocast, choose_precision
+from .intervals import wilson
 
-SYMBOLS = 64
-"""Keys there are, and values, and tokens of filler: three parts of the vocabulary, in this order."""
-VOCAB_SIZE = 3 * SYMBOLS
+Question = Literal["after", "before"]
+"""Where a model is told what it will be asked for: after the content that holds the answer, or before it."""
 BLOCK_TOKENS = 1 << 16  # read at a time when a model is asked
+PIECE_TOKENS = 1 << 13  # of a row in one call
+BLOCK_LOGITS = 1 << 26  # at a time
 
 
 class Sequences(NamedTuple):
-    """Rows of one distance, as a model takes them."""
+    """Rows of one distance, as a model takes them; where rows differ in length, the shorter ones end in any tokens."""
 
     tokens: Tensor
     """(rows, L) int64."""
     targets: Tensor
-    """(rows, L) int64: at a query the value that goes with its key, elsewhere 0."""
+    """(rows, L) int64: at each place that is asked the answer, elsewhere 0."""
     learnt: Tensor
-    """(rows, L) bool: the queries, which alone count."""
+    """(rows, L) bool: the places that are asked, which alone count."""
+    choices: int = 1
+    """Rows in succession that share all tokens up to the first answer: that with the right answer, then others."""
 
 
-@dataclass(frozen=True)
-class RecallTask:
-    """So many pairs, asked for at a distance.
+class RecallTask(Protocol):
+    """What is asked, at distances counted in chunks of `chunk_size` tokens, whatever chunks a model may have.
 
-    A sequence is one document. It begins with the pairs, key, value, key, value, in one chunk. At distance 0 the
-    queries follow at once, in the same chunk; at distance d > 0 filler follows, and the queries are the first tokens of
-    the d-th chunk after that of the pairs. The queries are all keys, once each, in random order; the sequence ends with
-    them. Answers are never read, so no query helps with another.
-
-    The keys of a sequence differ, and so do its values. Filler is drawn anew for each place, as in Zoology, but from a
-    part of the vocabulary of its own, where Zoology's may look like keys and values.
-
-    Raises:
-        InputError: pairs that the vocabulary or a chunk cannot hold.
+    At distance 0 what is to be known and its question stand in one chunk; at distance d the question (its cue, if it
+    came before) stands at the beginning of the d-th chunk after that.
     """
 
-    pairs: int
-    """In a sequence."""
-    chunk_size: int
-    """Of the model's attention: the unit of distance."""
+    @property
+    def chunk_size(self) -> int: ...
+    @property
+    def question(self) -> Question: ...
+    @property
+    def title(self) -> str:
+        """In a few words, unlike that of another task."""
 
-    def __post_init__(self) -> None:
-        if not 1 <= self.pairs <= SYMBOLS:
-            raise InputError(f"{self.pairs} pairs must be at least 1 and at most the {SYMBOLS} keys there are")
-        if 2 * self.pairs > self.chunk_size:
-            raise InputError(
-                f"{self.pairs} pairs take {2 * self.pairs} tokens, more than a chunk of {self.chunk_size}; take fewer "
-                "pairs or a larger chunk_size"
-            )
+    @property
+    def chance(self) -> float:
+        """Fraction that is right of one who knows which answers there may be, and no more."""
 
     def fits(self, distance: int) -> bool:
-        """Whether there are sequences of a distance: at distance 0 pairs and queries must share a chunk."""
-        return distance > 0 or (distance == 0 and 3 * self.pairs <= self.chunk_size)
-
-    def queries_begin(self, distance: int) -> int:
-        """Tokens of a sequence before its first query."""
-        assert self.fits(distance)
-        return distance * self.chunk_size or 2 * self.pairs
+        """Whether there are sequences of a distance."""
 
     def sequences(self, rows: int, distance: int, seed: Sequence[int]) -> Sequences:
         """Rows of a distance, drawn from a seed."""
-        begin, shape = self.queries_begin(distance), (rows, SYMBOLS)
-        random = np.random.default_rng(list(seed))
-        every = np.broadcast_to(np.arange(SYMBOLS), shape)
-        keys = random.permuted(every, axis=1)[:, : self.pairs]
-        values = random.permuted(every, axis=1)[:, : self.pairs] + SYMBOLS
-        order = random.permuted(np.broadcast_to(np.arange(self.pairs), keys.shape), axis=1)
-        tokens = random.integers(2 * SYMBOLS, VOCAB_SIZE, (rows, begin + self.pairs))
-        tokens[:, 0 : 2 * self.pairs : 2] = keys
-        tokens[:, 1 : 2 * self.pairs : 2] = values
-        tokens[:, begin:] = np.take_along_axis(keys, order, axis=1)
-        targets = np.zeros_like(tokens)
-        targets[:, begin:] = np.take_along_axis(values, order, axis=1)
-        learnt = torch.zeros(tokens.shape, dtype=torch.bool)
-        learnt[:, begin:] = True
-        return Sequences(torch.from_numpy(tokens), torch.from_numpy(targets), learnt)
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides the sequences, for JSON."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +75,7 @@ class Recalled:
     answers: int
     """All of them."""
     state_bytes: int
-    """Of a row's State where its queries begin, without the unused part of caches: all that they can be answered
+    """Of a row's State where the answers begin, without the unused part of caches: all that they can be answered
     from."""
 
     @property
@@ -112,35 +84,69 @@ class Recalled:
         return self.right / self.answers
 
     @property
-    def error(self) -> float:
-        """Standard error of the accuracy, as of a binomial distribution."""
-        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.answers)
+    def interval(self) -> tuple[float, float]:
+        """Of the accuracy, 95 %, for other sequences of the same kind."""
+        return wilson(self.right, self.answers)
+
+
+class Answers(NamedTuple):
+    """What a model makes of rows, at the places from the first answer on."""
+
+    hits: Tensor
+    """(rows, places) bool: the answer is the likeliest token of the whole vocabulary; False where none is asked."""
+    nats: Tensor
+    """(rows, places) float64: minus the log-likelihood of the answer; 0 where none is asked."""
+    state_bytes: int
+    """See Recalled."""
 
 
 @torch.no_grad()
-def ask(
-    model: LanguageModel, task: RecallTask, distance: int, rows: int, seed: Sequence[int], precision: Precision
-) -> Recalled:
-    """Ask a model, which is in evaluation mode then; the likeliest token of the whole vocabulary is its answer.
+def answer(model: LanguageModel, sequences: Sequences, precision: Precision) -> Answers:
+    """Let a model, which is in evaluation mode then, read what comes before the first answer, and answer.
 
     Args:
         model: of any training.
-        task: with its chunk size.
+        sequences: rows that share their choices are read once.
+        precision: of matrix products.
+    """
+    model.eval()
+    device = model.device
+    tokens, targets, learnt, choices = sequences
+    begin, length = int(learnt.any(0).int().argmax()), tokens.shape[1]
+    assert begin > 0
+    logits_of_row = choices * (length - begin) * model.config.vocab_size
+    at_once = max(1, min(BLOCK_TOKENS // length, BLOCK_LOGITS // logits_of_row))
+    hits, nats, size = [], [], 0
+    for first in torch.arange(0, len(tokens), choices).split(at_once):
+        rows = (first[:, None] + torch.arange(choices)).flatten()
+        state = None
+        with autocast(choose_precision(precision, device), device):
+            for piece in tokens[first, :begin].split(PIECE_TOKENS, 1):
+                _, state = model(piece.to(device), state, logits_to_keep=0)
+            assert state is not None
+            size = sum(t.nbytes for t in state.used().values()) // len(first)
+            state = state if choices == 1 else state.select(torch.arange(len(first)).repeat_interleave(choices))
+            logits, _ = model(tokens[rows, begin:].to(device), state)
+        wanted, asked = targets[rows, begin:].to(device), learnt[rows, begin:].to(device)
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
+        hits.append(((logits.argmax(-1) == wanted) & asked).cpu())
+        nats.append(torch.where(asked, losses.view_as(wanted), 0.0).double().cpu())
+    return Answers(torch.cat(hits), torch.cat(nats), size)
+
+
+def ask(
+    model: LanguageModel, task: RecallTask, distance: int, rows: int, seed: Sequence[int], precision: Precision
+) -> Recalled:
+    """How many answers are the likeliest token of the whole vocabulary.
+
+    Args:
+        model: of any training; in evaluation mode then.
+        task: one of those that are learnt.
         distance: in chunks.
         rows: sequences, drawn from the seed.
         seed: unlike any that was trained on.
         precision: of matrix products.
     """
-    model.eval()
-    device = next(model.parameters()).device
-    begin = task.queries_begin(distance)
-    tokens, targets, _ = task.sequences(rows, distance, seed)
-    answers = targets[:, begin:]
-    right = size = 0
-    for part in torch.arange(rows).split(max(1, BLOCK_TOKENS // tokens.shape[1])):
-        with autocast(choose_precision(precision, device), device):
-            _, state = model(tokens[part, :begin].to(device), logits_to_keep=0)
-            logits, _ = model(tokens[part, begin:].to(device), state)
-        right += int((logits.argmax(-1).cpu() == answers[part]).sum())
-        size = sum(t.nbytes for t in state.used().values()) // len(part)
-    return Recalled(distance, right, answers.numel(), size)
+    sequences = task.sequences(rows, distance, seed)
+    hits, _, size = answer(model, sequences, precision)
+    return Recalled(distance, int(hits.sum()), int(sequences.learnt.sum()), size)

@@ -1,18 +1,36 @@
-"""What trials of recall say together: of each model the best learning rate, its accuracy by distance, and a picture."""
+"""What trials of recall say together: of each model the best learning rate, its accuracy by distance, and pictures."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..plots import log_axis, picture
+import numpy as np
+
+from ..plots import heat_map, log_axis, picture
+from .intervals import wilson
+from .recall_tasks import SyntheticTask
 from .recall_trials import Result
+
+
+class Accuracy(NamedTuple):
+    """At one distance, over seeds."""
+
+    mean: float
+    """Of all answers."""
+    low: float
+    """The 95 % interval: for other sequences, asked of the same trained models."""
+    high: float
+    """The 95 % interval."""
+    least: float
+    """Of a seed: how far training itself scatters."""
+    most: float
+    """Of a seed."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One model on so many pairs, at the learning rate with which it recalled most, over its seeds."""
+    """One model on one task, at its learning rate, over its seeds."""
 
     results: tuple[Result, ...]
     """One a seed."""
@@ -23,40 +41,56 @@ class Summary:
         return self.results[0].trial.name
 
     @property
-    def pairs(self) -> int:
-        """In a sequence."""
-        return self.results[0].trial.pairs
+    def task(self) -> SyntheticTask:
+        """What was learnt."""
+        return self.results[0].trial.task
 
     @property
-    def accuracy(self) -> float:
-        """Mean over distances and seeds."""
-        return sum(r.accuracy for r in self.results) / len(self.results)
+    def choice(self) -> float:
+        """What its learning rate is chosen by, if there are others; see Result."""
+        return sum(r.choice or 0.0 for r in self.results) / len(self.results)
 
     @property
-    def by_distance(self) -> dict[int, tuple[float, float]]:
-        """Mean accuracy and its standard error: of several seeds from their spread, of one as of a binomial."""
+    def by_distance(self) -> dict[int, Accuracy]:
+        """Over the seeds."""
         found = {}
         for at in zip(*(r.recalled for r in self.results), strict=True):
-            mean, count = sum(r.accuracy for r in at) / len(at), len(at)
-            spread = sum((r.accuracy - mean) ** 2 for r in at)
-            error = math.sqrt(spread / (count - 1) / count) if count > 1 else at[0].error
-            found[at[0].distance] = (mean, error)
+            right, answers = sum(r.right for r in at), sum(r.answers for r in at)
+            each = [r.accuracy for r in at]
+            found[at[0].distance] = Accuracy(right / answers, *wilson(right, answers), min(each), max(each))
         return found
 
     @property
+    def pairs_held(self) -> dict[int, float]:
+        """By distance, of how many pairs the answer is known, if the others are guessed."""
+        chance = self.task.chance
+        if chance == 1:
+            return {distance: at.mean for distance, at in self.by_distance.items()}
+        return {
+            distance: self.task.pairs * max(0.0, (at.mean - chance) / (1 - chance))
+            for distance, at in self.by_distance.items()
+        }
+
+    @property
     def state_bytes(self) -> dict[int, int]:
-        """By distance, of the State that the queries are answered from."""
+        """By distance, of the State that is answered from."""
         return {r.distance: r.state_bytes for r in self.results[0].recalled}
 
     def figures(self) -> dict[str, Any]:
         """For JSON."""
+        accuracies = self.by_distance
         return {
             "model": self.name,
-            "pairs": self.pairs,
+            "task": self.task.name,
+            "pairs": self.task.pairs,
+            "question": self.task.question,
             "learning_rate": self.results[0].trial.training.learning_rate,
             "seeds": [r.trial.training.seed for r in self.results],
-            "accuracy_by_distance": {distance: mean for distance, (mean, _) in self.by_distance.items()},
-            "error_by_distance": {distance: error for distance, (_, error) in self.by_distance.items()},
+            "chance": self.task.chance,
+            "accuracy_by_distance": {distance: at.mean for distance, at in accuracies.items()},
+            "interval_by_distance": {distance: (at.low, at.high) for distance, at in accuracies.items()},
+            "seeds_by_distance": {distance: (at.least, at.most) for distance, at in accuracies.items()},
+            "pairs_held_by_distance": self.pairs_held,
             "state_bytes_by_distance": self.state_bytes,
             "state_bytes": self.results[0].state_bytes,
             "parameters": self.results[0].trial.config.num_parameters,
@@ -65,44 +99,74 @@ class Summary:
 
 
 def summarise(results: Sequence[Result]) -> list[Summary]:
-    """One for each model and number of pairs, in the order in which they first come."""
-    by_rate: dict[tuple[str, int], dict[float, list[Result]]] = {}
+    """One for each model and task, in the order in which they first come.
+
+    Of several learning rates it has that which recalled most on the sequences kept for choosing, over the seeds; what
+    is reported had no part in it.
+    """
+    by_rate: dict[tuple[str, str], dict[float, list[Result]]] = {}
     for r in results:
-        rates = by_rate.setdefault((r.trial.name, r.trial.pairs), {})
+        rates = by_rate.setdefault((r.trial.name, r.trial.task.title), {})
         rates.setdefault(r.trial.training.learning_rate, []).append(r)
     return [
-        max((Summary(tuple(of_rate)) for of_rate in rates.values()), key=lambda s: s.accuracy)
+        max((Summary(tuple(of_rate)) for of_rate in rates.values()), key=lambda s: s.choice)
         for rates in by_rate.values()
     ]
 
 
 def draw(path: Path, summaries: Sequence[Summary]) -> None:
-    """Accuracy by distance and by bytes of state, a row of panels for each number of pairs.
+    """Accuracy by distance and by bytes of state, a row of panels for each task.
 
     Raises:
         InputError: the path cannot be written, or its ending names no kind of picture.
     """
-    numbers = list(dict.fromkeys(s.pairs for s in summaries))
-    rows = [[f"distance {pairs}", f"bytes {pairs}"] for pairs in numbers]
+    tasks = list(dict.fromkeys(s.task for s in summaries))
+    rows = [[f"distance {task.title}", f"bytes {task.title}"] for task in tasks]
     with picture(path, rows, 3.2 * len(rows) + 0.4) as axes:
         legend: dict[str, Any] = {}
-        for pairs in numbers:
-            shown = [s for s in summaries if s.pairs == pairs]
+        for task in tasks:
+            shown = [s for s in summaries if s.task == task]
             distances = sorted({distance for s in shown for distance in s.by_distance})
-            by_distance, by_bytes = axes[f"distance {pairs}"], axes[f"bytes {pairs}"]
+            by_distance, by_bytes = axes[f"distance {task.title}"], axes[f"bytes {task.title}"]
             for s in shown:
-                means, errors = zip(*s.by_distance.values(), strict=True)
+                at = list(s.by_distance.values())
                 places = [distances.index(distance) for distance in s.by_distance]
-                drawn = by_distance.errorbar(places, [100 * m for m in means], [100 * e for e in errors], fmt="o-")
+                errors = [[100 * (a.mean - a.low) for a in at], [100 * (a.high - a.mean) for a in at]]
+                means = [100 * a.mean for a in at]
+                drawn = by_distance.errorbar(places, means, errors, fmt="o-")
                 legend.setdefault(s.name, drawn)
-                by_bytes.plot(list(s.state_bytes.values()), [100 * m for m in means], "o", color=drawn[0].get_color())
+                by_bytes.plot(list(s.state_bytes.values()), means, "o", color=drawn[0].get_color())
             by_distance.set_xticks(range(len(distances)), [str(distance) for distance in distances])
-            by_distance.set(xlabel="chunks between keys and queries", ylabel="values recalled, %")
-            by_distance.set_title(f"{pairs} pairs (dotted: guessing among the {pairs} values)")
-            by_bytes.set_title("By state where queries begin")
+            by_distance.set(xlabel="chunks between content and answer", ylabel="answers right, %")
+            by_distance.set_title(task.title)
+            by_bytes.set_title("By state where answers begin (dotted: guessing)")
             log_axis(by_bytes.xaxis, [size for s in shown for size in s.state_bytes.values()])
             by_bytes.set(xlabel="bytes of state")
             for axis in (by_distance, by_bytes):
                 axis.set_ylim(-4, 104)
-                axis.axhline(100 / pairs, color="0.45", linestyle=":")
+                axis.axhline(100 * task.chance, color="0.45", linestyle=":")
         axis.figure.legend(list(legend.values()), list(legend), loc="outside upper center", ncols=len(legend))
+
+
+def draw_pairs(path: Path, summaries: Sequence[Summary]) -> None:
+    """Heat maps of accuracy by distance and number of pairs, a panel for each model and kind of task.
+
+    Raises:
+        InputError: the path cannot be written, or its ending names no kind of picture.
+    """
+    kinds: dict[tuple[str, str], list[Summary]] = {}
+    for s in summaries:
+        question = ", question before" if s.task.question == "before" else ""
+        kinds.setdefault((s.name, s.task.name + question), []).append(s)
+    names = [f"{model}: {kind}" for model, kind in kinds]
+    rows = [[*names[i : i + 2], *["."] * (i + 2 - len(names))] for i in range(0, len(names), 2)]
+    most = max(len({s.task.pairs for s in of_kind}) for of_kind in kinds.values())
+    with picture(path, rows, (0.45 * most + 1.4) * len(rows)) as axes:
+        for name, of_kind in zip(names, kinds.values(), strict=True):
+            distances = sorted({distance for s in of_kind for distance in s.by_distance})
+            of_kind = sorted(of_kind, key=lambda s: s.task.pairs)
+            values = np.array([[100 * s.by_distance[d].mean if d in s.by_distance else np.nan for d in distances]
+                               for s in of_kind])  # fmt: skip
+            heat_map(axes[name], values, [str(d) for d in distances], [str(s.task.pairs) for s in of_kind])
+            axes[name].set(xlabel="chunks between", ylabel="pairs")
+            axes[name].set_title(f"{name}, % right")

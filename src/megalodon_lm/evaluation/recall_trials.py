@@ -1,31 +1,30 @@
 """Trials of recall: a model is trained from scratch on a task, tested, and what came out is kept in a file."""
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..config import GECKO, ModelConfig
+from ..architectures import ARCHITECTURES, build, config_of
+from ..config import GECKO
 from ..errors import InputError, nearest
-from ..files import FIGURES, check_writable, make_folder, write_atomically
-from ..model.megalodon import Megalodon
-from ..tables import read_table
+from ..model.language_model import Config, LanguageModel
 from ..training.optimizer import build_optimizer
 from ..training.precision import autocast, choose_precision
 from ..training.recipe import Recipe, TrainingRecipe
 from ..training.schedule import learning_rate
-from .recall import VOCAB_SIZE, Recalled, RecallTask, ask
+from .kept_trials import keep, read_figures
+from .recall import Recalled, RecallTask, ask
+from .recall_tasks import VOCAB_SIZE, AssociativeRecall, SyntheticTask
 
 CPU = torch.device("cpu")
 GROWING = 0.5  # part of the training in which longer distances join
-TRAINING, TESTING = 0, 1  # first numbers of the seeds of sequences: none is tested that was trained on
+TRAINING, TESTING, CHOOSING = range(3)  # first numbers of the seeds of sequences: none has two uses
 USED = (
     "steps", "batch_size", "learning_rate", "warmup_steps", "schedule", "final_learning_rate", "weight_decay", "beta1",
     "beta2", "clip", "precision", "seed",
@@ -52,10 +51,10 @@ class Trial:
 
     name: str
     """Of the model's choices, for people."""
-    config: ModelConfig
+    config: Config
     """Its vocabulary is the task's."""
-    pairs: int
-    """In a sequence."""
+    task: SyntheticTask
+    """What is to be learnt."""
     train_distances: tuple[int, ...]
     """Each step learns from a batch of one of them; see train."""
     test_distances: tuple[int, ...]
@@ -70,31 +69,27 @@ class Trial:
         for what, distances in (("train", self.train_distances), ("test", self.test_distances)):
             if not any(map(self.task.fits, distances)):
                 raise InputError(
-                    f"{self.pairs} pairs have no sequences of the {what} distances {list(distances)}; distances are at "
-                    f"least 1 chunk, or 0 where pairs and queries fit into a chunk of {self.config.chunk_size}"
+                    f"{self.task.pairs} pairs have no sequences of the {what} distances {list(distances)}; distances "
+                    f"are at least 1 chunk, or 0 where pairs and queries fit into a chunk of {self.task.chunk_size}"
                 )
         if self.test_rows < 1:
             raise InputError(f"{self.test_rows} sequences to test with must be at least 1")
 
-    @cached_property
-    def task(self) -> RecallTask:
-        """What is to be learnt."""
-        return RecallTask(self.pairs, self.config.chunk_size)
-
     @property
     def title(self) -> str:
         """Tells the trials of a folder apart."""
-        return f"{self.name}, {self.pairs} pairs, rate {self.training.learning_rate:g}, seed {self.training.seed}"
+        return f"{self.name}, {self.task.title}, rate {self.training.learning_rate:g}, seed {self.training.seed}"
 
     @property
     def file_name(self) -> str:
-        """Of its result."""
-        return self.title.replace(", ", "-").replace(" ", "-") + ".json"
+        """Of its result; associative recall, once the only task, is not named."""
+        return self.title.replace(", mqar, ", ", ").replace(", ", "-").replace(" ", "-") + ".json"
 
     def settings(self) -> dict[str, Any]:
         """All that decides what comes out, for JSON."""
         return {
             "config": self.config.to_dict(),
+            "task": self.task.settings(),
             "training": {key: value for key, value in asdict(self.training).items() if key in USED},
             "train_distances": list(self.train_distances),
             "test_distances": list(self.test_distances),
@@ -115,11 +110,9 @@ class Result:
     """Of training."""
     state_bytes: int
     """Of a row of the model's State as it lies in memory, caches whole."""
-
-    @property
-    def accuracy(self) -> float:
-        """Mean over the distances tested."""
-        return sum(r.accuracy for r in self.recalled) / len(self.recalled)
+    choice: float | None
+    """Mean accuracy at the distances trained on, on sequences that are used for nothing else: by it a learning rate is
+    chosen. None of a trial of an older version, which chose by what it reported."""
 
     @property
     def said(self) -> str:
@@ -131,15 +124,18 @@ class Result:
         """For JSON."""
         return {
             "model": self.trial.name,
-            "pairs": self.trial.pairs,
+            "task": self.trial.task.name,
+            "pairs": self.trial.task.pairs,
+            "question": self.trial.task.question,
             "learning_rate": self.trial.training.learning_rate,
             "seed": self.trial.training.seed,
             "accuracy_by_distance": {r.distance: r.accuracy for r in self.recalled},
-            "error_by_distance": {r.distance: r.error for r in self.recalled},
+            "interval_by_distance": {r.distance: r.interval for r in self.recalled},
             "right_by_distance": {r.distance: r.right for r in self.recalled},
             "answers_by_distance": {r.distance: r.answers for r in self.recalled},
             "state_bytes_by_distance": {r.distance: r.state_bytes for r in self.recalled},
             "state_bytes": self.state_bytes,
+            "choice": self.choice,
             "parameters": self.trial.config.num_parameters,
             "loss": self.loss if math.isfinite(self.loss) else None,
             "steps": self.trial.training.steps,
@@ -149,43 +145,69 @@ class Result:
 
     @classmethod
     def read(cls, path: Path, trial: Trial) -> "Result":
-        """What an earlier run of a trial wrote.
+        """What an earlier run of a trial wrote; older versions knew one task alone, and its chunks were the model's.
 
         Raises:
             InputError: unreadable, or of other settings.
         """
-        figures = read_table(path, "JSON", "the trial")
-        try:
-            settings = figures["settings"] | {"config": ModelConfig.from_dict(figures["settings"]["config"]).to_dict()}
+
+        def settings(figures: dict[str, Any]) -> dict[str, Any]:
+            written = figures["settings"]
+            config = config_of(written["config"])
+            task = (
+                {}
+                if "task" in written
+                else AssociativeRecall(figures["pairs"], written["config"]["chunk_size"]).settings()
+            )
+            return {"task": task, **written, "config": config.to_dict()}
+
+        def result(figures: dict[str, Any]) -> Result:
             by_distance = ("right_by_distance", "answers_by_distance", "state_bytes_by_distance")
             recalled = tuple(
                 Recalled(int(distance), *(figures[name][distance] for name in by_distance))
                 for distance in figures["accuracy_by_distance"]
             )
             loss = math.nan if figures["loss"] is None else figures["loss"]
-            found = cls(trial, recalled, loss, figures["seconds"], figures["state_bytes"])
-        except (KeyError, TypeError, AttributeError, InputError):
-            raise InputError(f"{path} is no trial of recall; name another folder") from None
-        if settings != json.loads(json.dumps(trial.settings())):
-            raise InputError(f"{path} is a trial with other settings; name another folder")
-        return found
+            return cls(trial, recalled, loss, figures["seconds"], figures["state_bytes"], figures.get("choice"))
+
+        return read_figures(path, trial.settings(), settings, result)
 
 
-def vary(config: ModelConfig, variants: Sequence[str], name: str) -> dict[str, ModelConfig]:
-    """A configuration with the choices of each variant, or as it is under a name, for the vocabulary of the task.
+def contenders(
+    config: Config, names: Sequence[str], changes: Mapping[str, Mapping[str, Any]], own_name: str
+) -> dict[str, Config]:
+    """Configurations to compare, for the vocabulary of the tasks.
+
+    Args:
+        config: what VARIANTS are made of; other architectures get as many layers, and as many parameters to 1 %.
+        names: of VARIANTS, or of registered architectures; none for the configuration as it is.
+        changes: of single choices, by the name of a contender.
+        own_name: of the configuration as it is.
 
     Raises:
-        InputError: no such variant, or choices that do not go with the configuration.
+        InputError: no such name, or choices that do not go with an architecture.
     """
-    for variant in variants:
-        if variant not in VARIANTS:
-            raise InputError(f"no variant {variant!r}{nearest(variant, VARIANTS)}; variants: {', '.join(VARIANTS)}")
-    base = config.to_dict() | {"vocab_size": VOCAB_SIZE}
-    return {v: ModelConfig.from_dict(base | VARIANTS[v]) for v in variants} or {name: ModelConfig.from_dict(base)}
+    base = config_of(config.to_dict() | {"vocab_size": VOCAB_SIZE})
+    known = {own_name: {}} if not names else VARIANTS
+    found = {}
+    for name in names or known:
+        if name in known:
+            values = base.to_dict() | known[name]
+        elif name in ARCHITECTURES:
+            values = {"architecture": name, "parameters": base.num_parameters, "vocab_size": VOCAB_SIZE}
+            values["num_layers"] = base.to_dict()["num_layers"]
+        else:
+            every = {**VARIANTS, **ARCHITECTURES}
+            raise InputError(f"no architecture {name!r}{nearest(name, every)}; there are {', '.join(every)}")
+        found[name] = config_of(values | dict(changes.get(name, {})))
+    for name in changes:
+        if name not in found:
+            raise InputError(f"choices are given for {name!r}, which is not compared{nearest(name, found)}")
+    return found
 
 
 def train(
-    model: Megalodon,
+    model: LanguageModel,
     task: RecallTask,
     distances: Sequence[int],
     recipe: TrainingRecipe,
@@ -199,7 +221,7 @@ def train(
 
     Args:
         model: new or not.
-        task: with its chunk size.
+        task: whose vocabulary the model has.
         distances: in chunks; those that the task has no sequences of are left out.
         recipe: of which USED count.
         watch: called after each step with the steps done and its loss in nats an answer.
@@ -251,16 +273,21 @@ def carry_out(
     recipe, task = trial.training, trial.task
     torch.manual_seed(recipe.seed)
     with device:
-        model = Megalodon(trial.config)
+        model = build(trial.config)
     began = time.perf_counter()
     loss = train(model, task, trial.train_distances, recipe, watch)
     seconds = time.perf_counter() - began
-    recalled = tuple(
-        ask(model, task, distance, trial.test_rows, (TESTING, recipe.seed, distance), recipe.precision)
-        for distance in sorted(set(trial.test_distances))
-        if task.fits(distance)
-    )
-    return Result(trial, recalled, loss, seconds, model.state_bytes())
+
+    def recalled(use: int, distances: Sequence[int]) -> tuple[Recalled, ...]:
+        return tuple(
+            ask(model, task, distance, trial.test_rows, (use, recipe.seed, distance), recipe.precision)
+            for distance in sorted(set(distances))
+            if task.fits(distance)
+        )
+
+    chosen = recalled(CHOOSING, trial.train_distances)
+    choice = sum(r.accuracy for r in chosen) / len(chosen)
+    return Result(trial, recalled(TESTING, trial.test_distances), loss, seconds, model.state_bytes(), choice)
 
 
 def carry_out_all(
@@ -269,10 +296,7 @@ def carry_out_all(
     device: torch.device = CPU,
     watch: Callable[[int, int, float], None] = lambda number, step, loss: None,
 ) -> Iterator[Result]:
-    """Carry out trials one after the other; each is kept in a file of the folder as soon as it is finished.
-
-    Those whose file is there already are read from it. So an interrupted run is gone on with, and several processes may
-    share a folder.
+    """Carry out trials one after the other, in a folder that keeps what is finished; see kept_trials.
 
     Args:
         trials: in order.
@@ -283,16 +307,19 @@ def carry_out_all(
     Raises:
         InputError: a folder that cannot be written, or one that holds other trials.
     """
-    make_folder(folder)
-    paths = [folder / trial.file_name for trial in trials]
-    known = {path: Result.read(path, t) for path, t in zip(paths, trials, strict=True) if path.exists()}
-    for number, (path, trial) in enumerate(zip(paths, trials, strict=True)):
-        if path not in known:
-            check_writable(path, FIGURES)
 
-            def follow(step: int, loss: float, number: int = number) -> None:
-                watch(number, step, loss)
+    rates = {trial.training.learning_rate for trial in trials}
 
-            known[path] = carry_out(trial, device, follow)
-            write_atomically(path, json.dumps(known[path].figures(), indent=2) + "\n")
-        yield known[path]
+    def read(path: Path, trial: Trial) -> Result:
+        result = Result.read(path, trial)
+        if result.choice is None and len(rates) > 1:
+            raise InputError(
+                f"{path} is a trial of an older version, which measured nothing to choose a learning rate by; delete "
+                "it, name another folder, or ask for one rate"
+            )
+        return result
+
+    def made(number: int, trial: Trial) -> Result:
+        return carry_out(trial, device, lambda step, loss: watch(number, step, loss))
+
+    yield from keep(trials, folder, read, made)
