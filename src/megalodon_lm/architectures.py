@@ -32,6 +32,8 @@ class Architecture(NamedTuple):
 ARCHITECTURES: dict[str, Architecture] = {
     "megalodon": Architecture("config:ModelConfig", "model.megalodon:Megalodon"),
     "gecko": Architecture("config:ModelConfig", "model.megalodon:Megalodon", GECKO),
+    "mega": Architecture("baselines.mega:MegaConfig", "baselines.mega:Mega"),
+    "mamba": Architecture("baselines.mamba:MambaConfig", "baselines.mamba:Mamba"),
     "gated_deltanet": Architecture(
         "baselines.gated_deltanet:GatedDeltaNetConfig", "baselines.gated_deltanet:GatedDeltaNet"
     ),

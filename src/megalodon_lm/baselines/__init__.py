@@ -64,4 +64,4 @@ def baseline(name: str) -> Baseline:
         raise InputError(f"unknown baseline {name!r}; known: {', '.join(NAMES)}")
     if lacking := missing(name):
         raise InputError(f"the baseline {name} needs {' and '.join(lacking)}; pip install 'megalodon-lm[bench]'")
-    return cast(Baseline, import_module(f".{name}", __name__))
+    return cast(Baseline, import_module({"mamba": ".transformers_mamba"}.get(name, f".{name}"), __name__))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..configuration import Configuration, check_sizes, require
 from ..layers.embedding import Embedding
-from ..layers.initialization import init_bert, init_time_step
+from ..layers.initialization import init_bert, init_time_step, init_uniform
 from ..layers.linear import Linear
 from ..layers.norms import RMSNorm
 from ..layers.prenorm_block import PrenormBlock
@@ -159,7 +159,7 @@ class Mamba2Mixer(nn.Module):
     def __init__(self, config: Mamba2Config):
         super().__init__()
         c = self.config = config
-        self.in_proj = Linear(c.model_dim, c.inner_dim + c.convolved_dim + c.num_heads, False, _init_uniform)
+        self.in_proj = Linear(c.model_dim, c.inner_dim + c.convolved_dim + c.num_heads, False, init_uniform)
         self.conv1d = SiluConvolution(c.convolved_dim, c.num_taps, True)
         self.dt_bias = nn.Parameter(torch.empty(c.num_heads))
         self.A_log = nn.Parameter(torch.empty(c.num_heads))
@@ -175,7 +175,7 @@ class Mamba2Mixer(nn.Module):
         nn.init.ones_(self.D)
 
     def _init_branch(self, weight: Tensor) -> None:
-        _init_uniform(weight)
+        init_uniform(weight)
         with torch.no_grad():
             weight /= math.sqrt(self.config.num_layers)
 
@@ -206,12 +206,6 @@ class Mamba2Mixer(nn.Module):
         scale = (self.norm.weight.to(wide) + 1).view(y.shape[-2:])
         y = head_rms_norm(y, scale, torch.zeros_like(scale), c.norm_eps)
         return self.out_proj(y.flatten(-2)), {"convolution": newest, "matrix": matrix}
-
-
-def _init_uniform(weight: Tensor) -> None:
-    """Uniform within 1/sqrt(fan_in): the default of PyTorch's linear layer."""
-    bound = 1 / math.sqrt(weight.shape[1])
-    nn.init.uniform_(weight, -bound, bound)
 
 
 class Mamba2(Decoder):

@@ -23,6 +23,7 @@ class FeedForward(nn.Module):
         init: draws the initial matrices.
         hidden_dropout: on the hidden features.
         dropout: on the branch.
+        bias: whether the maps have one (MEGA).
     """
 
     def __init__(
@@ -35,13 +36,14 @@ class FeedForward(nn.Module):
         init: Initialiser,
         hidden_dropout: float,
         dropout: float,
+        bias: bool = False,
     ):
         super().__init__()
         self.hidden_dropout, self.dropout, self.scale = hidden_dropout, dropout, scale
         self.norm = norm
-        self.fc1 = Linear(dim, hidden_dim, False, init)
-        self.fc2 = Linear(hidden_dim, dim, False, init)
-        self.fc3 = Linear(dim, hidden_dim, False, init) if gated else None
+        self.fc1 = Linear(dim, hidden_dim, bias, init)
+        self.fc2 = Linear(hidden_dim, dim, bias, init)
+        self.fc3 = Linear(dim, hidden_dim, bias, init) if gated else None
         self.alpha = None if scale is None else nn.Parameter(torch.empty(dim))
 
     def init_weights(self) -> None:

@@ -23,6 +23,12 @@ def init_bert(weight: Tensor) -> None:
     nn.init.normal_(weight, std=0.02)
 
 
+def init_uniform(weight: Tensor) -> None:
+    """Uniform within 1/sqrt(fan_in), as PyTorch's linear layers are."""
+    bound = 1 / math.sqrt(weight.shape[1])
+    nn.init.uniform_(weight, -bound, bound)
+
+
 def init_embedding(weight: Tensor) -> None:
     """Fill a (vocabulary, D) weight: truncated normal, std 1/sqrt(D), cut at 3 std."""
     std = 1 / math.sqrt(weight.shape[1])
