@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .backend import op
 from .boundaries import Boundaries, Strips, cut_into_strips
+from .finite import is_finite
 
 CHUNK_SIZE = 16  # decays over a chunk are divided by each other: with w >= 0.545, by no less than 6e-5
 
@@ -40,6 +41,59 @@ def generalized_delta_rule(
     Returns:
         y (B, L, H, V) in the type of r, and S at the exit (B, H, K, V) in float32 or better.
     """
+    inputs = r, log_w, k, v, a, b, state, boundaries
+    if k.shape[1] == 1:
+        return _token_by_token(*inputs)
+    y, leaving = _in_chunks(*inputs)
+    since = (boundaries or Boundaries()).since_start(torch.zeros(len(k), dtype=torch.int64), k.shape[1])
+    if boundaries is not None and boundaries.lengths is not None:
+        since = torch.where(boundaries.valid(k.shape[1]), since, -1)
+    finite = is_finite(y, since) and bool(torch.isfinite(leaving.sum()))
+    return (y, leaving) if finite else _token_by_token(*inputs)
+
+
+def _token_by_token(
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor | None,
+    boundaries: Boundaries | None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence itself: for one token, and where a number that is not finite would spread within its chunk."""
+    batch, length, heads, width = k.shape
+    wide = torch.promote_types(r.dtype, torch.float32)
+    matrix = k.new_zeros(batch, heads, width, v.shape[-1], dtype=wide) if state is None else state.to(wide)
+    begins = None if boundaries is None or boundaries.starts is None else boundaries.starts.to(k.device)
+    valid = None if boundaries is None or boundaries.lengths is None else boundaries.valid(length).to(k.device)
+    out = []
+    tokens = (t.to(wide)[..., None].unbind(1) for t in (r, log_w.exp(), k, v, a, b))
+    for t, (asking, decay, key, value, asked, taken) in enumerate(zip(*tokens, strict=True)):
+        before = matrix if begins is None else torch.where(begins[:, t, None, None, None], 0, matrix)
+        found = asked.mT @ before
+        after = decay * before + taken * found + key * value.mT
+        y = (asking.mT @ after)[:, :, 0]
+        if valid is not None:
+            after = torch.where(valid[:, t, None, None, None], after, matrix)
+            y = torch.where(valid[:, t, None, None], y, 0)
+        matrix = after
+        out.append(y)
+    return torch.stack(out, 1).to(r.dtype), matrix
+
+
+def _in_chunks(
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor | None,
+    boundaries: Boundaries | None,
+) -> tuple[Tensor, Tensor]:
+    """By matrix products."""
     batch, length, heads, width = k.shape
     wide = torch.promote_types(r.dtype, torch.float32)
     strips = cut_into_strips(batch, length, CHUNK_SIZE, boundaries, r.device)

@@ -148,3 +148,23 @@ def state_space_duality(
         rows.append(torch.stack(ys + [torch.zeros_like(x[row, 0])] * (length - valid)))
         exits.append(s)
     return torch.stack(rows), torch.stack(exits)
+
+
+def token_shift(
+    x: Tensor, mix: Tensor, state: Tensor | None = None, boundaries: Boundaries | None = None
+) -> tuple[Tensor, Tensor]:
+    """y_{n,t} = x_t + mix_n (x_{t-1} - x_t)."""
+    batch, length, dim = x.shape
+    rows, exits = [], []
+    for b in range(batch):
+        valid, starts = tokens_of_row(boundaries, b, length)
+        before = x.new_zeros(dim) if state is None else state[b]
+        ys = []
+        for t in range(valid):
+            if starts[t]:
+                before = x.new_zeros(dim)
+            ys.append(x[b, t] + mix * (before - x[b, t]))
+            before = x[b, t]
+        rows.append(torch.stack(ys + [torch.zeros_like(mix)] * (length - valid), 1))
+        exits.append(before)
+    return torch.stack(rows, 1), torch.stack(exits)

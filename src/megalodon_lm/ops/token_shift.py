@@ -17,7 +17,7 @@ def token_shift(
         x: (B, L, D), L at least 1.
         mix: (N, D).
         state: (B, D) the token before the piece, or None for zeros.
-        boundaries: the first token of a document has zeros before it; at padding y means nothing.
+        boundaries: the first token of a document has zeros before it; padding yields 0.
 
     Returns:
         y (N, B, L, D), and the last token (B, D), both in the type of x.
@@ -33,4 +33,7 @@ def token_shift(
         leaving = torch.where((lengths > 0)[:, None], last, entry)
     wide = torch.promote_types(x.dtype, torch.float32)
     x = x.to(wide)
-    return torch.addcmul(x, before.to(wide) - x, mix.to(wide)[:, None, None]).to(entry.dtype), leaving
+    y = torch.addcmul(x, before.to(wide) - x, mix.to(wide)[:, None, None]).to(entry.dtype)
+    if boundaries is not None and boundaries.lengths is not None:
+        y = torch.where(boundaries.valid(x.shape[1])[..., None].to(x.device), y, 0)
+    return y, leaving
