@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from megalodon_lm.baselines.rwkv7 import Rwkv7Block
+from megalodon_lm.baselines.rwkv7_blocks import Rwkv7Block
 from megalodon_lm.state_spec import Sealed, named, tree_map
 
 from .ops.cases import assert_close, boundaries

@@ -38,6 +38,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "baselines.gated_deltanet:GatedDeltaNetConfig", "baselines.gated_deltanet:GatedDeltaNet"
     ),
     "mamba2": Architecture("baselines.mamba2:Mamba2Config", "baselines.mamba2:Mamba2"),
+    "rwkv7": Architecture("baselines.rwkv7:Rwkv7Config", "baselines.rwkv7:Rwkv7"),
 }
 _OLDEST = "megalodon"  # that of files without a name
 

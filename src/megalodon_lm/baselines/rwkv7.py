@@ -1,230 +1,156 @@
 """RWKV-7 ("Goose"): a matrix for each head, changed by a delta rule whose decays and rates the tokens decide.
 
-Source: Peng et al. 2025 (arXiv 2503.14456) and the authors' code, from which the initial values are; docs/baselines.md
-says what differs. Parameters have the names of that code, where it has one for them.
+Source: Peng et al. 2025 (arXiv 2503.14456), and the authors' code for initial values; docs/baselines.md has the
+formulas and what differs.
 """
 
 import math
-from collections.abc import Callable
-from functools import partial
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from ..configuration import Configuration, check_sizes, require
+from ..layers.embedding import Embedding
 from ..layers.linear import Linear
-from ..layers.norms import AffineNorm, LayerNorm
+from ..layers.norms import LayerNorm
+from ..model.decoder import Decoder, Head
 from ..ops.boundaries import Boundaries
-from ..ops.generalized_delta_rule import generalized_delta_rule
-from ..ops.token_shift import token_shift
-from ..state_spec import Sealed, Tree, declare
-
-NORM_EPS = 1e-5
-_STRONGEST = -math.exp(-0.5)  # logarithm of the decay that a sigmoid of 1 gives
+from ..sizing import nearest_size, usual_depth
+from ..state_spec import Sealed, Tree
+from .rwkv7_blocks import NORM_EPS, Rwkv7Block, low_rank_widths
 
 
-def low_rank(factor: float, dim: int) -> int:
-    """Width inside a low-rank map, as the authors advise: about factor * sqrt(D), in multiples of 32."""
-    return max(32, round(factor * math.sqrt(dim) / 32) * 32)
+@dataclass(frozen=True)
+class Rwkv7Config(Configuration):
+    """The architecture of one RWKV-7; widths of its low-rank maps follow from that of the model.
 
-
-class LowRank(nn.Module):
-    """act(x down) up, which is zero at the start.
-
-    Args:
-        dim: D of x and of the result.
-        rank: width between them.
-        act: inside; None for nothing.
+    Raises:
+        InputError: naming the value, the rule it breaks and the remedy.
     """
 
-    spared: ClassVar[tuple[str, ...]] = ("down", "up")
+    architecture = "rwkv7"
 
-    def __init__(self, dim: int, rank: int, act: Callable[[Tensor], Tensor] | None = None):
-        super().__init__()
-        self.act = act
-        self.down = nn.Parameter(torch.empty(dim, rank))
-        self.up = nn.Parameter(torch.empty(rank, dim))
+    vocab_size: int = 32_000
+    """Tokens in the vocabulary."""
+    num_layers: int = 12
+    """Blocks."""
+    model_dim: int = 768
+    """Width of the residual stream [D]."""
+    head_dim: int = 64
+    """Features of a head [K]: its matrix is K x K."""
+    ffn_hidden_dim: int = 3072
+    """Width inside the mixing of channels [F]."""
 
-    def init_weights(self) -> None:
-        """Zero and a tenth of an orthogonal map."""
-        nn.init.zeros_(self.down)
-        nn.init.orthogonal_(self.up, gain=0.1)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sizes(self, "vocab_size", "num_layers", "model_dim", "head_dim", "ffn_hidden_dim")
+        rule = f"must divide model_dim = {self.model_dim}; {math.gcd(self.model_dim, self.head_dim)} does"
+        require(self.model_dim % self.head_dim == 0, "head_dim", self.head_dim, rule)
+        require(self.head_dim > 1, "head_dim", self.head_dim, "must be at least 2")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) to (..., D)."""
-        inside = x @ self.down
-        return (inside if self.act is None else self.act(inside)) @ self.up
+    @classmethod
+    def sized(cls, parameters: int, vocab_size: int, **choices: Any) -> Self:
+        """The configuration nearest to a number of parameters, in the authors' proportions.
+
+        The usual depth unless chosen otherwise; heads of 64 where that divides the width, which is a multiple of 32,
+        else of 32; F about four times the width.
+
+        Args:
+            parameters: wanted; from 100,000 on, with the vocabulary of bytes, within 1 %.
+            vocab_size: tokens.
+            choices: num_layers and head_dim.
+
+        Raises:
+            InputError: a choice that the number of parameters decides.
+        """
+        for field in ("model_dim", "ffn_hidden_dim"):
+            require(field not in choices, field, choices.get(field), "follows from parameters; leave one of them out")
+        given = {"vocab_size": vocab_size, "num_layers": usual_depth(parameters), **choices}
+        cls.from_dict({"model_dim": given.get("head_dim", 64), **given})  # refuses what is not a size
+
+        def of(width: int, hidden: int) -> Any:  # mypy knows no Self here
+            heads = {"head_dim": 64 if width % 64 == 0 else 32, **given}
+            return cls.from_dict({"model_dim": width, "ffn_hidden_dim": hidden, **heads})
+
+        return nearest_size(of, parameters, 4, math.lcm(32, given.get("head_dim", 32)))
+
+    @property
+    def _matrices(self) -> int:
+        """Scalars of the matrices of all blocks."""
+        d = self.model_dim
+        w, a, v, g = low_rank_widths(d)
+        return self.num_layers * (4 * d * d + 2 * d * (w + a + v + g) + 2 * d * self.ffn_hidden_dim) - 2 * d * v
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable scalars."""
+        d = self.model_dim
+        vectors = self.num_layers * 19 * d - d  # 7 mixtures, w0, a0, v0, k_k, k_a, r_k, three norms; no v0 in the first
+        return self._matrices + vectors + 4 * d + 2 * self.vocab_size * d
+
+    def flops_per_token(self, backward: bool = False) -> int:
+        """Floating point operations per token, a multiply and an add as two, of the recurrence as it is defined.
+
+        Linear maps, and for each element of the matrices: asking, decay, what two products of rank 1 add, and reading.
+
+        Args:
+            backward: count forward and backward (three times the forward) instead of forward alone.
+        """
+        recurrence = 9 * self.num_layers * self.model_dim * self.head_dim
+        forward = 2 * (self._matrices + self.vocab_size * self.model_dim) + recurrence
+        return forward * (3 if backward else 1)
 
 
-class HeadNorm(AffineNorm):
-    """(x - mean) / std * (weight + 1) + bias with the mean and deviation of each head's features."""
-
-    def __init__(self, dim: int, head_dim: int, scale: float):
-        super().__init__(dim, head_dim * NORM_EPS)
-        self.head_dim, self.scale = head_dim, scale
-
-    def init_weights(self) -> None:
-        """Smaller in the lower blocks."""
-        super().init_weights()
-        nn.init.constant_(self.weight, self.scale - 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, H, V) to (B, L, H, V), in float32 or better."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        normed = F.layer_norm(x.to(wide), x.shape[-1:], eps=self.eps)
-        weight, bias = (t.to(wide).view(x.shape[-2:]) for t in (self.weight, self.bias))
-        return torch.addcmul(bias, normed, weight + 1)
-
-
-class TimeMixing(nn.Module):
-    """What a token takes from its past; see docs/baselines.md for the formulas.
-
-    Its state is a dict of "shift", the token before, and "matrix".
+class Rwkv7(Decoder):
+    """RWKV-7; see Decoder.
 
     Args:
-        dim: D.
-        head_dim: K.
-        index: of the block, from 0; the first one gives its values to the later ones.
-        depth: number of blocks.
+        config: the architecture.
+        activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
     """
 
-    spared: ClassVar[tuple[str, ...]] = ("mix", "w0", "a0", "v0", "k_k", "k_a", "r_k")
+    config: Rwkv7Config
+    config_class = Rwkv7Config
 
-    def __init__(self, dim: int, head_dim: int, index: int, depth: int):
-        super().__init__()
-        self.head_dim, self.index, self.depth = head_dim, index, depth
-        self.mix = nn.Parameter(torch.empty(6, dim))  # of r, w, k, v, a, g
-        self.w0, self.a0, self.k_k, self.k_a, self.r_k = (nn.Parameter(torch.empty(dim)) for _ in range(5))
-        self.v0 = nn.Parameter(torch.empty(dim)) if index else None
-        self.w = LowRank(dim, low_rank(2.5, dim), torch.tanh)
-        self.a = LowRank(dim, low_rank(2.5, dim))
-        self.v = LowRank(dim, low_rank(1.7, dim)) if index else None
-        self.g = LowRank(dim, low_rank(5, dim), torch.sigmoid)
-        self.receptance = Linear(dim, dim, False, nn.init.orthogonal_)
-        self.key = Linear(dim, dim, False, partial(nn.init.orthogonal_, gain=0.1))
-        self.value = Linear(dim, dim, False, nn.init.orthogonal_)
-        self.output = Linear(dim, dim, False, nn.init.zeros_)
-        self.ln_x = HeadNorm(dim, head_dim, ((index + 1) / depth) ** 0.7)
+    def __init__(self, config: Rwkv7Config, activation_checkpointing: bool = False):
+        sizes = config.model_dim, config.head_dim, config.ffn_hidden_dim
+        super().__init__(
+            config,
+            _Embedding(config.vocab_size, config.model_dim, False, 0.0),
+            (Rwkv7Block(*sizes, i, config.num_layers) for i in range(config.num_layers)),
+            Head(LayerNorm(config.model_dim, NORM_EPS), Linear(config.model_dim, config.vocab_size, False, _init_head)),
+            activation_checkpointing,
+        )
 
-    @torch.no_grad()
+    def body(self, x: Tensor, state: Tree = None, boundaries: Boundaries | None = None) -> tuple[Tensor, Tree]:
+        """As that of Decoder; the values of the first block go beside the stream, from block to block."""
+        if x.shape[1] == 0:
+            assert state is not None
+            return x, state
+        first: Tensor | None = None
+        layers = []
+        for i, block in enumerate(self.layers):
+            given = x, first, None if state is None else Sealed(state[i]), boundaries
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x, first, leaving = checkpoint(block, *given, use_reentrant=False)
+            else:
+                x, first, leaving = block(*given)
+            layers.append(leaving)
+        return x, tuple(layers)
+
+
+class _Embedding(Embedding):
+    """With small values, which the LayerNorm behind it makes large: so they learn fast."""
+
     def init_weights(self) -> None:
-        """All that is not a matrix."""
-        dim = self.mix.shape[1]
-        feature = torch.arange(dim, dtype=torch.float32, device=self.mix.device)
-        fade = 1 - self.index / self.depth
-        for row, power in zip(self.mix, (0.2, 0.9, 0.7, 0.7, 0.9, 0.2), strict=True):
-            row.copy_(1 - (feature / dim) ** (power * fade))
-        part = feature / max(dim - 1, 1)
-        zigzag = (feature % self.head_dim) / ((self.head_dim - 1) / 2) - 1  # -1 to 1 over each head
-        zigzag = zigzag * zigzag.abs()
-        bend = 1 + (self.index / max(self.depth - 1, 1)) ** 0.3
-        self.w0.copy_(-5.5 + 6 * part**bend + 2.5 * zigzag)
-        self.a0.copy_(-0.19 + 0.3 * zigzag + 0.4 * (part - 0.5))
-        if self.v0 is not None:
-            self.v0.copy_(0.73 - 0.4 * (part - 0.5))
-        self.k_k.copy_(0.71 - 0.1 * (part - 0.5))
-        nn.init.constant_(self.k_a, 1.02)
-        nn.init.constant_(self.r_k, -0.04)
-
-    @property
-    def state_spec(self) -> dict[str, Any]:
-        """The token before (D,), and (H, K, K) in float32 or better."""
-        dim, width = self.mix.shape[1], self.head_dim
-        return {"shift": declare(dim), "matrix": declare(dim // width, width, width, dtype=torch.float32)}
-
-    def forward(
-        self,
-        x: Tensor,
-        first: Tensor | None,
-        state: dict[str, Tensor] | None = None,
-        boundaries: Boundaries | None = None,
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """x (B, L, D) and the values of the first block, None for that one itself, to both of the same and the exit."""
-        entry = state or {}
-        wide = torch.promote_types(x.dtype, torch.float32)
-        (xr, xw, xk, xv, xa, xg), shift = token_shift(x, self.mix, entry.get("shift"), boundaries)
-        r, k, v = (t.to(wide) for t in (self.receptance(xr), self.key(xk), self.value(xv)))
-        if self.v is not None and self.v0 is not None and first is not None:
-            v = v.lerp(first, torch.sigmoid(self.v0 + self.v(xv)))
-        log_w = _STRONGEST * torch.sigmoid(self.w0 + self.w(xw))
-        rate = torch.sigmoid(self.a0 + self.a(xa))
-        kappa = F.normalize(self._heads(k * self.k_k.to(wide)), dim=-1)
-        k = k * (1 + (rate - 1) * self.k_a.to(wide))
-
-        r, k, values, rates = (self._heads(t) for t in (r, k, v, rate))
-        given = r, self._heads(log_w), k, values, -kappa, kappa * rates
-        y, matrix = generalized_delta_rule(*given, entry.get("matrix"), boundaries)
-        bonus = (r * k * self.r_k.to(wide).view(r.shape[-2:])).sum(-1, keepdim=True)
-        y = torch.addcmul(self.ln_x(y), bonus, values).flatten(-2)
-        made = self.output(y * self.g(xg))
-        return made, v if first is None else first, {"shift": shift, "matrix": matrix}
-
-    def _heads(self, t: Tensor) -> Tensor:
-        return t.unflatten(-1, (-1, self.head_dim))
+        """Draw the weight."""
+        nn.init.uniform_(self.weight, -1e-4, 1e-4)
 
 
-class ChannelMixing(nn.Module):
-    """value(relu(key(x mixed with the token before))^2). Its state is that token.
-
-    Args:
-        dim: D.
-        hidden_dim: F.
-        index, depth: of the block, and of all.
-    """
-
-    spared: ClassVar[tuple[str, ...]] = ("mix",)
-
-    def __init__(self, dim: int, hidden_dim: int, index: int, depth: int):
-        super().__init__()
-        self.power = (1 - index / depth) ** 4
-        self.mix = nn.Parameter(torch.empty(1, dim))
-        self.key = Linear(dim, hidden_dim, False, nn.init.orthogonal_)
-        self.value = Linear(hidden_dim, dim, False, nn.init.zeros_)
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """How much is of the token before."""
-        dim = self.mix.shape[1]
-        self.mix.copy_(1 - (torch.arange(dim, dtype=torch.float32, device=self.mix.device) / dim) ** self.power)
-
-    @property
-    def state_spec(self) -> Any:
-        """The token before (D,)."""
-        return declare(self.mix.shape[1])
-
-    def forward(
-        self, x: Tensor, state: Tensor | None = None, boundaries: Boundaries | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """(B, L, D) to (B, L, D)."""
-        (mixed,), leaving = token_shift(x, self.mix, state, boundaries)
-        return self.value(F.relu(self.key(mixed)).square()), leaving
-
-
-class Rwkv7Block(nn.Module):
-    """Both mixings, each on a LayerNorm and added to the stream; the first block begins with another LayerNorm."""
-
-    def __init__(self, dim: int, head_dim: int, hidden_dim: int, index: int, depth: int):
-        super().__init__()
-        self.ln0 = None if index else LayerNorm(dim, NORM_EPS)
-        self.ln1 = LayerNorm(dim, NORM_EPS)
-        self.ln2 = LayerNorm(dim, NORM_EPS)
-        self.att = TimeMixing(dim, head_dim, index, depth)
-        self.ffn = ChannelMixing(dim, hidden_dim, index, depth)
-
-    @property
-    def state_spec(self) -> Tree:
-        """That of its mixings."""
-        return {"att": self.att.state_spec, "ffn": self.ffn.state_spec}
-
-    def forward(
-        self, x: Tensor, first: Tensor | None, state: Sealed | None = None, boundaries: Boundaries | None = None
-    ) -> tuple[Tensor, Tensor, Tree]:
-        """x (B, L, D), the values of the first block (None in itself) and the entry state to the same three."""
-        entry = {"att": None, "ffn": None} if state is None else state.tree
-        if self.ln0 is not None:
-            x = self.ln0(x)
-        made, first, att = self.att(self.ln1(x), first, entry["att"], boundaries)
-        x = x + made
-        made, ffn = self.ffn(self.ln2(x), entry["ffn"], boundaries)
-        return x + made, first, {"att": att, "ffn": ffn}
+def _init_head(weight: Tensor) -> None:
+    """Orthogonal, with the gain of the authors' code."""
+    vocab_size, dim = weight.shape
+    nn.init.orthogonal_(weight, gain=0.5 * math.sqrt(max(1.0, vocab_size / dim)))
