@@ -90,6 +90,13 @@ def run_memory(op):
     return run
 
 
+def run_delta_rule(op):
+    def run(where, r, log_w, *rest):
+        return op(r, -log_w.abs(), *rest, where)
+
+    return run
+
+
 def run_scan(op):
     def run(where, x, dt, a, *rest):
         return op(x, dt.abs(), -a.abs(), *rest, where)
@@ -98,6 +105,7 @@ def run_scan(op):
 
 
 HEADS = [(B, L, H, 16), (B, L, H, 16), (B, L, H, 32), (B, C, H, 16), (B, C, H, 32)]
+KEYS = [(B, L, H, 32)]
 NORM = [*draw((B, L, D), (D,), (D,), (B, G)), draw((B, G))[0].square() + 0.1]
 OPS_WITH_STATE = {
     "cema": (run_cema, cema_inputs()),
@@ -106,6 +114,7 @@ OPS_WITH_STATE = {
     "chunk_attention": (run_attention, draw(*HEADS)),
     "sliding_attention": (run_sliding, draw(*HEADS[:3], (B, 2 * C, H, 16), (B, 2 * C, H, 32))),
     "adaptive_memory": (run_memory, draw(*HEADS, (B, 2, H, 16, 32), (B, H, 16))),
+    "generalized_delta_rule": (run_delta_rule, draw(*KEYS * 3, *HEADS[:1], *KEYS * 2, (B, H, 32, 16))),
     "selective_scan": (run_scan, draw((B, L, D), (B, L, D), (D, N), (B, L, N), (B, L, N), (D,), (B, D, N))),
 }
 TOKEN_OPS = {

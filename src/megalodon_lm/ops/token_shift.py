@@ -3,11 +3,9 @@
 import torch
 from torch import Tensor
 
-from .backend import op
 from .boundaries import Boundaries
 
 
-@op()
 def token_shift(
     x: Tensor, mix: Tensor, state: Tensor | None = None, boundaries: Boundaries | None = None
 ) -> tuple[Tensor, Tensor]:
