@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalodon_lm import ByteTokenizer, Context, Generator, Megalodon, ModelConfig, State
-from megalodon_lm.config import GECKO
+from megalodon_lm.config import GECKO, LATER_GECKO
 from megalodon_lm.evaluation.norm_statistics import NormSchedule, WindowedStatistics
 from megalodon_lm.generation.context import bookmark_bytes, unit_length
 from megalodon_lm.generation.engine import DecodingEngine
@@ -39,6 +39,7 @@ OTHERS = {
     "cema_omega": [False],
     "attention_norm": ["layer"],
     "normalize_attention": [False],
+    "mixer": ["convolution"],
 }
 ALONE = [{name: value} for name, values in OTHERS.items() for value in values]
 COMBINATIONS = st.fixed_dictionaries(
@@ -46,7 +47,7 @@ COMBINATIONS = st.fixed_dictionaries(
     | {"chunk_size": st.integers(4, 8)}
 )
 FEW = settings(max_examples=15, deadline=None)
-IDS = {"ids": lambda changes: "-".join(map(str, *changes.items())) if len(changes) == 1 else "gecko"}
+IDS = {"ids": lambda changes: "-".join(map(str, list(changes.items())[-1]))}
 
 
 def test_every_choice_is_tried():
@@ -64,7 +65,8 @@ def test_parameters_and_the_size_of_a_state_are_known(changes):
         assert model.state_bytes(2, dtype) == model.empty_state(2, dtype=dtype).nbytes
         parts = state_bytes_by_part(model, dtype)
         assert sum(parts.values()) + 8 == model.state_bytes(1, dtype)
-    present = {"attention", "norm"} | ({"cema"} if changes["cema"] != "none" else set())
+    present = {"attention", "norm"} | ({"convolution"} if changes["mixer"] == "convolution" else set())
+    present |= {"cema"} if changes["mixer"] == "cema" and changes["cema"] != "none" else set()
     assert parts.keys() == present | ({"memory"} if changes["memory"] != "none" else set())
 
 
@@ -177,7 +179,7 @@ def test_steps_of_one_token(changes, length):
         torch.testing.assert_close(t, leaving.tensors()[name], atol=1e-3, rtol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("changes", [GECKO, *ALONE], **IDS)
+@pytest.mark.parametrize("changes", [GECKO, LATER_GECKO, *ALONE], **IDS)
 def test_activations_computed_again_change_nothing(changes):
     model = build(torch.float32, **changes)
     twin = copy.deepcopy(model)
@@ -191,19 +193,20 @@ def test_activations_computed_again_change_nothing(changes):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("changes", [GECKO, *ALONE], **IDS)
+@pytest.mark.parametrize("changes", [GECKO, LATER_GECKO, *ALONE], **IDS)
 def test_figures_of_layers(changes):
     figures = inspect_layers(build(torch.float32, **changes))
-    expected = {"query_gain", "key_gain"}
-    if changes.get("cema") != "none":
+    convolved = changes.get("mixer") == "convolution"
+    expected = {"query_gain"} if convolved else {"query_gain", "key_gain"}
+    if changes.get("cema") != "none" and not convolved:
         expected |= {"decay", "half_life", "longest_half_life", "output"}
         assert all(0 < layer["decay"] < 1 < layer["longest_half_life"] for layer in figures)
-    if "memory" in changes:
+    if "memory" in changes and not convolved:
         expected |= {"memory_query_gain", "memory_key_gain"}
     assert all(layer.keys() == expected for layer in figures)
 
 
-@pytest.mark.parametrize("changes", [GECKO, {"attention_norm": "layer"}], **IDS)
+@pytest.mark.parametrize("changes", [GECKO, LATER_GECKO, {"attention_norm": "layer"}], **IDS)
 def test_statistics_of_the_last_chunks_can_take_the_place_of_the_running_ones(changes):
     """Of those norms that have any; what else is carried stays."""
     model = build(torch.float32, **changes)

@@ -49,7 +49,7 @@ def test_rows_at_and_around_the_ends_of_chunks_are_what_the_judge_says(config):
     tokens = tokens_of(len(lengths), max(lengths) + count)
     state, more = entered(model, tokens, lengths)
     engine = DecodingEngine(model, state, "float32")
-    assert engine.fused
+    assert engine.fused == (config.mixer == "cema")
     found = steps(engine, more)
     expected, _ = read(judge, tokens)
     torch.testing.assert_close(found.double(), after(expected, lengths, count), atol=1e-4, rtol=1e-4)
@@ -65,7 +65,7 @@ def test_random_combinations(changes, lengths, first, second):
     tokens = tokens_of(2, max(lengths) + first + second)
     state, more = entered(model, tokens, lengths)
     whole, cut = (DecodingEngine(model, state, "float32") for _ in range(2))
-    assert whole.fused
+    assert whole.fused == (changes["mixer"] == "cema")
     found = steps(whole, more)
     expected, leaving = read(model, more, state=state)
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
@@ -140,7 +140,14 @@ def test_what_is_not_finite_stays_in_its_row():
 
 
 def test_models_whose_blocks_differ_are_for_the_model():
-    for changes in ({"attention": "sliding"}, {"memory": "adaptive"}, {"residual": "plain"}, {"cema": "none"}):
+    one = (
+        {"attention": "sliding"},
+        {"memory": "adaptive"},
+        {"residual": "plain"},
+        {"cema": "none"},
+        {"mixer": "convolution"},
+    )
+    for changes in one:
         model = model_of(config_of())
         assert fits(model)
         model.layers[1] = model_of(config_of(**changes)).layers[1]

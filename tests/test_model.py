@@ -13,6 +13,7 @@ from megalodon_lm import Megalodon, ModelConfig
 from megalodon_lm.errors import InputError
 from megalodon_lm.model import checkpoint, identity
 from megalodon_lm.ops import reference
+from megalodon_lm.ops.recurrence_definitions import short_convolution
 
 from .test_cut_invariant import build
 
@@ -61,25 +62,50 @@ def definition(model, tokens, dropout=lambda x, p: x):
             return reference.cema(x, p, q, g, w[f"{name}.omega"][:, 0])[0]
         return reference.cema(x, p, q, g * math.sqrt(c.cema_ndim), torch.ones_like(p[:, 0]))[0]
 
-    x = dropout(w["embed.weight"][tokens] * (math.sqrt(c.model_dim) if c.scale_emb else 1), c.dropout)
-    for i in range(c.num_layers):
-        a, f = f"layers.{i}.mega", f"layers.{i}.nffn"
+    def attend(q, k, v):
+        attention = reference.chunk_attention if c.attention == "chunk" else reference.sliding_attention
+        return attention(q, k, v, c.chunk_size, c.rope_base, heads_without_rope=c.heads_without_rope)[0]
+
+    def recall(q, k, v):
+        return reference.adaptive_memory(q, k, v, c.chunk_size, 1 if c.attention == "chunk" else 2)[0]
+
+    def split(x):
+        return x.unflatten(-1, (heads, -1))
+
+    def averaged(x, a):
+        """The branch of a block behind a moving average."""
         tn = (norm_over_time if c.attention_norm == "timestep" else layer_norm)(x, f"{a}.timenorm")
         mx = dropout(rms(average(tn, f"{a}.cema"), w[f"{a}.rmsnorm.weight"]), c.hidden_dropout)
         z = linear(mx, f"{a}.wz")
         z = reference.head_rms_norm(z, heads, eps) if c.normalize_attention else z
         scale = (w[f"{a}.gamma"] + 1) / math.sqrt(c.z_dim / heads)
-        views = [(z * s + b).unflatten(-1, (heads, -1)) for s, b in zip(scale, w[f"{a}.beta"], strict=True)]
-        v, r = silu(linear(tn, f"{a}.wv")).unflatten(-1, (heads, -1)), silu(linear(mx, f"{a}.wr"))
-        attention = reference.chunk_attention if c.attention == "chunk" else reference.sliding_attention
-        given = (c.chunk_size, c.rope_base)
-        attended, _ = attention(*views[:2], v, *given, heads_without_rope=c.heads_without_rope)
-        branch = attended.flatten(-2) * r
+        views = [split(z * s + b) for s, b in zip(scale, w[f"{a}.beta"], strict=True)]
+        v, r = split(silu(linear(tn, f"{a}.wv"))), silu(linear(mx, f"{a}.wr"))
+        branch = attend(*views[:2], v).flatten(-2) * r
         if c.memory == "adaptive":
-            lag = 1 if c.attention == "chunk" else 2
-            branch = branch + reference.adaptive_memory(*views[2:], v, c.chunk_size, lag)[0].flatten(-2)
-        h = linear(mx, f"{a}.wh1") + linear(dropout(branch, c.hidden_dropout), f"{a}.wh2")
-        y = x + dropout(h, c.dropout)
+            branch = branch + recall(*views[2:], v).flatten(-2)
+        return linear(mx, f"{a}.wh1") + linear(dropout(branch, c.hidden_dropout), f"{a}.wh2")
+
+    def convolved(x, a):
+        """The branch of a block behind short convolutions."""
+        u = (norm_over_time if c.attention_norm == "timestep" else layer_norm)(x, f"{a}.timenorm")
+        taps = [w[f"{a}.convolutions.{n}.weight"].softmax(-1) for n in "qkv"]
+        mean = [short_convolution(linear(u, f"{a}.w{n}"), t)[0] for n, t in zip("qkv", taps, strict=True)]
+        scale = (w[f"{a}.gamma"][0] + 1) / math.sqrt(c.z_dim / heads)
+        normed = [reference.head_rms_norm(m, heads, eps) if c.normalize_attention else m for m in mean[:2]]
+        q, k, v = split(mean[0]), split(mean[1]), split(silu(mean[2]))
+        branch = attend(split(normed[0] * scale), split(normed[1]), v)
+        if c.memory == "adaptive":
+            branch = branch + recall(q, k, v)
+        gate = torch.log2(1 + 2 ** linear(u, f"{a}.wr"))
+        return linear(
+            dropout(reference.head_rms_norm(branch.flatten(-2), heads, eps) * gate, c.hidden_dropout), f"{a}.wo"
+        )
+
+    x = dropout(w["embed.weight"][tokens] * (math.sqrt(c.model_dim) if c.scale_emb else 1), c.dropout)
+    for i in range(c.num_layers):
+        a, f = f"layers.{i}.mega", f"layers.{i}.nffn"
+        y = x + dropout((averaged if c.mixer == "cema" else convolved)(x, a), c.dropout)
         n = layer_norm(y, f"{f}.norm")
         hidden = silu(linear(n, f"{f}.fc1")) * (linear(n, f"{f}.fc3") if c.swiglu else 1)
         hidden = linear(dropout(hidden, c.hidden_dropout), f"{f}.fc2")

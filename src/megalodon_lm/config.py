@@ -12,6 +12,7 @@ from .sizing import nearest_size, usual_depth
 _MOST_LAYERS = 10_000
 _WIDTHS = ("model_dim", "z_dim", "value_dim", "ffn_hidden_dim", "norm_num_groups")
 InitMode = Literal["he", "bert", "xavier"]
+NUM_TAPS = 4  # of the short convolutions: tokens that a mean is taken of
 CemaKind = Literal["complex", "real", "none"]
 
 
@@ -88,7 +89,11 @@ class ModelConfig(Configuration):
     attention_norm: Literal["timestep", "layer"] = "timestep"
     """At the entry of a block: the norm over time, or LayerNorm (ablation). The final norm stays over time."""
     normalize_attention: bool = True
-    """Queries and keys from z divided by its root mean square (Megalodon, Gecko), or from z itself (ablation)."""
+    """Queries and keys divided by their root mean square (Megalodon, Gecko), or as they are (ablation)."""
+    mixer: Literal["cema", "convolution"] = "cema"
+    """What comes before attention: a moving average and one z (Megalodon, Gecko), or a short convolution over queries,
+    keys and values each, with a gate on the memory too (Gecko's later code); the choices of `cema` then mean nothing.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -164,32 +169,39 @@ class ModelConfig(Configuration):
     def num_parameters(self) -> int:
         """Trainable scalars, tied weights counted once."""
         d, n, z, v = self.model_dim, self.cema_ndim, self.z_dim, self.value_dim
-        cema = {"complex": 4 * d * n + d, "real": 3 * d * n, "none": 0}[self.cema]
-        cema += d if self.cema != "none" and self.cema_omega else 0
-        attention = (d * z + z) + 2 * (d * v + v) + (d * d + d) + v * d + (4 if self.memory == "none" else 8) * z
-        norms = 2 * d + d + 2 * d
+        if self.mixer == "cema":
+            mixer = {"complex": 4 * d * n + d, "real": 3 * d * n, "none": 0}[self.cema]
+            mixer += d if self.cema != "none" and self.cema_omega else 0
+            mixer += (d * z + z) + 2 * (d * v + v) + (d * d + d) + v * d + (4 if self.memory == "none" else 8) * z + d
+        else:
+            mixer = 2 * d * z + 3 * d * v + v + NUM_TAPS * (2 * z + v) + z
+        norms = 2 * d + 2 * d
         ffn = (3 if self.swiglu else 2) * d * self.ffn_hidden_dim + (d if self.rescale_nffn else 0)
         embeddings = (1 if self.share_emb else 2) * self.vocab_size * d
-        return self.num_layers * (cema + attention + norms + ffn) + 2 * d + embeddings
+        return self.num_layers * (mixer + norms + ffn) + 2 * d + embeddings
 
     def flops_per_token(self, backward: bool = False) -> int:
         """Floating point operations per token, a multiply and an add as two, at the mean attention span of full chunks.
 
-        Linear maps; scores over Z and sums over V; the states of CEMA; and of the memory per head reading M, what a
-        token adds to the two sums of its chunk, and one product with M a chunk. Norms and gates are left out.
+        Linear maps; scores over Z and sums over V; the states of CEMA, or the taps of convolutions; and of the memory
+        per head reading M, what a token adds to the two sums of its chunk, and one product with M a chunk. Norms and
+        gates are left out.
 
         Args:
             backward: count forward and backward (three times the forward) instead of forward alone.
         """
         d, z, v, c = self.model_dim, self.z_dim, self.value_dim, self.chunk_size
-        linear = d * z + 2 * d * v + d * d + v * d + (3 if self.swiglu else 2) * d * self.ffn_hidden_dim
         span = (c + 1) / 2 + (c if self.attention == "sliding" else 0)
-        per_state = {"complex": 8, "real": 3, "none": 0}  # multiply-adds: decay, input and output
-        cema = per_state[self.cema] * d * self.cema_ndim
+        if self.mixer == "cema":
+            per_state = {"complex": 8, "real": 3, "none": 0}  # multiply-adds: decay, input and output
+            mixer = d * z + 3 * d * v + d * d + per_state[self.cema] * d * self.cema_ndim
+        else:
+            mixer = 2 * d * z + 3 * d * v + NUM_TAPS * (2 * z + v)
+        ffn = (3 if self.swiglu else 2) * d * self.ffn_hidden_dim
         dk, dv, memory = z // self.num_heads, v // self.num_heads, 0.0
         if self.memory == "adaptive":
             memory = self.num_heads * (2 * dk * dv + dk * dk + dk * dk * dv / c)
-        forward = 2 * (self.num_layers * (linear + span * (z + v) + cema + memory) + self.vocab_size * d)
+        forward = 2 * (self.num_layers * (mixer + ffn + span * (z + v) + memory) + self.vocab_size * d)
         return round(forward * (3 if backward else 1))
 
 
@@ -214,6 +226,8 @@ GECKO: dict[str, Any] = dict(
     rope_base=500_000.0,
 )  # fmt: skip
 """The choices that make a Gecko of a Megalodon."""
+LATER_GECKO: dict[str, Any] = {**GECKO, "mixer": "convolution"}
+"""Those of its authors' later code."""
 _TINY = dict(vocab_size=259, num_layers=2, model_dim=64, z_dim=32, value_dim=128, ffn_hidden_dim=128, cema_ndim=8,
              chunk_size=64, norm_num_groups=4, swiglu=True)  # fmt: skip
 _BENCH = dict(vocab_size=256, num_layers=6, model_dim=512, num_heads=2, z_dim=256, value_dim=1024, ffn_hidden_dim=1024,
@@ -228,6 +242,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "mega7.3B": dict(_7B, ffn_hidden_dim=8192, swiglu=True),
     "paper7B": dict(_7B, ffn_hidden_dim=8192, swiglu=True, chunk_size=4096, rope_base=100_000.0),
     "gecko7B": {**_7B, **GECKO, "ffn_hidden_dim": 8192, "swiglu": True},
+    "gecko7.1B": {**_7B, **LATER_GECKO, "ffn_hidden_dim": 8192, "swiglu": True, "chunk_size": 4096},
     # Small ones, for a CPU and bytes: that of the tests, those of the quickstart, that of the speed comparison.
     "tiny": _TINY,
     "gecko_tiny": {**_TINY, **GECKO},

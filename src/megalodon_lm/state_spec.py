@@ -87,3 +87,8 @@ def tree_map(change: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
         parts = (tree_map(change, *same) for same in zip(tree, *others, strict=True))
         return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
     return change(tree, *others)
+
+
+def present(parts: dict[str, Tree]) -> dict[str, Tree]:
+    """Of parts by name, those that carry something."""
+    return {name: part for name, part in parts.items() if part is not None}

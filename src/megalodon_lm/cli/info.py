@@ -11,7 +11,7 @@ from ..errors import InputError
 if TYPE_CHECKING:
     from ..model.language_model import Config
 
-PARTS = ("norm", "cema", "attention", "memory")  # of a state
+PARTS = ("norm", "cema", "convolution", "attention", "memory")  # of a state
 
 
 @dataclass

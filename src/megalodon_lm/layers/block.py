@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from ..ops.boundaries import Boundaries
 from ..state_spec import Sealed, Tree
+from .convolutional_attention import ConvolutionalAttention
 from .feed_forward import FeedForward
 from .gated_attention import GatedAttention
 
@@ -17,7 +18,7 @@ class Block(nn.Module):
         two_hop: the network adds to the block's input (Megalodon), and not to its own (Gecko).
     """
 
-    def __init__(self, mixer: GatedAttention, feed_forward: FeedForward, two_hop: bool = True):
+    def __init__(self, mixer: GatedAttention | ConvolutionalAttention, feed_forward: FeedForward, two_hop: bool = True):
         super().__init__()
         self.mega, self.nffn, self.two_hop = mixer, feed_forward, two_hop
 

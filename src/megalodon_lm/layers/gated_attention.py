@@ -12,10 +12,11 @@ from ..ops.boundaries import Boundaries
 from ..ops.gates import silu_gate
 from ..ops.norms import head_rms_norm
 from ..ops.residual import add_branch
-from ..state_spec import Tree
+from ..state_spec import Tree, present
 from .adaptive_memory import AdaptiveMemory
 from .chunk_attention import ChunkAttention
 from .complex_ema import ComplexEMA
+from .heads import split_heads
 from .initialization import Initialiser
 from .linear import Linear
 from .norms import AffineNorm, RMSNorm
@@ -101,7 +102,7 @@ class GatedAttention(nn.Module):
         parts["attention"] = self.attention.state_spec(*sizes)
         if self.memory is not None:
             parts["memory"] = self.memory.state_spec(*sizes)
-        return _present(parts)
+        return present(parts)
 
     def forward(
         self, x: Tensor, state: dict[str, Tree] | None = None, boundaries: Boundaries | None = None
@@ -114,8 +115,8 @@ class GatedAttention(nn.Module):
             average, leaving["cema"] = self.cema(tn, entry.get("cema"), boundaries)
         mx = F.dropout(self.rmsnorm(average), self.hidden_dropout, self.training)
 
-        z = _heads(self.wz(mx), self.z_head_dim, "z")
-        v = _heads(F.silu(self.wv(tn)), self.value_head_dim, "values")
+        z = split_heads(self.wz(mx), self.z_head_dim, "z")
+        v = split_heads(F.silu(self.wv(tn)), self.value_head_dim, "values")
         r = self.wr(mx)
         held = (z.shape[-2], v.shape[-2], r.shape[-1] / self.value_head_dim)
         if len(set(held)) > 1:
@@ -128,7 +129,7 @@ class GatedAttention(nn.Module):
             recalled, leaving["memory"] = self.memory(*of_memory, v, entry.get("memory"), cache, boundaries)
             gated = gated + recalled.flatten(-2)
         gated = F.dropout(gated, self.hidden_dropout, self.training)
-        leaving = _present(leaving)
+        leaving = present(leaving)
         if self.training and self.dropout:
             return add_branch(x, F.dropout(self.wh1(mx) + self.wh2(gated), self.dropout)), leaving
         return add_branch(x, self.wh1(mx), self.wh2(gated)), leaving
@@ -141,15 +142,3 @@ class GatedAttention(nn.Module):
         if self.normalized:
             return [head_rms_norm(z, *maps, self.eps) for maps in zip(scales, shifts, strict=True)]
         return [(z * scale + shift).to(z.dtype) for scale, shift in zip(scales, shifts.to(scales.dtype), strict=True)]
-
-
-def _present(parts: dict[str, Tree]) -> dict[str, Tree]:
-    """Without parts that carry nothing."""
-    return {name: part for name, part in parts.items() if part is not None}
-
-
-def _heads(x: Tensor, width: int, name: str) -> Tensor:
-    """(..., H * width) to (..., H, width)."""
-    if x.shape[-1] % width:
-        raise InputError(f"{x.shape[-1]} features of {name} are no whole heads of width {width}; shard by whole heads")
-    return x.unflatten(-1, (-1, width))

@@ -1,10 +1,13 @@
 """Which parts a configuration asks for: the one place that turns choices into layers."""
 
-from ..config import ModelConfig
+from typing import Any
+
+from ..config import NUM_TAPS, ModelConfig
 from ..layers.adaptive_memory import AdaptiveMemory
 from ..layers.block import Block
 from ..layers.chunk_attention import ChunkAttention
 from ..layers.complex_ema import ComplexEMA
+from ..layers.convolutional_attention import ConvolutionalAttention
 from ..layers.embedding import Embedding
 from ..layers.feed_forward import FeedForward
 from ..layers.gated_attention import GatedAttention
@@ -21,23 +24,6 @@ def build_embedding(config: ModelConfig) -> Embedding:
 def build_block(config: ModelConfig, layer: int) -> Block:
     """Block number `layer`, from 0."""
     c, init = config, INITIALISERS[config.init_mode]
-    mixer = GatedAttention(
-        build_timestep_norm(c) if c.attention_norm == "timestep" else EntryLayerNorm(c.model_dim, c.norm_eps),
-        None if c.cema == "none" else ComplexEMA(c.model_dim, c.cema_ndim, c.cema == "complex", c.cema_omega),
-        RMSNorm(c.model_dim, c.norm_eps),
-        build_attention(c),
-        build_memory(c),
-        dim=c.model_dim,
-        z_dim=c.z_dim,
-        value_dim=c.value_dim,
-        z_head_dim=c.z_dim // c.num_heads,
-        value_head_dim=c.value_dim // c.num_heads,
-        eps=c.norm_eps,
-        normalized=c.normalize_attention,
-        init=init,
-        hidden_dropout=c.hidden_dropout,
-        dropout=c.dropout,
-    )
     feed_forward = FeedForward(
         LayerNorm(c.model_dim, c.norm_eps),
         dim=c.model_dim,
@@ -48,7 +34,30 @@ def build_block(config: ModelConfig, layer: int) -> Block:
         hidden_dropout=c.hidden_dropout,
         dropout=c.dropout,
     )
-    return Block(mixer, feed_forward, two_hop=c.residual == "two_hop")
+    return Block(build_mixer(c), feed_forward, two_hop=c.residual == "two_hop")
+
+
+def build_mixer(config: ModelConfig) -> GatedAttention | ConvolutionalAttention:
+    """That of a block."""
+    c = config
+    norm = build_timestep_norm(c) if c.attention_norm == "timestep" else EntryLayerNorm(c.model_dim, c.norm_eps)
+    given: dict[str, Any] = dict(
+        dim=c.model_dim,
+        z_dim=c.z_dim,
+        value_dim=c.value_dim,
+        z_head_dim=c.z_dim // c.num_heads,
+        value_head_dim=c.value_dim // c.num_heads,
+        eps=c.norm_eps,
+        normalized=c.normalize_attention,
+        init=INITIALISERS[c.init_mode],
+        hidden_dropout=c.hidden_dropout,
+        dropout=c.dropout,
+    )
+    if c.mixer == "convolution":
+        return ConvolutionalAttention(norm, build_attention(c), build_memory(c), num_taps=NUM_TAPS, **given)
+    average = None if c.cema == "none" else ComplexEMA(c.model_dim, c.cema_ndim, c.cema == "complex", c.cema_omega)
+    rmsnorm = RMSNorm(c.model_dim, c.norm_eps)
+    return GatedAttention(norm, average, rmsnorm, build_attention(c), build_memory(c), **given)
 
 
 def build_attention(config: ModelConfig) -> ChunkAttention | SlidingAttention:

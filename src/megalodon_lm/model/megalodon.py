@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from ..config import ModelConfig
+from ..config import GECKO, ModelConfig
 from ..layers.initialization import init_embedding
 from ..layers.linear import Linear
 from .assembly import build_block, build_embedding, build_timestep_norm
@@ -39,7 +39,8 @@ class Megalodon(Decoder):
     def summary(self) -> str:
         """The sizes in a few words."""
         c = self.config
-        return f"a Megalodon of {c.num_layers} layers, width {c.model_dim} and chunks of {c.chunk_size}"
+        name = "Gecko" if all(getattr(c, key) == value for key, value in GECKO.items()) else "Megalodon"
+        return f"a {name} of {c.num_layers} layers, width {c.model_dim} and chunks of {c.chunk_size}"
 
     @property
     def state_remedy(self) -> str:

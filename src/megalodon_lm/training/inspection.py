@@ -5,6 +5,7 @@ import math
 import torch
 
 from ..layers.block import Block
+from ..layers.gated_attention import GatedAttention
 from ..model.language_model import LanguageModel
 from ..state_spec import named
 
@@ -17,14 +18,15 @@ def inspect_layers(model: LanguageModel) -> list[dict[str, float]]:
         `decay`: mean size of the states' factors |q|; `half_life`, `longest_half_life`: tokens after which a state has
         lost half, median and largest over channels and states; `query_gain`, `key_gain`: root mean square of the scales
         on normalised queries and keys, and `memory_query_gain`, `memory_key_gain` on those of a memory; `output`: norm
-        of CEMA's output weights gamma. Without CEMA there are the gains alone.
+        of CEMA's output weights gamma. Without CEMA there are the gains alone, of convolutions that of the queries.
     """
     found = []
     for block in model.layers:
         assert isinstance(block, Block)
         mega, figures = block.mega, {}
-        if mega.cema is not None:
-            _, q, _ = mega.cema.coefficients()
+        cema = mega.cema if isinstance(mega, GatedAttention) else None
+        if cema is not None:
+            _, q, _ = cema.coefficients()
             size = q.abs().double().clamp(max=1 - 1e-12)
             half_life = math.log(0.5) / size.log()
             figures["decay"] = size.mean().item()
@@ -32,8 +34,8 @@ def inspect_layers(model: LanguageModel) -> list[dict[str, float]]:
             figures["longest_half_life"] = half_life.max().item()
         gains = (mega.gamma.float() + 1).square().mean(1).sqrt().tolist()
         figures |= zip(("query_gain", "key_gain", "memory_query_gain", "memory_key_gain"), gains, strict=False)
-        if mega.cema is not None:
-            figures["output"] = mega.cema.gamma.norm().item()
+        if cema is not None:
+            figures["output"] = cema.gamma.norm().item()
         found.append(figures)
     return found
 
@@ -47,8 +49,8 @@ def state_bytes_by_part(model: LanguageModel, dtype: torch.dtype, at_chunk_end: 
         at_chunk_end: of each cache only what is used there, as in a bookmark.
 
     Returns:
-        Those of "norm" with the final one, and of "cema", "attention" and "memory" where there are such parts; the
-        position is left out.
+        Those of "norm" with the final one, and of "cema", "convolution", "attention" and "memory" where there are such
+        parts; the position is left out.
     """
     sizes: dict[str, int] = {}
     parts = [part for layer in model.state_spec["layers"] for part in layer.items()]
