@@ -16,6 +16,7 @@ from megalodon_lm.benchmark.report import draw, table
 from megalodon_lm.benchmark.suite import LENGTHS, MEASURES, PEERS, QUICK_LENGTHS, left_out, plan
 from megalodon_lm.benchmark.worker import ContenderFailed, Worker
 from megalodon_lm.benchmark.workloads import contender
+from megalodon_lm.config import NUM_TAPS
 from megalodon_lm.training.memory import resident
 
 from .processes import megalodon
@@ -49,7 +50,7 @@ def test_rounds_fit_the_budget_within_bounds():
     assert rounds_within(20, 0, 3, 15) == 15
 
 
-@pytest.mark.parametrize("name", ["tiny", "bench22M", "paper7B", "gecko_tiny", "gecko7B"])
+@pytest.mark.parametrize("name", ["tiny", "bench22M", "paper7B", "gecko_tiny", "gecko7B", "gecko7.1B"])
 @pytest.mark.parametrize("backward", [False, True])
 def test_the_floor_counts_every_matrix_product(name, backward):
     """Of a text so long that its first chunks, which have fewer before them, do not matter."""
@@ -57,8 +58,11 @@ def test_the_floor_counts_every_matrix_product(name, backward):
     tokens = (2 if config.attention == "chunk" else 2**26) * config.chunk_size
     with torch.device("meta"):
         floor = MatrixProducts(config, 1, tokens, torch.bfloat16, backward)
-    cema = 16 * config.model_dim * config.cema_ndim * config.num_layers * (3 if backward else 1)
-    assert floor.flops + cema * tokens == pytest.approx(config.flops_per_token(backward) * tokens, rel=1e-6)
+    averages = 16 * config.model_dim * config.cema_ndim
+    if config.mixer == "convolution":
+        averages = 2 * NUM_TAPS * (2 * config.z_dim + config.value_dim)
+    averages *= config.num_layers * (3 if backward else 1)
+    assert floor.flops + averages * tokens == pytest.approx(config.flops_per_token(backward) * tokens, rel=1e-6)
 
 
 def test_floors_are_positive_and_grow_with_the_work(monkeypatch):

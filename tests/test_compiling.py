@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megalodon_lm.config import GECKO
+from megalodon_lm.config import GECKO, LATER_GECKO
 from megalodon_lm.ops.backend import set_backend
 
 from .test_cut_invariant import CHUNK, build
@@ -45,7 +45,7 @@ REAL = {"cema": "real", "heads_without_rope": 1, "memory": "adaptive", "attentio
 CASES = [("auto", "packed", {}), ("portable", "packed", {}), ("auto", "packed", GECKO)]
 MORE = [
     ("auto", "first", {}), ("portable", "first", {}), ("portable", "carried", {}), ("auto", "first", GECKO),
-    ("portable", "packed", GECKO), ("portable", "packed", REAL),
+    ("portable", "packed", GECKO), ("portable", "packed", REAL), ("auto", "packed", LATER_GECKO),
 ]  # fmt: skip
 
 

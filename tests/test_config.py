@@ -13,6 +13,7 @@ PUBLISHED = {
     "mega7.3B": 7_385_817_088,
     "paper7B": 7_385_817_088,
     "gecko7B": 7_385_817_088,
+    "gecko7.1B": 6_975_168_512,  # with a vocabulary of 32,000
 }
 
 

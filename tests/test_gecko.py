@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megalodon_lm import ModelConfig
-from megalodon_lm.config import GECKO
+from megalodon_lm import Megalodon, ModelConfig
+from megalodon_lm.config import GECKO, LATER_GECKO
 
 from .test_cut_invariant import build
+from .test_model import compare_with_definition
 
 B1, B2 = 0.999, 0.9999
 
@@ -127,7 +128,29 @@ def test_the_model_is_the_paper_s_with_all_gradients(dtype, tolerance):
         assert (actual - expected).abs().max() / expected.abs().max().clamp(min=1e-3) < tolerance, name
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-3)])
+@pytest.mark.parametrize("changes", [{}, {"memory": "none", "attention": "chunk"}])
+def test_the_later_form_is_its_definition_with_all_gradients(changes, dtype, tolerance):
+    model = build(dtype, **{**LATER_GECKO, "chunk_size": 5, **changes})
+    compare_with_definition(model, 28, tolerance)
+
+
+def test_taps_weigh_about_the_same_at_the_start():
+    torch.manual_seed(0)
+    taps = Megalodon(ModelConfig.named("gecko_small", mixer="convolution")).layers[0].mega.convolutions["v"].weight
+    assert taps.shape == (512, 4)
+    assert taps.std().item() == pytest.approx(0.1, rel=0.1)
+    assert (taps.softmax(1) - 0.25).abs().max() < 0.1
+
+
 def test_the_named_sizes_are_geckos():
-    for name in ("gecko7B", "gecko_small", "gecko_tiny"):
+    for name in ("gecko7B", "gecko7.1B", "gecko_small", "gecko_tiny"):
         config = ModelConfig.named(name)
-        assert {key: getattr(config, key) for key in GECKO} == GECKO
+        choices = LATER_GECKO if name == "gecko7.1B" else GECKO
+        assert {key: getattr(config, key) for key in choices} == choices
+
+
+def test_a_gecko_calls_itself_one():
+    for name, kind in (("tiny", "Megalodon"), ("gecko_tiny", "Gecko")):
+        model = Megalodon(ModelConfig.named(name))
+        assert model.summary == f"a {kind} of 2 layers, width 64 and chunks of 64"

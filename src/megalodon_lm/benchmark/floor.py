@@ -58,9 +58,9 @@ def forward_products(config: ModelConfig, rows: int, length: int) -> list[Produc
             Product(chunks * heads, dk, dk, dv, layers, later),  # and one product with the matrix of those before it
         ]
     return [
-        Product(1, rows, d, z, layers),
+        Product(1, rows, d, z, layers if config.mixer == "cema" else 2 * layers),
         Product(1, rows, d, v, 2 * layers),
-        Product(1, rows, d, d, layers),
+        *([Product(1, rows, d, d, layers)] if config.mixer == "cema" else []),
         Product(1, rows, v, d, layers),
         Product(1, rows, d, f, (2 if config.swiglu else 1) * layers),
         Product(1, rows, f, d, layers),
