@@ -14,6 +14,7 @@ from megalodon_lm.ops.cpu.processor import multiplies_tiles
 from megalodon_lm.ops.cpu.simd import as_numpy, compiled
 
 from . import test_cpu_sliding_attention as sliding
+from . import test_local_attention as local
 from .cases import BOUNDARIES, boundaries, gradients
 from .test_cpu_chunk_attention import B, H, case, compare, run
 from .test_not_finite import run_attention
@@ -151,3 +152,12 @@ def test_nan_and_infinity_reach_what_depends_on_them(tiles, kind):
         for i, (a, e) in enumerate(zip(found, expected, strict=True)):
             wrong = torch.isfinite(a) != torch.isfinite(e)
             assert not wrong.any(), (seed, i, wrong.nonzero()[:5], a[wrong][:5], e[wrong][:5])
+
+
+@pytest.mark.parametrize(
+    ("kind", "length", "window", "position"), [("none", 50, 16, (5, 5, 5)), ("both", 70, 40, (3, 59, 0))]
+)
+def test_windows_that_slide_equal_reference_with_all_gradients(tiles, kind, length, window, position, monkeypatch):
+    monkeypatch.setattr(causal_attention, "MERGED_KEYS", 36)
+    inputs = local.case(length, torch.bfloat16, 32, window)
+    local.compare(local.native, boundaries(kind, B, length), position, inputs, window)

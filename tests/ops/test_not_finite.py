@@ -13,6 +13,7 @@ from megalodon_lm.ops.backend import OPS
 from megalodon_lm.ops.cema import cema_coefficients
 from megalodon_lm.ops.chunk_attention import KeyValueCache
 from megalodon_lm.ops.cpu import adaptive_memory, causal_attention
+from megalodon_lm.ops.local_attention import LocalCache
 from megalodon_lm.ops.sliding_attention import SlidingCache
 from megalodon_lm.ops.timestep_norm import NormState
 
@@ -78,6 +79,18 @@ def run_sliding(op):
     return run
 
 
+def run_local(op):
+    def run(where, q, k, v, keys, values):
+        position = torch.tensor([3, 23])
+        fill = torch.tensor([3, C - 1])
+        used = (torch.arange(C) < fill[:, None])[..., None, None]
+        cache = LocalCache(torch.where(used, keys, 0), torch.where(used, values, 0), fill, position)
+        out, leaving = op(q, k, v, C, 1e4, cache, where)
+        return out, leaving.keys, leaving.values
+
+    return run
+
+
 def run_memory(op):
     def run(where, q, k, v, keys, values, memory, log_sum):
         used = (torch.arange(C) < FILL[:, None])[..., None, None]
@@ -113,6 +126,7 @@ OPS_WITH_STATE = {
     "decay_norm": (run_norm, NORM),
     "chunk_attention": (run_attention, draw(*HEADS)),
     "sliding_attention": (run_sliding, draw(*HEADS[:3], (B, 2 * C, H, 16), (B, 2 * C, H, 32))),
+    "local_attention": (run_local, draw(*HEADS)),
     "adaptive_memory": (run_memory, draw(*HEADS, (B, 2, H, 16, 32), (B, H, 16))),
     "generalized_delta_rule": (run_delta_rule, draw(*KEYS * 3, *HEADS[:1], *KEYS * 2, (B, H, 32, 16))),
     "selective_scan": (run_scan, draw((B, L, D), (B, L, D), (D, N), (B, L, N), (B, L, N), (D,), (B, D, N))),

@@ -15,6 +15,8 @@ from .adaptive_memory import MemoryState, ValueCache
 from .boundaries import Boundaries
 from .chunk_attention import KeyValueCache
 from .decay_norm import MEAN_DECAY, VAR_DECAY
+from .local_attention import LocalCache
+from .rotary import Base
 from .sliding_attention import SlidingCache
 from .timestep_norm import NormState
 
@@ -144,12 +146,12 @@ def _norm_over_time(
     return torch.stack(rows), NormState(torch.tensor(counts), torch.stack(means), torch.stack(variances))
 
 
-def rope(x: Tensor, slot: int, base: float, heads_without_rope: int = 0) -> Tensor:
+def rope(x: Tensor, slot: int, base: Base, heads_without_rope: int = 0) -> Tensor:
     """Rotate the adjacent pairs (2i, 2i+1) of x (H, d) by slot * base^(-2i/d), but those of the last heads."""
     d, heads = x.shape[-1], len(x) - heads_without_rope
     pairs = []
     for i in range(d // 2):
-        angle = slot * base ** (-2 * i / d)
+        angle = slot * (base[i] if isinstance(base, tuple) else base ** (-2 * i / d))
         even, odd = x[:heads, 2 * i], x[:heads, 2 * i + 1]
         pairs += [even * math.cos(angle) - odd * math.sin(angle), even * math.sin(angle) + odd * math.cos(angle)]
     return torch.cat([torch.stack(pairs, -1), x[heads:]])
@@ -215,6 +217,46 @@ def sliding_attention(
     heads_without_rope: int = 0,
 ) -> tuple[Tensor, SlidingCache]:
     """A token sees its own chunk up to itself, and all of the chunk before; both and RoPE restart at each document."""
+
+    def kept(position: int, seen: list[Tensor]) -> list[Tensor]:
+        return seen if position % chunk_size else seen[-chunk_size:]
+
+    out, *leaving = _attention_in_documents(
+        kept, 2 * chunk_size, q, k, v, rope_base, cache, boundaries, heads_without_rope
+    )
+    return out, SlidingCache(*leaving)
+
+
+def local_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    rope_base: Base,
+    cache: LocalCache | None = None,
+    boundaries: Boundaries | None = None,
+) -> tuple[Tensor, LocalCache]:
+    """A token sees the last `window` tokens of its document, itself counted; RoPE restarts at each document."""
+
+    def kept(position: int, seen: list[Tensor]) -> list[Tensor]:
+        return seen[max(0, len(seen) - window + 1) :]
+
+    out, *leaving = _attention_in_documents(kept, window, q, k, v, rope_base, cache, boundaries)
+    return out, LocalCache(*leaving)
+
+
+def _attention_in_documents(
+    kept: Callable[[int, list[Tensor]], list[Tensor]],
+    size: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rope_base: Base,
+    cache: SlidingCache | LocalCache | None,
+    boundaries: Boundaries | None,
+    heads_without_rope: int = 0,
+) -> tuple[Tensor, ...]:
+    """Attention to itself and what is `kept` after each token, by how many there were and what was seen so far."""
     batch, length = q.shape[:2]
     rows, keys, values, fills, positions = [], [], [], [], []
     for b in range(batch):
@@ -231,16 +273,15 @@ def sliding_attention(
             seen_v.append(v[b, t])
             out.append(_attend(rope(q[b, t], position, rope_base, heads_without_rope), seen_k, seen_v))
             position += 1
-            if position % chunk_size == 0:  # the next token sees this chunk and none before
-                seen_k, seen_v = seen_k[-chunk_size:], seen_v[-chunk_size:]
+            seen_k, seen_v = kept(position, seen_k), kept(position, seen_v)
         out += [torch.zeros_like(v[b, 0])] * (length - valid)
         rows.append(torch.stack(out))
-        keys.append(_filled_up(seen_k, 2 * chunk_size, k[b, 0]))
-        values.append(_filled_up(seen_v, 2 * chunk_size, v[b, 0]))
+        keys.append(_filled_up(seen_k, size, k[b, 0]))
+        values.append(_filled_up(seen_v, size, v[b, 0]))
         fills.append(len(seen_k))
         positions.append(position)
     leaving = (torch.stack(keys), torch.stack(values), torch.tensor(fills), torch.tensor(positions))
-    return torch.stack(rows), SlidingCache(*leaving)
+    return torch.stack(rows), *leaving
 
 
 def adaptive_memory(

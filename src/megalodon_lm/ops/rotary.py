@@ -7,6 +7,8 @@ from torch import Tensor
 
 Turns = tuple[Tensor, Tensor]
 """cos and sin of the angles of some tokens, (L, d / 2) or (B, L, d / 2)."""
+Base = float | tuple[float, ...]
+"""Base of the rotary frequencies base^(-2i/d), or the d / 2 frequencies themselves, where they follow another rule."""
 
 
 def rope(x: Tensor, turns: Turns, heads_without_rope: int = 0) -> Tensor:
@@ -28,13 +30,13 @@ def rope(x: Tensor, turns: Turns, heads_without_rope: int = 0) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
 
 
-def slot_turns(x: Tensor, slots: Tensor, base: float, highest: int) -> Turns:
+def slot_turns(x: Tensor, slots: Tensor, base: Base, highest: int) -> Turns:
     """For x (B, L, H, d) at the positions `slots`, (L,) or (B, L) int64 below `highest`: angles slot * base^(-2i/d)."""
     cos, sin = _table(x, base, highest)
     return cos[slots], sin[slots]
 
 
-def document_turns(x: Tensor, positions: Tensor, base: float, chunk_size: int) -> Turns:
+def document_turns(x: Tensor, positions: Tensor, base: Base, chunk_size: int) -> Turns:
     """For x (B, L, H, d) at the positions in a document, (L,) or (B, L) int64 on the CPU, however large.
 
     The angle of a place in a chunk, out of a table, and that of the chunk's start, in float64: a float32 angle would
@@ -52,24 +54,27 @@ def _dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _table(x: Tensor, base: float, highest: int) -> Turns:
+def _table(x: Tensor, base: Base, highest: int) -> Turns:
     kept = rotations.__wrapped__ if torch.compiler.is_compiling() else rotations  # a graph cannot look up what is kept
     return kept(highest, x.shape[-1], base, _dtype(x), x.device)
 
 
 @lru_cache(maxsize=16)
-def rotations(highest: int, dim: int, base: float, dtype: torch.dtype, device: torch.device) -> Turns:
+def rotations(highest: int, dim: int, base: Base, dtype: torch.dtype, device: torch.device) -> Turns:
     """cos and sin of all positions, (highest, dim / 2)."""
     with torch.inference_mode(False):
         return _turns(torch.arange(highest), dim, base, dtype, device)
 
 
-def frequencies(dim: int, base: float) -> Tensor:
+def frequencies(dim: int, base: Base) -> Tensor:
     """Angles of one step, (dim / 2,) float64."""
+    if isinstance(base, tuple):
+        assert len(base) == dim // 2
+        return torch.tensor(base, dtype=torch.float64)
     return base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
 
 
-def _turns(positions: Tensor, dim: int, base: float, dtype: torch.dtype, device: torch.device) -> Turns:
+def _turns(positions: Tensor, dim: int, base: Base, dtype: torch.dtype, device: torch.device) -> Turns:
     """cos and sin of positions (...), (..., dim / 2), by float64."""
     angle = positions.double()[..., None] * frequencies(dim, base)
     return angle.cos().to(device, dtype), angle.sin().to(device, dtype)

@@ -1,10 +1,11 @@
 """Softmax attention of each token to itself and a number of tokens before it: what all attention over chunks is.
 
 A token's slot is how many tokens before it it sees, first of the piece, then of the cache at the entry. Slots rise by
-one inside a chunk of c tokens, so that the tokens of a chunk see one run of keys. Three layouts bring queries to their
+one inside a chunk of c tokens, so that the tokens of a chunk see one run of keys; where a window slides they stay at
+its size, and each token sees a run of its own. Three layouts bring queries to their
 keys. Where all rows stand at one slot, chunks are slices. Else they lie in bins (bins.py), whose shapes depend on where
 documents begin. In a graph of torch.compile no value may decide a shape: there a tile of queries is given as many keys
-before it as a token can see, and its own.
+before it as a token can see, and its own; where a window slides, too.
 """
 
 import math
@@ -42,6 +43,27 @@ class Window(NamedTuple):
         place = position % self.chunk_size
         return place + (position - place).clamp(max=self.kept) if self.kept else place
 
+    def slot(self, position: int) -> int:
+        """`slots` of one number."""
+        return position % self.chunk_size + min(position // self.chunk_size * self.chunk_size, self.kept)
+
+
+class SlidingWindow(NamedTuple):
+    """What tokens see: the last `size` tokens, themselves counted, of which a cache keeps all but one."""
+
+    size: int
+
+    def slots(self, position: Tensor) -> Tensor:
+        """As of Window."""
+        return position.clamp(max=self.size - 1)
+
+    def slot(self, position: int) -> int:
+        """`slots` of one number."""
+        return min(position, self.size - 1)
+
+
+AnyWindow = Window | SlidingWindow
+
 
 class Entry(NamedTuple):
     """Where the tokens of a piece stand.
@@ -61,7 +83,7 @@ class Entry(NamedTuple):
     leaving: Tensor
 
 
-def enter(window: Window, fill: Tensor | None, boundaries: Boundaries | None, batch: int, length: int) -> Entry:
+def enter(window: AnyWindow, fill: Tensor | None, boundaries: Boundaries | None, batch: int, length: int) -> Entry:
     """Where the tokens of a piece stand that comes after a cache of `fill` entries a row, None for no cache."""
     where = boundaries or Boundaries()
     filled = torch.zeros(batch, dtype=torch.int64) if fill is None else fill
@@ -69,7 +91,7 @@ def enter(window: Window, fill: Tensor | None, boundaries: Boundaries | None, ba
     return Entry(filled, where, slots, _common_start(fill, boundaries), leaving)
 
 
-def token_slots(window: Window, fill: Tensor, boundaries: Boundaries, length: int) -> Tensor:
+def token_slots(window: AnyWindow, fill: Tensor, boundaries: Boundaries, length: int) -> Tensor:
     """(B, L) int64 on the CPU: how many tokens before it a token sees, after `fill` ones of a cache; -1 at padding."""
     slots = window.slots(boundaries.since_start(fill, length))
     return slots if boundaries.lengths is None else torch.where(boundaries.valid(length), slots, -1)
@@ -85,7 +107,9 @@ def _common_start(fill: Tensor | None, boundaries: Boundaries | None) -> int | N
     return int(fill[0])
 
 
-def attend_in_windows(q: Tensor, keys: Side, values: Side, window: Window, entry: Entry, drop: Drop) -> Tensor:
+def attend_in_windows(
+    q: Tensor, keys: Side, values: Side, window: AnyWindow, entry: Entry, drop: Drop = (0.0, False)
+) -> Tensor:
     """Attention of each token to itself and `slot` tokens before it, 0 at padding; NaN where it sees one.
 
     Args:
@@ -100,10 +124,11 @@ def attend_in_windows(q: Tensor, keys: Side, values: Side, window: Window, entry
     """
 
     def run(values: Side) -> Tensor:
+        if isinstance(window, SlidingWindow) or (entry.start is None and torch.compiler.is_compiling()):
+            return _in_graph(q, keys, values, window, drop, entry.slots)
         if entry.start is not None:
             return _in_slices(q, keys, values, window, drop, entry.start)
-        in_layout = _in_graph if torch.compiler.is_compiling() else _in_bins
-        return in_layout(q, keys, values, window, drop, entry.slots)
+        return _in_bins(q, keys, values, window, drop, entry.slots)
 
     out = run(values)
     if is_finite(out, entry.slots):
@@ -113,14 +138,13 @@ def attend_in_windows(q: Tensor, keys: Side, values: Side, window: Window, entry
     return out.masked_fill(spoilt(piece, cached, entry.slots), math.nan)
 
 
-def leave(piece: Tensor, cached: Tensor | None, window: Window, entry: Entry) -> Tensor:
+def leave(piece: Tensor, cached: Tensor | None, window: AnyWindow, entry: Entry) -> Tensor:
     """Keys or values (B, window.size, H, d) of the cache at the exit."""
     length = piece.shape[1]
     if entry.start is not None:
-        end = entry.start + length
-        end = end % window.chunk_size + min(end // window.chunk_size * window.chunk_size, window.kept)
-        return even_open_chunk(piece, cached, end, window.size, entry.start)
-    stops, moved = entry.boundaries.lengths, entry.fill if window.kept else None
+        return even_open_chunk(piece, cached, window.slot(entry.start + length), window.size, entry.start)
+    moves = isinstance(window, SlidingWindow) or window.kept
+    stops, moved = entry.boundaries.lengths, entry.fill if moves else None
     if stops is None:
         stops = torch.full_like(entry.fill, length)
     return open_chunk(piece, cached, stops, entry.leaving, window.size, moved)
@@ -172,9 +196,9 @@ def _in_bins(q: Tensor, keys: Side, values: Side, window: Window, drop: Drop, sl
     return take(out.flatten(0, 1), bins.query_of)
 
 
-def _in_graph(q: Tensor, keys: Side, values: Side, window: Window, drop: Drop, slots: Tensor) -> Tensor:
+def _in_graph(q: Tensor, keys: Side, values: Side, window: AnyWindow, drop: Drop, slots: Tensor) -> Tensor:
     """Cached keys moved, in each row, to end where its tokens begin, so that what a query sees lies in one run."""
-    k, v = (_joined(*side, slots) for side in (keys, values))
+    k, v = (joined(*side, slots) for side in (keys, values))
     length = q.shape[1]
     before = k.shape[1] - length
     slots = slots.to(q.device)
@@ -184,7 +208,7 @@ def _in_graph(q: Tensor, keys: Side, values: Side, window: Window, drop: Drop, s
     return torch.where((slots >= 0)[..., None, None], out, 0)
 
 
-def _joined(piece: Tensor, cached: Tensor | None, slots: Tensor) -> Tensor:
+def joined(piece: Tensor, cached: Tensor | None, slots: Tensor) -> Tensor:
     """The entries of the cache that the first token of each row sees, moved to end where the piece begins, and it."""
     if cached is None:
         return piece
@@ -205,6 +229,6 @@ def spoilt(v: Tensor, cached: Tensor | None, slots: Tensor) -> Tensor:
     Returns:
         (B, L, H, dv) bool.
     """
-    wrong = ~torch.isfinite(_joined(v, cached, slots))
+    wrong = ~torch.isfinite(joined(v, cached, slots))
     before = wrong.shape[1] - v.shape[1]
     return any_seen(wrong, torch.cat([slots.new_full((len(slots), before), -1), slots], 1))[:, before:]

@@ -2,7 +2,7 @@
 
 `slots` (B, L) says it all about a piece: how many tokens before it each token sees, of the piece and then of the entry
 cache, and -1 at padding. Tokens of a run of slots that rise by one see from one token on. Those of the next run begin
-there or later, so keys that two runs see lie between.
+there or later, so keys that two runs see lie between. Where a window slides, slots stay as they are: a token is a run.
 """
 
 from typing import Any
@@ -20,7 +20,8 @@ _SUM = {"contract", "reassoc", "nsz"}
 
 @compiled(fastmath=_CONTRACT)
 def plan_groups(slots: Any, most: int, ends: Any, groups: Any) -> int:
-    """Cut rows into groups: one run, or several whole runs of together no more than `most` keys.
+    """Cut rows into groups: one run, or several whole runs of together no more than `most` keys, or as many queries
+    where a window slides.
 
     Args:
         slots: (B, L).
@@ -42,7 +43,8 @@ def plan_groups(slots: Any, most: int, ends: Any, groups: Any) -> int:
                 end += 1
             ends[b, entries + low : entries + at - slots[b, at]] = at
             low = at - slots[b, at]
-            if end - at <= room:
+            slides = at > 0 and slots[b, at] == slots[b, at - 1] and at - groups[count - 1, 1] < most
+            if end - at <= room or slides:
                 groups[count - 1, 2] = end
                 room -= end - at
             else:

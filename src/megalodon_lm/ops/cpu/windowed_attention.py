@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..boundaries import Boundaries
-from ..windowed_attention import Window, token_slots
+from ..windowed_attention import AnyWindow, Window, token_slots
 from .causal_attention import causal_attention
 from .open_chunk import open_chunk
 from .rotary import rotate
@@ -53,6 +53,22 @@ def windowed_attention(
     Returns:
         (B, L, H, dv), and the cache at the exit.
     """
+    if positions is None:
+        fill = torch.zeros(len(q), dtype=torch.int64) if cache is None else cache[2]
+        positions = token_slots(window, fill, boundaries or Boundaries(), q.shape[1])
+    turn = (positions, rope_base, window.chunk_size, heads_without_rope)
+    return attend_and_leave(rotate(q, *turn), rotate(k, *turn), v, window, cache, boundaries)
+
+
+def attend_and_leave(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: AnyWindow,
+    cache: tuple[Tensor, Tensor, Tensor] | None,
+    boundaries: Boundaries | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of rotated queries and keys; arguments and results as in windowed_attention."""
     batch, length = q.shape[:2]
     keys, values, fill = None, None, torch.zeros(batch, dtype=torch.int64)
     if cache is not None:
@@ -60,10 +76,7 @@ def windowed_attention(
     where = boundaries or Boundaries()
     slots = token_slots(window, fill, where, length)
     stops = torch.full_like(fill, length) if where.lengths is None else where.lengths
-
     v = v.contiguous()
-    turn = (slots if positions is None else positions, rope_base, window.chunk_size, heads_without_rope)
-    q, k = rotate(q, *turn), rotate(k, *turn)
     out = causal_attention(q, k, v, keys, values, slots)
     leaving = window.slots(where.exit_position(fill, length))
     places = torch.stack([stops, leaving, fill], 1)
