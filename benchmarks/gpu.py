@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from megalodon_lm import Megalodon, ModelConfig
-from megalodon_lm.baselines import llama
+from megalodon_lm.benchmark.peers import llama
 from megalodon_lm.generation.engine import DecodingEngine
 
 GPU = torch.device("cuda")

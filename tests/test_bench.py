@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megalodon_lm import ModelConfig
-from megalodon_lm.baselines import NAMES
 from megalodon_lm.benchmark.floor import MatrixProducts, MemoryCopy, MemoryRead, weight_bytes
 from megalodon_lm.benchmark.pairs import alternate, rate_ratio, rounds_within
+from megalodon_lm.benchmark.peers import NAMES
 from megalodon_lm.benchmark.records import Record, write_records
 from megalodon_lm.benchmark.report import draw, table
 from megalodon_lm.benchmark.suite import LENGTHS, MEASURES, PEERS, QUICK_LENGTHS, left_out, plan
@@ -93,7 +93,7 @@ def test_every_measure_runs(name, measure, monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_baselines_run_at_their_fastest_settings(name):
+def test_peers_run_at_their_fastest_settings(name):
     competitor = contender(name, TINY, "bf16")
     assert "bf16" in competitor.settle("training", 2, 24)
     assert competitor.timer("training", 2, 24)() > 0
@@ -105,8 +105,8 @@ def test_the_plan_keeps_to_what_is_bearable_and_holds_every_bar():
     cases = {str(case): case for case in plan(MEASURES, PEERS, LENGTHS)}
     for bar in (
         "training at 4K against llama", "training at 16K against llama", "training at 32K against llama",
-        "training at 1K against mamba", "training at 4K against mamba", "training at 1K against rwkv",
-        "training at 4K against rwkv", "training at 4K against megalodon-jax",
+        "training at 1K against mamba", "training at 4K against mamba", "training at 1K against rwkv4",
+        "training at 4K against rwkv4", "training at 4K against megalodon-jax",
         "training at 4K against matrix-product floor", "training at 128K against megalodon at 8K",
         "decode at 100K against megalodon at 1K", "decode at 16K against llama",
         "decode at 16K against weight-bandwidth floor", "cema at 4K against portable",
@@ -114,13 +114,13 @@ def test_the_plan_keeps_to_what_is_bearable_and_holds_every_bar():
         assert bar in cases
     long = cases["training at 128K against megalodon at 8K"]
     assert long.batch * long.length == long.peer_batch * long.peer_length
-    assert "training at 16K against rwkv" not in cases
+    assert "training at 16K against rwkv4" not in cases
     assert plan(["cema"], ["llama"], LENGTHS) == []
-    assert all(case.length == 1024 for case in plan(MEASURES, ["rwkv", "mamba", "jax"], QUICK_LENGTHS, quick=True))
+    assert all(case.length == 1024 for case in plan(MEASURES, ["rwkv4", "mamba", "jax"], QUICK_LENGTHS, quick=True))
 
 
 def test_missing_peers_are_told_with_the_remedy(monkeypatch):
-    monkeypatch.setattr("megalodon_lm.baselines.find_spec", lambda name: None)
+    monkeypatch.setattr("megalodon_lm.benchmark.peers.find_spec", lambda name: None)
     reasons = left_out(PEERS, None)
     assert set(reasons) == {*NAMES, "jax"}
     assert "mambapy" in reasons["mamba"]

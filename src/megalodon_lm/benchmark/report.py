@@ -23,7 +23,7 @@ FLOOR = Look("the machine's floor", "0.45", "--")
 LOOKS = {
     "megalodon": Look("Megalodon", "tab:blue"),
     "llama": Look("Llama", "tab:orange"),
-    "rwkv": Look("RWKV", "tab:red"),
+    "rwkv4": Look("RWKV-4", "tab:red"),
     "mamba": Look("Mamba", "tab:green"),
     "gecko": Look("Gecko", "tab:olive"),
     "megalodon-jax": Look("megalodon-jax", "tab:purple"),

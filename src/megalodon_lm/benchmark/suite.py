@@ -9,28 +9,28 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal, get_args
 
-from ..baselines import NAMES, missing
 from ..config import ModelConfig
 from ..plots import short
 from .pairs import alternate, rate_ratio, rounds_within
+from .peers import NAMES, missing
 from .records import Record
 from .worker import ContenderFailed, Prepared, Worker
 from .workloads import STEPS, Measure
 
 _Request = tuple[Measure, int, int]
-PeerName = Literal["llama", "mamba", "rwkv", "gecko", "jax", "floor", "itself", "portable"]
+PeerName = Literal["llama", "mamba", "rwkv4", "gecko", "jax", "floor", "itself", "portable"]
 LENGTHS = (1024, 4096, 16_384, 32_768, 131_072)
 QUICK_LENGTHS = (1024, 4096)
 LONG_ROUND = 20.0  # seconds; from there on the warm-up counts as the first round
 STEP_TOKENS = 4096  # of a training step, at least
 QUICK_STEP_TOKENS = 1024
-SLOW: tuple[PeerName, ...] = ("mamba", "rwkv", "jax")
+SLOW: tuple[PeerName, ...] = ("mamba", "rwkv4", "jax")
 QUICK_LONGEST = 1024  # input of slow peers
 
 LONGEST: dict[tuple[Measure, PeerName], int] = {
     ("training", "llama"): 32_768,
     ("training", "mamba"): 4096,
-    ("training", "rwkv"): 4096,
+    ("training", "rwkv4"): 4096,
     ("training", "gecko"): 32_768,
     ("training", "jax"): 4096,
     ("training", "floor"): 32_768,
@@ -38,12 +38,12 @@ LONGEST: dict[tuple[Measure, PeerName], int] = {
     ("decode", "jax"): 4096,
     ("prefill", "llama"): 32_768,
     ("prefill", "mamba"): 4096,
-    ("prefill", "rwkv"): 16_384,
+    ("prefill", "rwkv4"): 16_384,
     ("prefill", "gecko"): 32_768,
     ("prefill", "floor"): 16_384,
     ("decode", "llama"): 131_072,
     ("decode", "mamba"): 16_384,
-    ("decode", "rwkv"): 16_384,
+    ("decode", "rwkv4"): 16_384,
     ("decode", "gecko"): 16_384,
     ("decode", "floor"): 16_384,
     ("cema", "portable"): 4096,

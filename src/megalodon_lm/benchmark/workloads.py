@@ -13,7 +13,6 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
-from ..baselines import baseline
 from ..config import GECKO, ModelConfig
 from ..generation.engine import DecodingEngine
 from ..layers.complex_ema import ComplexEMA
@@ -22,6 +21,7 @@ from ..ops import backend
 from ..training.precision import autocast
 from .floor import floor_timer
 from .pairs import Timer
+from .peers import peer
 
 Measure = Literal["training", "prefill", "decode", "cema"]
 PREFILL_LENGTH = 4096  # tokens read at once
@@ -41,7 +41,7 @@ class Contender(Protocol):
 
 
 def contender(name: str, config: ModelConfig, precision: Literal["bf16", "float32"]) -> Contender:
-    """By name: megalodon, gecko (the same sizes), portable (CEMA without native kernels), floor, or a baseline."""
+    """By name: megalodon, gecko (the same sizes), portable (CEMA without native kernels), floor, or a peer."""
     if name == "megalodon":
         return Ours(config, precision)
     if name == "gecko":
@@ -152,10 +152,10 @@ class Ours:
 
 
 class Peer:
-    """A baseline of equal parameters, with the weights and the cache that are fastest here."""
+    """A model of transformers of equal parameters, with the weights and the cache that are fastest here."""
 
     def __init__(self, name: str, config: ModelConfig, precision: Literal["bf16", "float32"]):
-        self.module, self.precision, self.vocabulary = baseline(name), precision, config.vocab_size
+        self.module, self.precision, self.vocabulary = peer(name), precision, config.vocab_size
         torch.manual_seed(0)
         self.model = self.module.build(config.num_parameters, config.vocab_size)
         self._cast: nn.Module | None = None

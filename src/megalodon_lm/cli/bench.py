@@ -14,7 +14,7 @@ TABLE_WIDTH = 132
 class Bench(Quiet):
     """Measure speed and memory beside other models of the same size, and beside what this machine can do at most.
 
-    Llama, Mamba and RWKV come with pip install 'megalodon-lm[bench]'. megalodon-jax needs an interpreter of its own:
+    Llama, Mamba and RWKV-4 come with pip install 'megalodon-lm[bench]'. megalodon-jax needs an interpreter of its own:
     python -m venv v && v/bin/pip install megalodon-jax==0.2.2, then --jax-python v/bin/python. What is missing is left
     out. Models take turns, each in its own process; a ratio is the median of the rounds' ratios. Threads are PyTorch's:
     OMP_NUM_THREADS=1 measures on one.
@@ -30,8 +30,8 @@ class Bench(Quiet):
     """A named size, a configuration file or a model folder."""
     measures: tuple[Literal["training", "prefill", "decode", "cema"], ...] = ("training", "prefill", "decode", "cema")
     """A training step (forward, loss and backward); reading a prompt; writing tokens after one; the CEMA operation."""
-    peers: tuple[Literal["llama", "mamba", "rwkv", "gecko", "jax", "floor", "itself", "portable"], ...] = (
-        "llama", "mamba", "rwkv", "jax", "floor", "itself", "portable",
+    peers: tuple[Literal["llama", "mamba", "rwkv4", "gecko", "jax", "floor", "itself", "portable"], ...] = (
+        "llama", "mamba", "rwkv4", "jax", "floor", "itself", "portable",
     )  # fmt: skip
     """What to compare with; gecko is Megalodon with Gecko's choices, itself Megalodon at a short length, portable its
     CEMA without native kernels."""

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from megalodon_lm import ModelConfig
-from megalodon_lm.baselines import NAMES, baseline, missing
+from megalodon_lm.benchmark.peers import NAMES, missing, peer
 
 pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning", "default::FutureWarning")
 PARAMETERS = 300_000
@@ -17,7 +17,7 @@ VOCABULARY = 32
 @pytest.fixture(scope="module", params=NAMES)
 def named(request):
     torch.manual_seed(0)
-    module = baseline(request.param)
+    module = peer(request.param)
     return module, module.build(PARAMETERS, VOCABULARY).eval()
 
 
@@ -25,7 +25,7 @@ def named(request):
 def test_parameters_are_equal_to_one_percent(name):
     config = ModelConfig.named("bench22M")
     with torch.device("meta"):
-        model = baseline(name).build(config.num_parameters, config.vocab_size)
+        model = peer(name).build(config.num_parameters, config.vocab_size)
     count = sum(p.numel() for p in model.parameters())
     assert count == pytest.approx(config.num_parameters, rel=0.01)
 
@@ -69,7 +69,7 @@ def test_mamba_trains_by_the_scan_of_mambapy(monkeypatch):
     calls = []
     scan = mambapy.pscan.pscan
     monkeypatch.setattr(mambapy.pscan, "pscan", lambda *args: calls.append(args) or scan(*args))
-    module = baseline("mamba")
+    module = peer("mamba")
     model = module.build(PARAMETERS, VOCABULARY)
     module.loss(model, torch.zeros(1, 8, dtype=torch.int64)).backward()
     assert len(calls) == model.config.num_hidden_layers
@@ -77,9 +77,9 @@ def test_mamba_trains_by_the_scan_of_mambapy(monkeypatch):
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "mambapy", None)
-    monkeypatch.setattr("megalodon_lm.baselines.find_spec", lambda name: None if name == "mambapy" else object())
+    monkeypatch.setattr("megalodon_lm.benchmark.peers.find_spec", lambda name: None if name == "mambapy" else object())
     assert missing("llama") == []
     with pytest.raises(ValueError, match=r"mamba needs mambapy; pip install 'megalodon-lm\[bench\]'"):
-        baseline("mamba")
-    with pytest.raises(ValueError, match="unknown baseline 'gpt'"):
-        baseline("gpt")
+        peer("mamba")
+    with pytest.raises(ValueError, match="unknown peer 'gpt'"):
+        peer("gpt")

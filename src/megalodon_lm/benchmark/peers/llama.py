@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from ..sizing import round_width
+from ...sizing import round_width
 
 LAYERS = 6
 HEAD_DIM = 128
@@ -15,7 +15,7 @@ CACHES = ("static", "dynamic")
 
 
 def build(parameters: int, vocab_size: int) -> nn.Module:
-    """See Baseline.build.
+    """See Peer.build.
 
     Six layers, heads of 128, no grouped queries, the fused attention of PyTorch. The width is the narrowest whose
     feed-forward network is at most 3.5 times as wide, because attention costs in proportion to the width.
@@ -51,30 +51,30 @@ def _hidden(parameters: int, vocab_size: int, width: int) -> int:
 
 
 def loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """See Baseline.loss."""
+    """See Peer.loss."""
     return model(tokens, labels=tokens, use_cache=False).loss
 
 
 def prefill(model: nn.Module, tokens: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
-    """See Baseline.prefill."""
+    """See Peer.prefill."""
     out = model(tokens, cache=cache, use_cache=True, logits_to_keep=1)
     return out.logits[:, -1], out.cache
 
 
 def step(model: nn.Module, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
-    """See Baseline.step."""
+    """See Peer.step."""
     out = model(tokens, cache=cache, use_cache=True)
     return out.logits[:, -1], cache
 
 
 def empty_cache(model: nn.Module, kind: str, room: int) -> Any:
-    """See Baseline.empty_cache. "static" is preallocated and masked, "dynamic" grows by concatenation."""
+    """See Peer.empty_cache. "static" is preallocated and masked, "dynamic" grows by concatenation."""
     config: Any = model.config
     return StaticCache(config=config, max_cache_len=room) if kind == "static" else DynamicCache(config=config)
 
 
 def made_up_cache(model: nn.Module, kind: str, context: int, room: int, dtype: torch.dtype) -> Any:
-    """See Baseline.made_up_cache."""
+    """See Peer.made_up_cache."""
     config: Any = model.config
     cache = empty_cache(model, kind, context + room)
     shape = (1, config.num_key_value_heads, context, config.head_dim)
@@ -84,7 +84,7 @@ def made_up_cache(model: nn.Module, kind: str, context: int, room: int, dtype: t
 
 
 def rewind(cache: Any, tokens: int) -> None:
-    """See Baseline.rewind."""
+    """See Peer.rewind."""
     if isinstance(cache, StaticCache):
         layers: Any = cache.layers
         for layer in layers:

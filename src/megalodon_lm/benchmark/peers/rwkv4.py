@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 from transformers import RwkvConfig, RwkvForCausalLM
 
-from ..sizing import round_width
+from ...sizing import round_width
 
 LAYERS = 6
 CACHES = ("state",)
 
 
 def build(parameters: int, vocab_size: int) -> nn.Module:
-    """See Baseline.build.
+    """See Peer.build.
 
     Six layers; the width is the narrowest whose feed-forward network is at most 4.5 times as wide, so that the
     recurrence has few channels.
@@ -44,31 +44,31 @@ def _hidden(parameters: int, vocab_size: int, width: int) -> int:
 
 
 def loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """See Baseline.loss."""
+    """See Peer.loss."""
     return model(tokens, labels=tokens, use_cache=False).loss
 
 
 def prefill(model: nn.Module, tokens: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
-    """See Baseline.prefill."""
+    """See Peer.prefill."""
     out = model(tokens, state=cache, use_cache=True, logits_to_keep=1)
     return out.logits[:, -1], out.state
 
 
 def step(model: nn.Module, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
-    """See Baseline.step."""
+    """See Peer.step."""
     out = model(tokens, state=cache, use_cache=True)
     return out.logits[:, -1], out.state
 
 
 def empty_cache(model: nn.Module, kind: str, room: int) -> Any:
-    """See Baseline.empty_cache."""
+    """See Peer.empty_cache."""
     return None
 
 
 def made_up_cache(model: nn.Module, kind: str, context: int, room: int, dtype: torch.dtype) -> Any:
-    """See Baseline.made_up_cache. Its size does not depend on the context, so a few tokens make it."""
+    """See Peer.made_up_cache. Its size does not depend on the context, so a few tokens make it."""
     return prefill(model, torch.zeros(1, min(context, 8), dtype=torch.int64))[1]
 
 
 def rewind(cache: Any, tokens: int) -> None:
-    """See Baseline.rewind. A state does not grow: nothing to do."""
+    """See Peer.rewind. A state does not grow: nothing to do."""
