@@ -11,6 +11,10 @@ class InputError(ValueError):
     """
 
 
+class Diverged(InputError):
+    """The loss of a model is not finite, or rose too often: with these settings there is nothing more to be had."""
+
+
 class InputNote(UserWarning):
     """Part of what a user gave was not used; the rest was. Commands show it as one line and go on."""
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -103,6 +104,15 @@ def _integers_fit(value: Any) -> bool:
     if isinstance(value, dict | list):
         return all(map(_integers_fit, value.values() if isinstance(value, dict) else value))
     return not isinstance(value, int) or value.bit_length() < _BITS
+
+
+def finite_values(value: Any) -> Any:
+    """For JSON: numbers that are not finite become null."""
+    if isinstance(value, dict):
+        return {key: finite_values(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_values(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_sealed(path: Path, table: dict[str, Any]) -> None:

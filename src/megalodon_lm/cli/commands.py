@@ -10,6 +10,7 @@ from .. import __version__
 from ..errors import InputError, nearest
 from .bench import Bench
 from .chat import Chat
+from .compare import Compare
 from .evaluate import Evaluate
 from .generate import Generate
 from .info import Info
@@ -31,6 +32,7 @@ Command = (
     | Annotated[Chat, subcommand("chat")]
     | Annotated[StateFile, subcommand("state")]
     | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[Compare, subcommand("compare")]
     | Annotated[Bench, subcommand("bench")]
     | Annotated[Info, subcommand("info")]
 )

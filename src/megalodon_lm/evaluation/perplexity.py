@@ -111,7 +111,7 @@ def score(
         losses: to add to; None for new ones.
 
     Raises:
-        InputError: a loss is not finite.
+        Diverged: a loss is not finite.
     """
     model.eval()
     losses, state = losses or Losses(), None

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..files import write_atomically
 from ..plots import finite, length_axis, log_axis, picture
+from ..tables import finite_values
 
 REPORT_JSON, REPORT_MARKDOWN, PICTURE = "report.json", "report.md", "report.png"
 FIRST_DRAWN = 8  # position in the picture of context, in bytes
@@ -64,7 +65,7 @@ class Report:
             training_curve: (bytes read, bits per byte) of the training steps.
         """
         figures = asdict(self) | {"bits_per_byte_by_context": self.bits_per_byte_by_context}
-        write_atomically(folder / REPORT_JSON, json.dumps(_finite(figures), indent=2) + "\n")
+        write_atomically(folder / REPORT_JSON, json.dumps(finite_values(figures), indent=2) + "\n")
         write_atomically(folder / REPORT_MARKDOWN, self.markdown())
         self._draw(folder / PICTURE, training_curve)
 
@@ -148,10 +149,3 @@ With the state emptied every so many bytes; the last row is the whole text.
                 axis.axhline(value, color="0.5", linewidth=1, linestyle=":")
                 place = (float(side == "right"), value)
                 axis.annotate(name, place, xycoords=("axes fraction", "data"), color="0.4", ha=side, va="bottom")
-
-
-def _finite(value: Any) -> Any:
-    """For JSON: numbers that are not finite become null."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

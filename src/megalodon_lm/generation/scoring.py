@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import Diverged
 from ..model.language_model import LanguageModel
 from ..state import State
 from ..training.precision import Precision, autocast, choose_precision
@@ -32,7 +32,7 @@ def token_losses(
         Loss of each target in nats, (B, L) float64 on the CPU, and the state after the piece.
 
     Raises:
-        InputError: a loss is NaN or infinite, so that no figure rests on it.
+        Diverged: a loss is NaN or infinite, so that no figure rests on it.
     """
     device = next(model.parameters()).device
     with autocast(choose_precision(precision, device), device):
@@ -41,7 +41,7 @@ def token_losses(
         )
     nats = losses.double().cpu()
     if not math.isfinite(total := nats.sum().item()):
-        raise InputError(
+        raise Diverged(
             f"the model's loss is not finite ({total}): its weights hold NaN or infinity, or a product overflowed; try "
             "another checkpoint, or float32 precision"
         )

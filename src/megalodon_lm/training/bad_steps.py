@@ -2,15 +2,11 @@
 
 import math
 
-from ..errors import InputError
+from ..errors import Diverged
 from .recipe import TrainingRecipe
 
 MOST_BAD_STEPS = 10  # skipped in a row, or gone back from to the same checkpoint, at which the run gives up
 USUAL_LOSS_STEPS = 50  # of the running mean that spikes are measured from
-
-
-class Diverged(InputError):
-    """Too many steps were bad: the run cannot go on with these settings."""
 
 
 class BadSteps:
