@@ -15,7 +15,7 @@ HIGHEST = 1.4
 TITLES = {
     "tokens": "tokens",
     "operations": "operations, forward and backward",
-    "seconds": "seconds, at the speed of the fastest tenth of the steps",
+    "seconds": "seconds at the speed of undisturbed steps",
 }
 LEGEND_COLUMNS = 5
 
@@ -82,12 +82,11 @@ def _curves(path: Path, standings: Sequence[Standing], styles: dict[str, Any]) -
             axis.set_title(f"Validation by {unit}")
             amount_axis(axis.xaxis)
         axis, base = axes["difference"], standings[0]
-        known = dict(zip(*base.curve(UNITS["tokens"]), strict=True))
         for s in standings:
-            pairs = [
-                (at, value - known[at]) for at, value in zip(*s.curve(UNITS["tokens"]), strict=True) if at in known
-            ]
-            x, y = finite(pairs)
+            seeds = {r.seed for r in s.results} & {r.seed for r in base.results}
+            known = dict(zip(*base.curve(UNITS["tokens"], seeds), strict=True))
+            own = zip(*s.curve(UNITS["tokens"], seeds), strict=True)
+            x, y = finite((at, value - known[at]) for at, value in own if at in known)
             axis.plot(x, y, marker="." if len(x) < 4 else "", **styles[s.name])
         axis.set(xlabel="tokens", ylabel="bits per byte")
         axis.set_title(f"Above {base.name}, at equal tokens")

@@ -54,7 +54,7 @@ class Result:
     speed: float
     """Tokens a second of the fastest tenth of the steps, at least: what other programs took away is left out."""
     memory: int | None
-    """Most bytes beyond those that were there before the model; None where the system does not tell."""
+    """Most bytes of the training beyond text and weights; None where the system does not tell."""
     curve: list[list[float]]
     """[tokens, bits per byte] of each validation."""
     diverged: str
@@ -209,9 +209,9 @@ def carry_out(
     """
     say(run.title)
     folder = out / run.folder
+    trainer, diverged = Trainer(run.recipe, folder, device, resume="auto"), ""
     forget_peak()
     before = resident() or 0
-    trainer, diverged = Trainer(run.recipe, folder, device, resume="auto"), ""
     try:
         if not train(trainer):
             raise KeyboardInterrupt

@@ -1,7 +1,7 @@
 """What came out of a comparison: each contender at its best rate, over its seeds, beside the base."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -21,17 +21,14 @@ class Standing:
     name: str
     grid: list[float]
     """Rates that were to be tried."""
+    rate: float | None
+    """Factor that was chosen; None where it is not known yet."""
     tried: dict[float, float]
     """Bits per byte that each rate led to, those beyond the grid too; inf where it diverged."""
     results: list[Result]
     """Of the seeds that are finished."""
     missing: list[str]
     """Titles of runs that are not."""
-
-    @property
-    def rate(self) -> float | None:
-        """The one that was chosen."""
-        return best_rate(self.grid, self.tried) if self.tried or len(self.grid) == 1 else None
 
     @property
     def at_edge(self) -> bool:
@@ -59,13 +56,16 @@ class Standing:
         error = stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 and all(map(math.isfinite, pairs)) else math.nan
         return (mean(pairs) if pairs else math.nan), error, len(pairs)
 
-    def curve(self, unit: Callable[[Result], float]) -> tuple[list[float], list[float]]:
+    def curve(
+        self, unit: Callable[[Result], float], seeds: Collection[int] | None = None
+    ) -> tuple[list[float], list[float]]:
         """Bits per byte of the validation text while training, over the seeds.
 
         Args:
             unit: of the abscissa, so much a token.
+            seeds: those that count; None for all.
         """
-        whole = [r for r in self.results if r.curve and not r.diverged]
+        whole = [r for r in self.results if r.curve and not r.diverged and (seeds is None or r.seed in seeds)]
         points = list(zip(*(r.curve for r in whole), strict=True))
         x = [mean(tokens * unit(r) for r, (tokens, _) in zip(whole, at, strict=True)) for at in points]
         return x, [mean(value for _, value in at) for at in points]
@@ -99,13 +99,13 @@ def gather(comparison: Comparison, out: Path) -> list[Standing]:
     for name, contender in comparison.contenders.items():
         tried, open_rate = tuned(comparison, name, out)
         if open_rate is not None:
-            found.append(Standing(name, contender.rates, tried, [], [comparison.tuning(name, open_rate).title]))
+            found.append(Standing(name, contender.rates, None, tried, [], [comparison.tuning(name, open_rate).title]))
             continue
         rate = best_rate(contender.rates, tried)
         runs = [comparison.full(name, rate, seed) for seed in range(contender.seeds)]
         results = [find(comparison, run, out) for run in runs]
         missing = [run.title for run, result in zip(runs, results, strict=True) if result is None]
-        found.append(Standing(name, contender.rates, tried, [r for r in results if r is not None], missing))
+        found.append(Standing(name, contender.rates, rate, tried, [r for r in results if r is not None], missing))
     read: dict[int, set[Any]] = {}
     for r in (r for s in found for r in s.results if not r.diverged):
         read.setdefault(r.seed, set()).add((r.tokens, r.data))
