@@ -15,6 +15,8 @@ from megalodon_lm.benchmark.report import draw as draw_benchmark
 from megalodon_lm.errors import InputError
 from megalodon_lm.evaluation.by_context import Curve
 from megalodon_lm.evaluation.by_context import draw as draw_contexts
+from megalodon_lm.evaluation.comparison_plots import draw as draw_comparison
+from megalodon_lm.evaluation.comparison_report import tables
 from megalodon_lm.evaluation.perplexity import Losses
 from megalodon_lm.evaluation.recall import Recalled
 from megalodon_lm.evaluation.recall_report import Summary, draw_pairs
@@ -25,6 +27,8 @@ from megalodon_lm.evaluation.report import Report
 from megalodon_lm.plots import finite, picture, short
 from megalodon_lm.training.recipe import TrainingRecipe
 from megalodon_lm.training.report import write_report
+
+from .standings import standing
 
 NAN = math.nan
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results.json"
@@ -213,3 +217,23 @@ def test_lengths_are_short():
         "1", "1,000", "1K", "100K", "1M", "845,696",
     ]  # fmt: skip
     assert finite([(1, NAN), (2, None), (3, 4.0)]) == ([3], [4.0])
+
+
+@pytest.mark.parametrize(
+    "standings",
+    [
+        [standing("base", 2.0, 2.1, 2.2), standing("other, with a long name", 2.1)],
+        [standing("base"), standing("other", 2.0)],
+        [standing("base", math.inf, diverged="x"), standing("other", 2.0, tried={1.0: math.inf, 2.0: math.inf})],
+        [standing("base", 2.0, tried={}), *(standing(f"choice_number_{n}", 2.0 + 0.01 * n) for n in range(22))],
+        [standing("base", 2.0, speed=1e6, flops=10**7, tokens=(2_000_000, 8_000_000))],
+        [standing("base")],
+    ],
+)  # fmt: skip
+def test_comparisons_are_drawn_whatever_the_figures(standings, tmp_path, figures):
+    drawn = draw_comparison(tmp_path, standings)
+    assert sorted(drawn) == sorted(p.name for p in tmp_path.iterdir())
+    assert len(figures) == len(drawn)
+    for figure in figures:
+        check_legible(figure)
+    assert [len(row) == len(table.columns) for table in tables(standings) for row in table.rows].count(False) == 0

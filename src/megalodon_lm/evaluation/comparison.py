@@ -15,6 +15,7 @@ from typing import Any
 
 import tomli_w
 
+from ..architectures import config_of
 from ..errors import InputError, nearest
 from ..training.recipe import TABLES, Recipe, check_keys, fill, read_recipe
 
@@ -149,7 +150,7 @@ class Comparison:
             )
         for reading, changes in self.contenders[name].readings.items():
             try:
-                type(recipe.model).from_dict(recipe.model.to_dict() | changes)
+                config_of(recipe.model.to_dict() | changes)
             except InputError as error:
                 raise InputError(f"compare.contenders.{name}.readings.{reading}: {error}") from None
 

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..architectures import build, config_of
 from ..data.corpus import Texts
 from ..errors import Diverged, InputError
 from ..files import make_folder, write_atomically
-from ..model.decoder import Megalodon
+from ..model.language_model import LanguageModel
 from ..tables import read_sealed, write_sealed
 from ..training.checkpoint import discard
 from ..training.machine import describe
@@ -96,15 +97,19 @@ def find(comparison: Comparison, run: Run, out: Path) -> Result | None:
         raise InputError(f"{folder} is a run of another recipe; take another --out, or delete it")
     if before is None or not (folder / RESULT_FILE).exists():
         return None
-    try:
-        found = Result(**read_sealed(folder / RESULT_FILE))
-    except TypeError:
-        raise InputError(f"{folder / RESULT_FILE} is of another version; delete it to have it measured again") from None
+    found = _read(folder)
     if not run.tuning and found.measured != _measured(comparison):
         raise InputError(
             f"{folder} was measured on {found.measured}; take another --out, or the same documents and contexts"
         )
     return found
+
+
+def _read(folder: Path) -> Result:
+    try:
+        return Result(**read_sealed(folder / RESULT_FILE))
+    except TypeError:
+        raise InputError(f"{folder / RESULT_FILE} is of another version; begin in another folder") from None
 
 
 def tuned(comparison: Comparison, name: str, out: Path) -> tuple[dict[float, float], float | None]:
@@ -250,7 +255,7 @@ def carry_out(
     )
     write_sealed(folder / RESULT_FILE, asdict(result))
     discard(folder)
-    return result
+    return _read(folder)
 
 
 def _read_documents(comparison: Comparison, run: Run, trainer: Trainer) -> dict[str, Any]:
@@ -278,11 +283,12 @@ def _read_documents(comparison: Comparison, run: Run, trainer: Trainer) -> dict[
     return found
 
 
-def _other(model: Megalodon, changes: dict[str, Any]) -> Megalodon:
+def _other(model: LanguageModel, changes: dict[str, Any]) -> LanguageModel:
     """A model with the same weights and another configuration."""
-    other = Megalodon(type(model.config).from_dict(model.config.to_dict() | changes))
+    with model.device:
+        other = build(config_of(model.config.to_dict() | changes))
     other.load_state_dict(model.state_dict())
-    return other.to(next(model.parameters()).device)
+    return other
 
 
 def _measured(comparison: Comparison) -> dict[str, Any]:
