@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from megalodon_lm import Megalodon, ModelConfig
 from megalodon_lm.data.prepare import prepare
 from megalodon_lm.errors import InputError
+from megalodon_lm.evaluation.comparison import Comparison
 from megalodon_lm.ops import backend
 from megalodon_lm.ops.cpu import elementwise_kernels, simd
-from megalodon_lm.training.recipe import Recipe, TrainingRecipe, bundled_recipes
+from megalodon_lm.training.recipe import Recipe, TrainingRecipe, bundled_recipes, read_recipe
 from megalodon_lm.training.schedule import learning_rate
 from megalodon_lm.training.trainer import Trainer
 
@@ -226,7 +227,10 @@ def test_recipe_round_trips(tmp_path_factory, train, prompt, tokenizer, rate, cl
     assert Recipe.load(path) == given
 
 
-@pytest.mark.parametrize("name", bundled_recipes())
+COMPARISONS = [name for name in bundled_recipes() if name.startswith("compare_")]
+
+
+@pytest.mark.parametrize("name", sorted({*bundled_recipes()} - {*COMPARISONS}))
 def test_every_recipe_runs_two_steps_when_shrunk(name, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = {"num_layers": 1, "model_dim": 32, "z_dim": 16, "value_dim": 32, "ffn_hidden_dim": 32,
@@ -247,6 +251,24 @@ def test_every_recipe_runs_two_steps_when_shrunk(name, text, tmp_path, monkeypat
     steps = []
     assert Trainer(loaded, tmp_path / "run").train(steps.append)
     assert len(steps) == 2
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_every_contender_of_every_comparison_runs_two_steps_when_shrunk(name, text, tmp_path):
+    values = read_recipe(name, tables=("compare",))
+    model = values["model"]
+    if "parameters" in model:
+        model["parameters"] = 100_000
+    else:
+        model |= {"num_layers": 1, "model_dim": 32, "z_dim": 16, "value_dim": 32, "ffn_hidden_dim": 32,
+                  "norm_num_groups": 4}  # fmt: skip
+    values["training"] |= {"length": 32, "batch_size": 2, "steps": 2, "validate_steps": 2}
+    values["data"]["train"] = [text]
+    comparison = Comparison(values)
+    for contender in comparison.contenders:
+        steps = []
+        assert Trainer(comparison.full(contender, 1.0, 0).recipe, tmp_path / contender).train(steps.append)
+        assert len(steps) == 2
 
 
 def test_an_interrupt_in_the_last_step_is_not_lost(text, tmp_path):
