@@ -32,6 +32,7 @@ class Architecture(NamedTuple):
 ARCHITECTURES: dict[str, Architecture] = {
     "megalodon": Architecture("config:ModelConfig", "model.megalodon:Megalodon"),
     "gecko": Architecture("config:ModelConfig", "model.megalodon:Megalodon", GECKO),
+    "llama": Architecture("baselines.llama:LlamaConfig", "baselines.llama:Llama"),
     "mega": Architecture("baselines.mega:MegaConfig", "baselines.mega:Mega"),
     "mamba": Architecture("baselines.mamba:MambaConfig", "baselines.mamba:Mamba"),
     "gated_deltanet": Architecture(
