@@ -21,7 +21,7 @@ from .sizing import TOLERANCE
 
 
 class Architecture(NamedTuple):
-    """Where an architecture lives, as module:name inside the package."""
+    """Where an architecture lives, as module:name; a module of this package begins with a dot."""
 
     config: str
     model: str
@@ -30,16 +30,16 @@ class Architecture(NamedTuple):
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "megalodon": Architecture("config:ModelConfig", "model.megalodon:Megalodon"),
-    "gecko": Architecture("config:ModelConfig", "model.megalodon:Megalodon", GECKO),
-    "llama": Architecture("baselines.llama:LlamaConfig", "baselines.llama:Llama"),
-    "mega": Architecture("baselines.mega:MegaConfig", "baselines.mega:Mega"),
-    "mamba": Architecture("baselines.mamba:MambaConfig", "baselines.mamba:Mamba"),
+    "megalodon": Architecture(".config:ModelConfig", ".model.megalodon:Megalodon"),
+    "gecko": Architecture(".config:ModelConfig", ".model.megalodon:Megalodon", GECKO),
+    "llama": Architecture(".baselines.llama:LlamaConfig", ".baselines.llama:Llama"),
+    "mega": Architecture(".baselines.mega:MegaConfig", ".baselines.mega:Mega"),
+    "mamba": Architecture(".baselines.mamba:MambaConfig", ".baselines.mamba:Mamba"),
     "gated_deltanet": Architecture(
-        "baselines.gated_deltanet:GatedDeltaNetConfig", "baselines.gated_deltanet:GatedDeltaNet"
+        ".baselines.gated_deltanet:GatedDeltaNetConfig", ".baselines.gated_deltanet:GatedDeltaNet"
     ),
-    "mamba2": Architecture("baselines.mamba2:Mamba2Config", "baselines.mamba2:Mamba2"),
-    "rwkv7": Architecture("baselines.rwkv7:Rwkv7Config", "baselines.rwkv7:Rwkv7"),
+    "mamba2": Architecture(".baselines.mamba2:Mamba2Config", ".baselines.mamba2:Mamba2"),
+    "rwkv7": Architecture(".baselines.rwkv7:Rwkv7Config", ".baselines.rwkv7:Rwkv7"),
 }
 _OLDEST = "megalodon"  # that of files without a name
 
@@ -129,4 +129,4 @@ def _architecture(name: Any) -> Architecture:
 
 def _imported(place: str) -> Any:
     module, _, name = place.partition(":")
-    return getattr(import_module(f".{module}", __package__), name)
+    return getattr(import_module(module, __package__), name)

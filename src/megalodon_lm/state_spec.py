@@ -34,7 +34,7 @@ class TensorSpec:
         fill: of a cache, the name of the tensor beside it that tells how many entries of the first dimension each row
             uses: no others are stored.
         on_cpu: wherever the rest is; it decides shapes.
-        kept: of a cache, most entries that are used at the end of a chunk.
+        kept: of a cache, most entries that are used at the end of a reading unit, such as a chunk.
     """
 
     shape: tuple[int, ...] = ()
@@ -50,7 +50,7 @@ class TensorSpec:
         return torch.promote_types(self.dtype, asked) if self.dtype.is_floating_point else self.dtype
 
     def nbytes(self, dtype: torch.dtype, at_chunk_end: bool = False) -> int:
-        """Bytes of a row in a state of a type; at the end of a chunk, of a cache only what is used there."""
+        """Bytes of a row in a state of a type; at the end of a reading unit, of a cache only what is used there."""
         shape = (self.kept, *self.shape[1:]) if self.fill and at_chunk_end else self.shape
         return math.prod(shape) * self.dtype_for(dtype).itemsize
 

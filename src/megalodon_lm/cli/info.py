@@ -11,8 +11,6 @@ from ..errors import InputError
 if TYPE_CHECKING:
     from ..model.language_model import Config
 
-PARTS = ("norm", "cema", "convolution", "attention", "memory")  # of a state
-
 
 @dataclass
 class Info:
@@ -44,8 +42,8 @@ class Info:
             print(json.dumps(figures[self.name] if self.name else figures, indent=2))
             return
         table = Table("", *configs, title=None if self.name else "Named sizes")
-        for key in next(iter(figures.values())):
-            table.add_row(key.replace("_", " "), *(f"{f[key]:,}" for f in figures.values()))
+        for key in max(figures.values(), key=len):
+            table.add_row(key.replace("_", " "), *(f"{f.get(key, 0):,}" for f in figures.values()))
         if self.name:
             for key, value in configs[self.name].to_dict().items():
                 table.add_row(key, str(value))
@@ -93,8 +91,8 @@ def _figures(config: "Config") -> dict[str, int]:
         "training_flops_per_token": config.flops_per_token(backward=True),
         "state_bytes": model.state_bytes(),
         "state_bytes_bf16_cache": model.state_bytes(dtype=bf16),
-        **{f"{part}_bytes_bf16_cache": whole.get(part, 0) for part in PARTS},
-        **{f"{part}_bytes_at_chunk_end": at_end.get(part, 0) for part in PARTS},
+        **{f"{part}_bytes_bf16_cache": size for part, size in whole.items()},
+        **{f"{part}_bytes_at_chunk_end": size for part, size in at_end.items()},
         "bookmark_bytes": bookmark_bytes(model),
         "weight_bytes_float32": 4 * parameters,
         "weight_bytes_bf16": 2 * parameters,

@@ -52,9 +52,14 @@ class WindowedStatistics:
         model: that reads.
         schedule: when.
         precision: of matrix products.
+
+    Raises:
+        InputError: the model has no norms over time.
     """
 
     def __init__(self, model: LanguageModel, schedule: NormSchedule, precision: Precision = "float32"):
+        if not any("norm" in layer for layer in model.state_spec["layers"]) and not model.state_spec["norm"]:
+            raise InputError(f"{model.summary} has no statistics of norms to replace; use cumulative ones")
         self.model, self.schedule = model, schedule
         self.device = next(model.parameters()).device
         self.precision = choose_precision(precision, self.device)

@@ -1,4 +1,10 @@
-"""One block of the decoder."""
+"""One block of the decoder.
+
+What a decoder asks of a block: a `state_spec`, the tree of what it carries (state_spec.declare), {} or None for
+nothing; a forward from x, its entry state and the boundaries of the piece to x and its exit state; `init_weights` in
+each module that owns parameters; and, in one that owns parameters which weight decay must pass over, their names in
+`spared`.
+"""
 
 from torch import Tensor, nn
 

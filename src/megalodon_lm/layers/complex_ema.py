@@ -1,7 +1,7 @@
 """The CEMA layer: parameters of the complex exponential moving average, and their initial values."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,9 @@ class ComplexEMA(nn.Module):
         direct: whether omega weighs the input (Megalodon's code). Otherwise the input itself is added (Gecko), and
             gamma has std 1/sqrt(N) at the start and is not divided by sqrt(N) later.
     """
+
+    spared: ClassVar[tuple[str, ...]] = ("alpha", "delta", "theta")
+    """Parameters that weight decay passes over, where the recipe says so: they make the decays and the angles."""
 
     def __init__(self, dim: int, ndim: int, rotating: bool = True, direct: bool = True):
         super().__init__()

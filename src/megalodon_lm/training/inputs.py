@@ -91,6 +91,10 @@ def load_base(recipe: Recipe, tokenizer: Tokenizer) -> LanguageModel | None:
     base = load(folder)
     if load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
         raise InputError(f"{folder} has another tokenizer than the data; set data.tokenizer to {folder}")
+    if recipe.model.architecture != base.config.architecture:
+        raise InputError(
+            f"{folder} holds a {base.config.architecture}, and the recipe asks for a {recipe.model.architecture}"
+        )
     ours, theirs = recipe.model.to_dict(), base.config.to_dict()
     changed = [key for key in ours if ours[key] != theirs[key] and "drop" not in key]
     if changed:

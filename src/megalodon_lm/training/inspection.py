@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from ..errors import InputError
 from ..layers.block import Block
 from ..layers.gated_attention import GatedAttention
 from ..model.language_model import LanguageModel
@@ -19,10 +20,14 @@ def inspect_layers(model: LanguageModel) -> list[dict[str, float]]:
         lost half, median and largest over channels and states; `query_gain`, `key_gain`: root mean square of the scales
         on normalised queries and keys, and `memory_query_gain`, `memory_key_gain` on those of a memory; `output`: norm
         of CEMA's output weights gamma. Without CEMA there are the gains alone, of convolutions that of the queries.
+
+    Raises:
+        InputError: the model is made of other blocks than a Megalodon.
     """
     found = []
     for block in model.layers:
-        assert isinstance(block, Block)
+        if not isinstance(block, Block):
+            raise InputError(f"nothing is known of the layers of {model.summary}: they have neither CEMA nor its gains")
         mega, figures = block.mega, {}
         cema = mega.cema if isinstance(mega, GatedAttention) else None
         if cema is not None:
@@ -46,15 +51,15 @@ def state_bytes_by_part(model: LanguageModel, dtype: torch.dtype, at_chunk_end: 
     Args:
         model: may be on the meta device.
         dtype: of the caches.
-        at_chunk_end: of each cache only what is used there, as in a bookmark.
+        at_chunk_end: of each cache only what is used at the end of a reading unit, as in a bookmark.
 
     Returns:
-        Those of "norm" with the final one, and of "cema", "convolution", "attention" and "memory" where there are such
-        parts; the position is left out.
+        Of a Megalodon those of "norm" with the final one, and of "cema", "convolution", "attention" and "memory" where
+        there are such parts; the position is left out.
     """
     sizes: dict[str, int] = {}
-    parts = [part for layer in model.state_spec["layers"] for part in layer.items()]
-    for name, part in [("norm", model.state_spec["norm"]), *parts]:
-        size = sum(leaf.nbytes(dtype, at_chunk_end) for _, leaf in named(part))
-        sizes[name] = sizes.get(name, 0) + size
+    for tree in ({"norm": model.state_spec["norm"]}, *model.state_spec["layers"]):
+        for name, leaf in named(tree):
+            part = name.partition(".")[0]
+            sizes[part] = sizes.get(part, 0) + leaf.nbytes(dtype, at_chunk_end)
     return sizes

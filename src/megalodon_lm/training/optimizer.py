@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..layers.complex_ema import ComplexEMA
 from ..model.language_model import LanguageModel
 from .muon import Muon
 from .recipe import TrainingRecipe
@@ -15,8 +16,9 @@ MOMENTUM = 0.95  # of Muon
 def build_optimizer(model: LanguageModel, recipe: TrainingRecipe, precision: str) -> torch.optim.AdamW:
     """AdamW as in the authors' released code, or Muon for the linear layers of the blocks and AdamW for the rest.
 
-    Every weight decays; norms are stored as offsets, so they decay to 1. With `decay_cema = false` the parameters of
-    CEMA's decays and angles do not. Each group has a `scale`: its learning rate over that of the recipe.
+    Weights decay, but for those that a module names in an attribute `spared`, such as what makes the decays of its
+    states; norms are stored as offsets, so they decay to 1. With `decay_cema = true` those of CEMA decay nevertheless.
+    Each group has a `scale`: its learning rate over that of the recipe.
 
     Args:
         model: with the parameters.
@@ -24,7 +26,12 @@ def build_optimizer(model: LanguageModel, recipe: TrainingRecipe, precision: str
         precision: of the products in Muon.
     """
     linear = {m.weight for m in model.modules() if isinstance(m, nn.Linear)} if recipe.optimizer == "muon" else set()
-    spared = () if recipe.decay_cema else ("alpha", "delta", "theta")
+    spared = {
+        getattr(module, name)
+        for module in model.modules()
+        if not (recipe.decay_cema and isinstance(module, ComplexEMA))
+        for name in getattr(module, "spared", ())
+    }
     decaying: list[nn.Parameter] = []
     steady: list[nn.Parameter] = []
     matrices: list[nn.Parameter] = []
@@ -32,7 +39,7 @@ def build_optimizer(model: LanguageModel, recipe: TrainingRecipe, precision: str
         if parameter in linear and name.startswith("layers."):
             matrices.append(parameter)
         else:
-            (steady if name.rsplit(".", 1)[-1] in spared else decaying).append(parameter)
+            (steady if parameter in spared else decaying).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": decaying, "scale": 1.0},
         {"params": steady, "scale": 1.0, "weight_decay": 0.0},

@@ -109,7 +109,7 @@ class TrainingRecipe:
     decay_part: float = 0.2
     """Of wsd: the last part of the run, in which the rate falls."""
     weight_decay: float = 0.1
-    """Decoupled, on every weight."""
+    """Decoupled, on every weight but those that a layer spares."""
     decay_cema: bool = True
     """Also on alpha, delta and theta of CEMA, as in the authors' released code; their research code spares them."""
     beta1: float = 0.9
@@ -156,7 +156,8 @@ class Recipe:
     def from_dict(cls, values: dict[str, Any], begun: "Recipe | None" = None) -> "Recipe":
         """From plain values; an unknown key is refused with the nearest known one.
 
-        The table [model] may name a size, `size = "small"`, and change single choices of it.
+        The table [model] may name a size, `size = "small"`, and change single choices of it; or ask for an architecture
+        and a number of parameters, see architectures.config_of.
 
         Args:
             values: by table and key.
@@ -173,7 +174,8 @@ class Recipe:
         _rule(isinstance(size, str | None), "model.size", size, "must be the name of a size")
         if training.begin_from and size is None and not is_complete(model):
             base = begun.model if begun else load_config(Path(training.begin_from))
-            model = base.to_dict() | model
+            if model.get("architecture", base.architecture) == base.architecture:  # load_base refuses another one
+                model = base.to_dict() | model
         if training.begin_from and "tokenizer" not in _table(values, "data"):
             data.tokenizer = training.begin_from
         config = config_of(model) if size is None else ModelConfig.named(size, **model)
