@@ -234,6 +234,7 @@ def test_nothing_is_made_twice_and_figures_need_no_training(finished, tmp_path, 
     monkeypatch.setattr(comparison_runs, "Trainer", forbidden)
     monkeypatch.setattr(Megalodon, "__init__", forbidden)
     assert run(comparison, out) == []
+    assert [s.name for s in gather(comparison, out, ["wild"])] == ["megalodon", "wild"]
     standings = gather(comparison, out)
     assert standings[0].results == [r for r in results if r.contender == "megalodon" and r.documents]
     for folder in (tmp_path / "a", tmp_path / "a", tmp_path / "b"):  # over itself, too

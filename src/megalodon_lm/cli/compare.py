@@ -29,7 +29,7 @@ class Compare(Quiet):
     out: Path | None = None
     """Folder of the runs; the default is runs/ and the recipe's name."""
     only: list[str] = field(default_factory=list)
-    """Contenders to train now; nothing for all."""
+    """Contenders to train now, or with --report to show beside the base; nothing for all."""
     report: Path | None = None
     """Train nothing; write the tables and pictures of what --out holds into this folder. Without it they are written
     into the folder report of --out at the end."""
@@ -57,13 +57,14 @@ class Compare(Quiet):
         out = self.out or Path("runs") / self.recipe.stem
         if self.json is not None:
             check_writable(self.json, FIGURES)
+        names, device = comparison.choose(self.only), choose_device(self.device)
         if self.report is None:
-            names, device = comparison.choose(self.only), choose_device(self.device)
             for result in carry_out_all(
                 comparison, out, names, device, lambda trainer: train_with_progress(trainer)[0], console.print
             ):
                 console.print(f"{result.contender}: {result.validation:.4f} bits per byte on the validation text")
-        standings, folder = gather(comparison, out), self.report or out / "report"
+        standings = gather(comparison, out, names if self.report else ())
+        folder = self.report or out / "report"
         write(comparison, standings, folder)
         self._show(standings)
         if self.json is not None:
