@@ -19,6 +19,7 @@ from megalodon_lm.evaluation.comparison import Comparison, best_rate, next_rate
 from megalodon_lm.evaluation.comparison_report import tables, write
 from megalodon_lm.evaluation.comparison_runs import carry_out_all, find
 from megalodon_lm.evaluation.comparison_standings import UNITS, at_equal, gather
+from megalodon_lm.training import machine
 from megalodon_lm.training.recipe import Recipe
 from megalodon_lm.training.run_lock import RunLock
 
@@ -28,6 +29,13 @@ from .standings import standing
 
 SMALL = {"size": "tiny", "num_layers": 1, "model_dim": 32, "z_dim": 16, "value_dim": 32, "ffn_hidden_dim": 32,
          "chunk_size": 16}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _the_machine_is_hardly_measured():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "SECONDS", 1e-3)
+        yield
 
 
 def values(folder, **compare):
@@ -297,6 +305,7 @@ def write(self, run, run_id):
 Checkpoint.write = write
 megalodon_lm.evaluation.comparison_report.draw = lambda *arguments: []
 megalodon_lm.ops.backend._chosen = "portable"  # begins at once
+megalodon_lm.training.machine.SECONDS = 1e-3
 """
 
 
