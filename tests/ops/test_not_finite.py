@@ -118,7 +118,6 @@ def run_scan(op):
 
 
 HEADS = [(B, L, H, 16), (B, L, H, 16), (B, L, H, 32), (B, C, H, 16), (B, C, H, 32)]
-KEYS = [(B, L, H, 32)]
 NORM = [*draw((B, L, D), (D,), (D,), (B, G)), draw((B, G))[0].square() + 0.1]
 OPS_WITH_STATE = {
     "cema": (run_cema, cema_inputs()),
@@ -128,7 +127,7 @@ OPS_WITH_STATE = {
     "sliding_attention": (run_sliding, draw(*HEADS[:3], (B, 2 * C, H, 16), (B, 2 * C, H, 32))),
     "local_attention": (run_local, draw(*HEADS)),
     "adaptive_memory": (run_memory, draw(*HEADS, (B, 2, H, 16, 32), (B, H, 16))),
-    "generalized_delta_rule": (run_delta_rule, draw(*KEYS * 3, *HEADS[:1], *KEYS * 2, (B, H, 32, 16))),
+    "generalized_delta_rule": (run_delta_rule, draw(*HEADS[:2], *HEADS[1:3], *HEADS[:2], (B, H, 16, 32))),
     "selective_scan": (run_scan, draw((B, L, D), (B, L, D), (D, N), (B, L, N), (B, L, N), (D,), (B, D, N))),
 }
 TOKEN_OPS = {

@@ -1,8 +1,9 @@
 """The generalised delta rule as a recurrence over tokens, in the fastest cache: forward, and backward chunk by chunk.
 
-Matrices lie with their V rows of K features here, for each row changes by itself: what it takes in and what is read of
-it are sums over its features, and everything else is a product of the row with vectors of the token. Backward makes the
-states within a chunk anew, a block of rows at a time, and goes through them from the last token to the first.
+Every column of a matrix (K, V) changes by itself. Forward takes the columns in vectors, so that sums over K need no
+sums over lanes. Backward sums over V for most gradients, so there a matrix lies transposed: a row of K features for
+each column. It makes the states within a chunk anew, a block of rows at a time, and goes through them from the last
+token to the first.
 """
 
 from typing import Any
@@ -12,36 +13,72 @@ import numpy as np
 from .simd import LANES, add_product, compiled, inner, load, splat, store, total
 from .team import share
 
-CHUNK = 16  # tokens, of which backward keeps all states of a block of rows
+CHUNK = 32  # tokens, of which backward keeps all states of a block of rows
 ROWS = 16  # of a block
 PAIR = 2 * LANES
 
 
 @inner
-def _asked(matrix: Any, at: int, features: Any, of: int, width: int) -> Any:
-    """The sum over a row of the matrix times a token's features."""
-    one, two = splat(np.float32(0)), splat(np.float32(0))
-    for i in range(0, width, PAIR):
-        one = add_product(one, load(matrix, at + i), load(features, of + i))
-        two = add_product(two, load(matrix, at + i + LANES), load(features, of + i + LANES))
-    return total(one + two)
+def _spread(array: Any, at: int) -> Any:
+    """One element in all lanes; unsigned, the place is not looked at."""
+    return splat(array[np.uintp(at)])
 
 
 @inner
-def _advance(
-    matrix: Any, at: int, after: Any, to: int, w: Any, b: Any, k: Any, of: int, asked: Any, value: Any, width: int
-) -> None:
+def _advance(states: Any, at: int, to: int, w: Any, b: Any, k: Any, of: int, u: Any, x: Any, width: int) -> None:
     """A row after a token: w times it, plus b times what was asked of it, plus k times the token's value."""
-    u, x = splat(asked), splat(value)
     for i in range(0, width, LANES):
-        row = load(w, of + i) * load(matrix, at + i)
-        store(after, to + i, add_product(add_product(row, u, load(b, of + i)), x, load(k, of + i)))
+        row = load(w, of + i) * load(states, at + i)
+        store(states, to + i, add_product(add_product(row, u, load(b, of + i)), x, load(k, of + i)))
 
 
 @inner
 def _clear(array: Any, begin: int, size: int) -> None:
     for i in range(begin, begin + size, LANES):
         store(array, i, splat(np.float32(0)))
+
+
+@inner
+def _take_in(
+    matrix: Any,
+    c: int,
+    r: Any,
+    w: Any,
+    k: Any,
+    v: Any,
+    a: Any,
+    b: Any,
+    y: Any,
+    asked: Any,
+    of: int,
+    own: int,
+    width: int,
+    height: int,
+) -> None:
+    """Two vectors of columns of a matrix (K, V) from c on after a token, and what the token reads of them."""
+    u0, u1, u2, u3 = splat(np.float32(0)), splat(np.float32(0)), splat(np.float32(0)), splat(np.float32(0))
+    for i in range(0, width, 2):  # sums of every other row, so that none waits for the one before
+        at, even, odd = i * height + c, _spread(a, of + i), _spread(a, of + i + 1)
+        u0 = add_product(u0, even, load(matrix, at))
+        u1 = add_product(u1, even, load(matrix, at + LANES))
+        u2 = add_product(u2, odd, load(matrix, at + height))
+        u3 = add_product(u3, odd, load(matrix, at + height + LANES))
+    u0, u1 = u0 + u2, u1 + u3
+    x0, x1 = load(v, own + c), load(v, own + c + LANES)
+    y0, y1 = splat(np.float32(0)), splat(np.float32(0))
+    for i in range(width):
+        at = i * height + c
+        decay, taken, key, reading = _spread(w, of + i), _spread(b, of + i), _spread(k, of + i), _spread(r, of + i)
+        m0 = add_product(add_product(decay * load(matrix, at), taken, u0), key, x0)
+        m1 = add_product(add_product(decay * load(matrix, at + LANES), taken, u1), key, x1)
+        store(matrix, at, m0)
+        store(matrix, at + LANES, m1)
+        y0, y1 = add_product(y0, reading, m0), add_product(y1, reading, m1)
+    store(y, own + c, y0)
+    store(y, own + c + LANES, y1)
+    if asked.size > 0:
+        store(asked, own + c, u0)
+        store(asked, own + c + LANES, u1)
 
 
 @inner
@@ -61,6 +98,7 @@ def _forward(
     y: Any,
     leaving: Any,
     saved: Any,
+    asked: Any,
 ) -> None:
     length, heads, width, height, chunks = shape
     size = width * height
@@ -77,12 +115,8 @@ def _forward(
                     store(saved, to + i, load(matrix, i))
             if starts[row * length + t]:
                 _clear(matrix, 0, size)
-            of, own = token * width, token * height
-            for j in range(height):
-                at = j * width
-                asked = _asked(matrix, at, a, of, width)
-                _advance(matrix, at, matrix, at, w, b, k, of, asked, v[own + j], width)
-                y[own + j] = _asked(matrix, at, r, of, width)
+            for c in range(0, height, PAIR):
+                _take_in(matrix, c, r, w, k, v, a, b, y, asked, token * width, token * height, width, height)
         for i in range(0, size, LANES):
             store(leaving, task * size + i, load(matrix, i))
 
@@ -112,6 +146,7 @@ def _backward(
     a: Any,
     b: Any,
     saved: Any,
+    asked: Any,
     starts: Any,
     lengths: Any,
     dy: Any,
@@ -129,7 +164,7 @@ def _backward(
     nothing = (CHUNK + 1) * block
     states = np.empty((CHUNK + 2) * block, np.float32)  # of a block before each token, and after the last; then zeros
     _clear(states, nothing, block)
-    asked, back = np.empty(CHUNK * ROWS, np.float32), np.empty(ROWS, np.float32)
+    back = np.empty(ROWS, np.float32)
     grad = np.empty(size, np.float32)
     zero = splat(np.float32(0))
     for task in range(first, last):
@@ -141,17 +176,16 @@ def _backward(
             count = min(CHUNK, lengths[row] - begin)
             token = (row * length + begin) * heads + head
             for top in range(0, height, ROWS):
-                at = ((task * chunks + chunk) * height + top) * width
-                for i in range(0, block, LANES):
-                    store(states, i, load(saved, at + i))
+                at = (task * chunks + chunk) * size + top
+                for i in range(width):
+                    for j in range(ROWS):
+                        states[j * width + i] = saved[at + i * height + j]
                 for n in range(count):
                     of, own = (token + n * heads) * width, (token + n * heads) * height + top
                     before = nothing if starts[row * length + begin + n] else n * block
                     for j in range(ROWS):
                         here, to = before + j * width, (n + 1) * block + j * width
-                        u = _asked(states, here, a, of, width)
-                        asked[n * ROWS + j] = u
-                        _advance(states, here, states, to, w, b, k, of, u, v[own + j], width)
+                        _advance(states, here, to, w, b, k, of, _spread(asked, own + j), _spread(v, own + j), width)
 
                 for n in range(count - 1, -1, -1):
                     of, own = (token + n * heads) * width, (token + n * heads) * height + top
@@ -169,12 +203,12 @@ def _backward(
                         for j in range(ROWS):
                             here = (top + j) * width + i
                             g, old = load(grad, here), load(states, before + j * width + i)
-                            by = splat(back[j])
-                            to_r = add_product(to_r, splat(dy[own + j]), load(states, after + j * width + i))
+                            by = _spread(back, j)
+                            to_r = add_product(to_r, _spread(dy, own + j), load(states, after + j * width + i))
                             to_w = add_product(to_w, g, old)
-                            to_k = add_product(to_k, splat(v[own + j]), g)
+                            to_k = add_product(to_k, _spread(v, own + j), g)
                             to_a = add_product(to_a, by, old)
-                            to_b = add_product(to_b, splat(asked[n * ROWS + j]), g)
+                            to_b = add_product(to_b, _spread(asked, own + j), g)
                             store(grad, here, add_product(decay * g, by, asking))
                         store(dr, of + i, to_r)
                         store(dw, of + i, to_w)
@@ -189,17 +223,21 @@ def _backward(
 
 @compiled
 def forward(threads: int, num_tasks: int, args: Any) -> None:
-    """Heads of rows 0..num_tasks - 1: shape, r, w, k, v, a, b, entry, starts, lengths; out: y, leaving, saved.
+    """Heads of rows 0..num_tasks - 1: shape, r, w, k, v, a, b, entry, starts, lengths; out: y, leaving, saved, asked.
 
     Args:
         threads: to run on.
         num_tasks: B H.
-        args: shape is (L, H, K, V, chunks that are saved). Matrices are (B, H, V, K), `saved` (B, H, chunks, V, K).
+        args: shape is (L, H, K, V, chunks that are saved); matrices are (B, H, K, V). Kept for backward are those
+            before each chunk, and like v what each token asked, a S; or nothing.
     """
     share(_forward, threads, num_tasks, args)
 
 
 @compiled
 def backward(threads: int, num_tasks: int, args: Any) -> None:
-    """Gradients: shape, r, w, k, v, a, b, saved, starts, lengths, dy, dleaving; out: those of the inputs and dentry."""
+    """Gradients: shape, r, w, k, v, a, b, saved, asked, starts, lengths, dy, dleaving; out: of the inputs, and dentry.
+
+    Gradients of matrices are (B, H, V, K).
+    """
     share(_backward, threads, num_tasks, args)
