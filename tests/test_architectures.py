@@ -19,7 +19,8 @@ from megalodon_lm.errors import InputError
 BYTES = 259
 ARCHITECTURES["leaky"] = Architecture("tests.leaky:LeakyConfig", "tests.leaky:Leaky")
 EVERY = tuple(ARCHITECTURES)
-SMALL = {"megalodon": {"chunk_size": 12}, "gecko": {"chunk_size": 12}, "llama": {"window": 12}}
+_CHUNKED = {"chunk_size": 12}
+SMALL = {"megalodon": _CHUNKED, "gecko": _CHUNKED, "mega": _CHUNKED, "llama": {"window": 12}}
 """Choices of an architecture that let much happen within few tokens."""
 FEW = settings(max_examples=6, deadline=None)
 

@@ -1,22 +1,13 @@
-"""Mamba against the one of transformers with the same weights, and what holds for its states."""
+"""Mamba against the one of transformers with the same weights."""
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from megalodon_lm.baselines.mamba import Mamba, MambaConfig
-from megalodon_lm.state import State
 
 from .ops.cases import assert_close
 
 CONFIG = MambaConfig(vocab_size=32, num_layers=2, model_dim=12, inner_dim=24, state_dim=4)
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return Mamba(CONFIG).double()
 
 
 def as_ours(name):
@@ -34,7 +25,7 @@ def value_as_ours(name, value):
 
 
 @pytest.mark.filterwarnings("default::DeprecationWarning", "default::FutureWarning")
-def test_equals_transformers_with_all_gradients(model):
+def test_equals_transformers_with_all_gradients():
     transformers = pytest.importorskip("transformers")
     config = transformers.MambaConfig(
         vocab_size=32, hidden_size=12, num_hidden_layers=2, state_size=4, intermediate_size=24, use_mambapy=False,
@@ -62,42 +53,6 @@ def test_equals_transformers_with_all_gradients(model):
         grad = dict(theirs.named_parameters())[names[name]].grad
         grad = grad.squeeze(1) if "conv1d.weight" in name else grad
         assert_close([value.grad], [grad], 1e-5)
-
-
-@settings(deadline=None, max_examples=10)
-@given(st.integers(1, 40), st.data())
-def test_any_cut_gives_the_same(model, length, data):
-    tokens = torch.randint(0, 32, (2, length))
-    cut = data.draw(st.integers(0, length))
-    first, state = model(tokens[:, :cut])
-    second, state = model(tokens[:, cut:], state)
-    expected, whole = model(tokens)
-    assert_close([torch.cat([first, second], 1)], [expected], 1e-12)
-    assert_close(list(tensors(state)), list(tensors(whole)), 1e-12)
-
-
-def tensors(state: State):
-    for layer in state.parts["layers"]:
-        yield from (layer["convolution"], layer["scan"])
-
-
-def test_packed_equals_separate(model):
-    tokens = torch.randint(0, 32, (1, 30))
-    starts = torch.zeros(1, 30, dtype=torch.bool)
-    starts[0, [0, 2, 13]] = True
-    packed, _ = model(tokens, document_starts=starts)
-    separate = [model(part)[0] for part in tokens.split([2, 11, 17], 1)]
-    assert_close([packed], [torch.cat(separate, 1)], 1e-12)
-
-
-def test_padded_equals_unpadded(model):
-    tokens = torch.randint(0, 32, (2, 9))
-    mask = torch.ones(2, 9, dtype=torch.bool)
-    mask[1, [0, 4, 8]] = False
-    padded, state = model(tokens, mask=mask)
-    alone, own = model(tokens[1:, mask[1]])
-    assert_close([padded[1:, mask[1]]], [alone], 1e-12)
-    assert_close([t[1:] for t in tensors(state)], list(tensors(own)), 1e-12)
 
 
 def test_initial_steps_and_decays():

@@ -81,7 +81,7 @@ def _forward(
             _gather_shared(b, (row * length + t0) * ndim, size, ndim, even, bs)
             _gather_shared(c, (row * length + t0) * ndim, size, ndim, even, cs)
             _multiply(xs, dts, size, us)
-            for half in range(0, CHANNELS, LANES):
+            for half in range(0, width, LANES):
                 direct = load(skip, part * CHANNELS + half)
                 for i in range(half, size * CHANNELS, CHANNELS):
                     store(ys, i, direct * load(xs, i))
@@ -106,10 +106,13 @@ def _forward(
 @inner
 def _add_totals(scratch: Any, count: int, target: Any, at: int) -> None:
     """Totals over channels of up to sixteen tokens, added where a task keeps those of its channels."""
-    found = np.empty(LANES, np.float32)
-    store(found, 0, totals(scratch, 0))
+    found = totals(scratch, 0)
+    if count == LANES:
+        store(target, at, load(target, at) + found)
+        return
+    store(scratch, 0, found)
     for t in range(count):
-        target[at + t] += found[t]
+        target[at + t] += scratch[t]
 
 
 @inner
@@ -173,7 +176,7 @@ def _backward(
             _gather_shared(b, (row * length + t0) * ndim, size, ndim, even, bs)
             _gather_shared(c, (row * length + t0) * ndim, size, ndim, even, cs)
             _multiply(xs, dts, size, us)
-            for half in range(0, CHANNELS, LANES):
+            for half in range(0, width, LANES):
                 grad_direct = load(grad_skip, task * CHANNELS + half)
                 for i in range(half, size * CHANNELS, CHANNELS):
                     store(du, i, zero)
