@@ -4,12 +4,13 @@ import math
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalodon_lm.evaluation.intervals import NORMAL, wilson
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_the_ends_are_where_the_deviation_is_exactly_the_quantile(counts):
     """(x/n - p)^2 = z^2 p (1 - p) / n has one root on each side of x/n: its sign changes there, in exact fractions."""

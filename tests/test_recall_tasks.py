@@ -72,7 +72,7 @@ def oracle(name, question, row, asked):
 
 
 @every_task
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(pairs=st.integers(1, 5), distance=st.integers(0, 3), seed=st.integers(0, 2**40))
 def test_who_reads_the_tokens_knows_every_answer_and_no_answer_stands_elsewhere(name, question, pairs, distance, seed):
     task = find_task(name, pairs, 17, question)
@@ -156,6 +156,7 @@ def test_guessing_among_the_possible_answers_is_right_as_often_as_said(name, que
     assert abs(right - rows * task.chance) < 5 * math.sqrt(rows * task.chance * (1 - task.chance))
 
 
+@settings(deadline=None)
 @given(st.sampled_from(KINDS_OF), st.integers(1, 5), st.integers(0, 5), st.integers(0, 2**40), st.integers(0, 3))
 def test_sequences_are_those_of_their_seed(kind, pairs, distance, seed, step):
     name, question = kind

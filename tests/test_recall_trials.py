@@ -266,7 +266,7 @@ def test_the_command(tmp_path):
         (["--set", "num_layers"], "'num_layers' must be like model_dim=128"),
         (["--set", "gecko.num_layer=3"], "did you mean 'num_layers'"),
         (["--set", "lama.num_layers=3"], "choices are given for 'lama', which is not compared"),
-        (["--architectures", "gekko"], "no variant 'gekko'"),
+        (["--architectures", "gekko"], "no architecture 'gekko'"),
         (["--model", "tinny"], "did you mean 'tiny'"),
         (["--learning-rates", "nan"], "training.learning_rate = nan must be finite"),
         (["--distances", -1], "no sequences of the test distances"),

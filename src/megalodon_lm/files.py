@@ -27,7 +27,8 @@ class Kind:
 BOOKMARK = Kind("a bookmark", (b'"format":"megalodon-state',))
 COMPARISON = Kind("a page of a comparison", (b"<!-- megalodon compare -->",))
 FIGURES = Kind(
-    "a file of figures", (b'"bits_per_byte_by_context"', b'"ratio_median"', b'"accuracy_by_distance"', b'"compared"')
+    "a file of figures",
+    (b'"bits_per_byte_by_context"', b'"ratio_median"', b'"accuracy_by_distance"', b'"compared"', b'"margin"'),
 )
 PICTURE = Kind("a picture", (b"\x89PNG", b"%PDF", b"<svg"), (".png", ".pdf", ".svg"))
 TOKENIZER = Kind("a tokenizer")  # models depend on one that is there

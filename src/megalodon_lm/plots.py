@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .files import PICTURE, check_writable, write_atomically
 
@@ -111,20 +111,38 @@ def log_axis(which: Any, values: Iterable[float]) -> None:
     which.set_minor_formatter(NullFormatter())
 
 
-def heat_map(axis: Any, values: Any, columns: Sequence[str], rows: Sequence[str]) -> None:
-    """Cells coloured from 0 to 100, with their numbers in them; the first row lowest, NaN left empty.
+class HeatMap(NamedTuple):
+    """Numbers from 0 to 100 on a grid."""
 
-    Args:
-        axis: of one panel.
-        values: (rows, columns) in per cent.
-        columns: their labels.
-        rows: their labels.
+    title: str
+    values: Any
+    """(rows, columns); NaN where there is none."""
+    columns: Sequence[str]
+    """Their labels."""
+    rows: Sequence[str]
+    """Their labels, the first lowest."""
+
+
+def draw_heat_maps(path: Path, maps: Sequence[HeatMap], xlabel: str, ylabel: str) -> None:
+    """Heat maps, two beside each other, with the numbers in the cells.
+
+    Raises:
+        InputError: the path cannot be written, or its ending names no kind of picture.
     """
-    axis.imshow(values, origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=100)
-    axis.grid(visible=False)
-    axis.set_xticks(range(len(columns)), columns)
-    axis.set_yticks(range(len(rows)), rows)
-    for row, of_row in enumerate(values):
-        for column, value in enumerate(of_row):
-            if math.isfinite(value):
-                axis.text(column, row, f"{value:.0f}", ha="center", va="center", color="w" if value < 60 else "k")
+    names = [str(number) for number in range(len(maps))]
+    panels = [[*names[i : i + 2], *["."] * (i + 2 - len(names))] for i in range(0, len(names), 2)]
+    most = max(len(m.rows) for m in maps)
+    with picture(path, panels, (0.45 * most + 1.4) * len(panels)) as axes:
+        for name, (title, values, columns, rows) in zip(names, maps, strict=True):
+            axis = axes[name]
+            axis.imshow(values, origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=100)
+            axis.grid(visible=False)
+            axis.set_xticks(range(len(columns)), columns)
+            axis.set_yticks(range(len(rows)), rows)
+            axis.set(xlabel=xlabel, ylabel=ylabel)
+            axis.set_title(title)
+            for row, of_row in enumerate(values):
+                for column, value in enumerate(of_row):
+                    if math.isfinite(value):
+                        dark = "w" if value < 60 else "k"
+                        axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=dark)

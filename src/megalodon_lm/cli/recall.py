@@ -1,35 +1,71 @@
 """megalodon evaluate recall"""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..errors import InputError
 from .options import Quiet
 
 if TYPE_CHECKING:
-    from ..evaluation.recall_report import Summary
     from ..evaluation.recall_trials import Trial
+    from ..evaluation.recall_zero_shot import ProseTrial
 
-TABLE_WIDTH = 180
+PROSE = ("passkey", "needle", "needles")
+
+
+class _Report(NamedTuple):
+    """What finished trials say together."""
+
+    figures: dict[str, Any]
+    drawings: tuple[Callable[[Path], None], ...]
+    """One for each picture."""
+    table: Any
 
 
 @dataclass
 class Recall(Quiet):
-    """Recall: models trained from scratch to say, some chunks later, what they read.
+    """Recall: does a model know, some chunks later, what it read?
 
-    Each architecture learns from fresh sequences and is then asked at each distance; docs/long-context.md says what the
-    sequences are. A trial that is finished has a file in --out: the same command goes on where it was interrupted, and
-    several processes may share the folder, with other --seeds, say. With several --learning-rates the table shows each
-    architecture's best, chosen on sequences that are used for nothing else.
+    Architectures learn a task from scratch (mqar, copying, induction), or trained models are asked as they are in prose
+    (passkey, needle, needles); docs/long-context.md says what the sequences are. A trial that is finished has a file in
+    --out: the same command goes on where it was interrupted, and several processes may share the folder, with other
+    --seeds, say. With several --learning-rates the table shows each architecture's best, chosen on sequences that are
+    used for nothing else.
     """
 
-    task: list[Literal["mqar", "copying", "induction"]] = field(default_factory=lambda: ["mqar"])
-    """Associative recall of many pairs, selective copying, induction."""
+    task: list[Literal["mqar", "copying", "induction", "passkey", "needle", "needles"]] = field(
+        default_factory=lambda: ["mqar"]
+    )
+    """Learnt: associative recall of many pairs, selective copying, induction. Asked in prose: a number, a sentence, one
+    of several sentences."""
     question: list[Literal["after", "before"]] = field(default_factory=lambda: ["after"])
     """Whether the model is told what it will be asked for after the content that holds the answer, or before it."""
+    pairs: list[int] = field(default_factory=list)
+    """Keys and values in a sequence, of needles the sentences; each number is a task of its own. Nothing for 8 and 32,
+    and for 4 needles."""
+    chunk_size: int = 0
+    """Tokens, the unit of distance, whatever chunks a model has; 0 for 64, in prose 256."""
+    distances: list[int] = field(default_factory=lambda: [0, 1, 4, 16, 64])
+    """Chunks between content and answer, to test; 0 for the same chunk, where both fit into one."""
+    sequences: int = 0
+    """To test with, of each distance; 0 for 256, in prose for 16, each of them read with eight different answers."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """Of weights and sequences."""
+    out: Path = Path("runs/recall")
+    """Folder of the trials, with recall.json and pictures of all that were asked for."""
+    precision: Literal["auto", "bf16", "float32"] = "float32"
+    """Of matrix products; auto takes bf16 where the device multiplies it natively."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    trained: list[Path] = field(default_factory=list)
+    """In prose: run folders or saved models."""
+    depths: list[float] = field(default_factory=lambda: [0.0, 0.5])
+    """In prose: the part of it that stands before the needle."""
     model: str = "tiny"
-    """A named size, a configuration file or a model folder, of which the sizes are taken; its vocabulary is the
+    """Learnt: a named size, a configuration file or a model folder, of which the sizes are taken; its vocabulary is the
     task's."""
     architectures: list[str] = field(default_factory=lambda: ["megalodon", "sliding", "memory", "gecko"])
     """To compare: the model as it is, with attention over the chunk before alone, the adaptive memory alone, or with
@@ -38,12 +74,6 @@ class Recall(Quiet):
     set: list[str] = field(default_factory=list)
     """Changes to the model, such as model_dim=128, or to a single contender, such as llama.window=256; values as in
     TOML."""
-    pairs: list[int] = field(default_factory=lambda: [8, 32])
-    """Keys and values in a sequence; each number is a task of its own."""
-    chunk_size: int = 64
-    """Tokens, the unit of distance, whatever chunks a model has."""
-    distances: list[int] = field(default_factory=lambda: [0, 1, 4, 16, 64])
-    """Chunks between content and answer, to test; 0 for the same chunk, where both fit into one."""
     train_distances: list[int] = field(default_factory=lambda: [0, 1, 2, 4])
     """Those of the sequences that are learnt from, a step of one of them; the longer ones join in later."""
     steps: int = 2000
@@ -54,55 +84,76 @@ class Recall(Quiet):
     """At the peak: warm-up over the first tenth of the steps, then a cosine."""
     weight_decay: float = 0.03
     """Decoupled, on every weight."""
-    seeds: list[int] = field(default_factory=lambda: [0])
-    """Of weights and sequences."""
-    sequences: int = 256
-    """To test with, of each distance."""
-    out: Path = Path("runs/recall")
-    """Folder of the trials, with recall.json and pictures of all that were asked for."""
-    precision: Literal["auto", "bf16", "float32"] = "float32"
-    """Of matrix products; auto takes bf16 where the device multiplies it natively."""
-    device: str = "cpu"
-    """cpu or cuda."""
 
     def run(self) -> None:
         """Carry out the command."""
-        import json
-
-        from ..evaluation.recall_report import draw, draw_pairs, summarise
-        from ..evaluation.recall_trials import Result, carry_out_all
-        from ..files import FIGURES, PICTURE, check_writable, make_folder, write_atomically
         from ..ops.device import choose_device
-        from .progress import console, progress_bar
+
+        device = choose_device(self.device)
+        in_prose = [task in PROSE for task in self.task]
+        if any(in_prose) != all(in_prose):
+            raise InputError(f"--task {' '.join(self.task)}: {', '.join(PROSE)} are asked apart from those learnt")
+        if any(in_prose) != bool(self.trained):
+            raise InputError(f"--trained takes models for the tasks {', '.join(PROSE)}, and for no others")
+        if any(in_prose):
+            from ..evaluation.recall_zero_shot import find_all
+
+            places = self._places()
+            if not places:
+                raise InputError("no sequences of these --distances and --depths; larger --chunk-size has room")
+
+            def asked(move: Callable[..., None]) -> Iterator[Any]:
+                return find_all(places, self.out, lambda number: move(number, places[number].title))
+
+            self._follow(len(places), asked, ("recall.png", "depths.png"), _of_prose)
+            return
+        from ..evaluation.recall_trials import carry_out_all
 
         trials = self._trials()
         if not trials:
-            raise InputError("--task, --question, --pairs, --learning-rates and --seeds need at least one value each")
-        device = choose_device(self.device)
+            raise InputError("--task, --question, --learning-rates and --seeds need at least one value each")
+
+        def learnt(move: Callable[..., None]) -> Iterator[Any]:
+            def watch(number: int, step: int, loss: float) -> None:
+                note = f"{trials[number].title}: step {step:,} of {self.steps:,}, {loss:.3f} nats an answer"
+                move(number + step / self.steps, note)
+
+            return carry_out_all(trials, self.out, device, watch)
+
+        self._follow(len(trials), learnt, ("recall.png", "pairs.png"), _of_learnt)
+
+    def _follow(
+        self,
+        number: int,
+        carry_out: Callable[[Callable[..., None]], Iterator[Any]],
+        names: tuple[str, ...],
+        report: Callable[[list[Any]], _Report],
+    ) -> None:
+        """Show trials as they are finished, and at the end, also of an interrupt, what they say together."""
+        import json
+
+        from ..files import FIGURES, PICTURE, check_writable, make_folder, write_atomically
+        from .progress import console, progress_bar, results
+        from .recall_tables import WIDTH
+
         make_folder(self.out)
-        figures, *pictures = (self.out / name for name in ("recall.json", "recall.png", "pairs.png"))
+        figures, *pictures = (self.out / name for name in ("recall.json", *names))
         for path in (figures, *pictures):
             check_writable(path, FIGURES if path is figures else PICTURE)
-        finished: list[Result] = []
+        finished: list[Any] = []
         try:
-            with progress_bar("recall", len(trials)) as move:
-
-                def watch(number: int, step: int, loss: float) -> None:
-                    note = f"{trials[number].title}: step {step:,} of {self.steps:,}, {loss:.3f} nats an answer"
-                    move(number + step / self.steps, note)
-
-                for result in carry_out_all(trials, self.out, device, watch):
+            with progress_bar("recall", number) as move:
+                for result in carry_out(move):
                     finished.append(result)
                     move(len(finished))
                     console.print(f"{result.trial.title}: {result.said}")
-        finally:  # also when interrupted
+        finally:
             if finished:
-                summaries = summarise(finished)
-                said = {"summary": [s.figures() for s in summaries], "trials": [r.figures() for r in finished]}
+                said, drawings, table = report(finished)
                 write_atomically(figures, json.dumps(said, indent=2) + "\n")
-                for path, drawing in zip(pictures, (draw, draw_pairs), strict=True):
-                    drawing(path, summaries)
-                self._show(summaries)
+                for path, drawing in zip(pictures, drawings, strict=True):
+                    drawing(path)
+                results.print(table, width=max(results.width, WIDTH), crop=False)
         console.print(", ".join(map(str, (figures, *pictures))))
 
     def _trials(self) -> "list[Trial]":
@@ -122,8 +173,8 @@ class Recall(Quiet):
         compared = contenders(base, self.architectures, own, Path(self.model).stem)
         return [
             Trial(
-                name, config, find_task(task, pairs, self.chunk_size, question), tuple(self.train_distances),
-                tuple(self.distances), self.sequences,
+                name, config, find_task(task, pairs, self.chunk_size or 64, question), tuple(self.train_distances),
+                tuple(self.distances), self.sequences or 256,
                 TrainingRecipe(
                     steps=self.steps, batch_size=self.batch_size, learning_rate=rate, warmup_steps=self.steps // 10,
                     weight_decay=self.weight_decay, precision=self.precision, seed=seed,
@@ -131,39 +182,55 @@ class Recall(Quiet):
             )
             for task in self.task
             for question in self.question
-            for pairs in self.pairs
+            for pairs in self.pairs or [8, 32]
             for name, config in compared.items()
             for rate in self.learning_rates
             for seed in self.seeds
         ]  # fmt: skip
 
-    def _show(self, summaries: "list[Summary]") -> None:
-        from rich.table import Table
+    def _places(self) -> "list[ProseTrial]":
+        from ..data.books import bundled
+        from ..evaluation.recall_prose import Prose, ProseTask
+        from ..evaluation.recall_zero_shot import ProseTrial
+        from .models import load_trained
 
-        from .progress import results
+        if len({folder.resolve().name for folder in self.trained}) < len(self.trained):
+            raise InputError("--trained: the names of the folders must differ, since results are told apart by them")
+        found = []
+        for folder in self.trained:
+            model, tokenizer = load_trained(folder, self.device)
+            prose = Prose(bundled("validation").values(), tokenizer)
+            found += [
+                ProseTrial(
+                    folder.resolve().name, model, task, distance, depth, self.sequences or 16, seed, self.precision
+                )
+                for name in self.task
+                for number in (self.pairs or [4] if name == "needles" else [1])
+                for question in self.question
+                for task in [ProseTask(name, prose, self.chunk_size or 256, number, question)]
+                for distance in sorted(set(self.distances))
+                for depth in sorted(set(self.depths))
+                for seed in self.seeds
+                if not 0 <= depth < 1 or task.fits(distance, depth)
+            ]
+        return found
 
-        distances = sorted({distance for s in summaries for distance in s.by_distance})
-        guesses = ", ".join(f"{t.chance:.1%} ({t.title})" for t in dict.fromkeys(s.task for s in summaries))
-        table = Table(
-            title="Answers that are right, by chunks between content and answer",
-            caption=f"with the 95 % interval; guessing gives {guesses}; state: bytes that are answered from at the "
-            "last distance, and of the whole as it lies in memory",
-        )
-        for column in ("architecture", "task", "rate", "seeds"):
-            table.add_column(column)
-        for column in (*map(str, distances), "state", "whole", "parameters", "seconds"):
-            table.add_column(column, justify="right")
-        for s in summaries:
-            cells = (s.by_distance.get(distance) for distance in distances)
-            table.add_row(
-                s.name,
-                s.task.title,
-                f"{s.results[0].trial.training.learning_rate:g}",
-                str(len(s.results)),
-                *("" if cell is None else f"{cell.mean:.1%} ({cell.low:.1%}-{cell.high:.1%})" for cell in cells),
-                f"{list(s.state_bytes.values())[-1]:,}",
-                f"{s.results[0].state_bytes:,}",
-                f"{s.results[0].trial.config.num_parameters:,}",
-                f"{sum(r.seconds for r in s.results) / len(s.results):,.0f}",
-            )
-        results.print(table, width=max(results.width, TABLE_WIDTH), crop=False)
+
+def _of_learnt(finished: list[Any]) -> _Report:
+    from ..evaluation.recall_report import draw, draw_pairs, summarise
+    from .recall_tables import learnt
+
+    summaries = summarise(finished)
+    figures = {"summary": [s.figures() for s in summaries], "trials": [r.figures() for r in finished]}
+    return _Report(
+        figures, (partial(draw, summaries=summaries), partial(draw_pairs, summaries=summaries)), learnt(summaries)
+    )
+
+
+def _of_prose(finished: list[Any]) -> _Report:
+    from ..evaluation.recall_prose_report import by_reader, draw, draw_depths
+    from .recall_tables import in_prose
+
+    readers = by_reader(finished)
+    drawings = (partial(draw, readers=readers), partial(draw_depths, readers=readers))
+    return _Report({"trials": [f.figures() for f in finished]}, drawings, in_prose(readers))

@@ -1,13 +1,12 @@
 """What trials of recall say together: of each model the best learning rate, its accuracy by distance, and pictures."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from ..plots import heat_map, log_axis, picture
+from ..plots import HeatMap, draw_heat_maps, log_axis, picture
 from .intervals import wilson
 from .recall_tasks import SyntheticTask
 from .recall_trials import Result
@@ -154,19 +153,14 @@ def draw_pairs(path: Path, summaries: Sequence[Summary]) -> None:
     Raises:
         InputError: the path cannot be written, or its ending names no kind of picture.
     """
-    kinds: dict[tuple[str, str], list[Summary]] = {}
+    kinds: dict[str, list[Summary]] = {}
     for s in summaries:
         question = ", question before" if s.task.question == "before" else ""
-        kinds.setdefault((s.name, s.task.name + question), []).append(s)
-    names = [f"{model}: {kind}" for model, kind in kinds]
-    rows = [[*names[i : i + 2], *["."] * (i + 2 - len(names))] for i in range(0, len(names), 2)]
-    most = max(len({s.task.pairs for s in of_kind}) for of_kind in kinds.values())
-    with picture(path, rows, (0.45 * most + 1.4) * len(rows)) as axes:
-        for name, of_kind in zip(names, kinds.values(), strict=True):
-            distances = sorted({distance for s in of_kind for distance in s.by_distance})
-            of_kind = sorted(of_kind, key=lambda s: s.task.pairs)
-            values = np.array([[100 * s.by_distance[d].mean if d in s.by_distance else np.nan for d in distances]
-                               for s in of_kind])  # fmt: skip
-            heat_map(axes[name], values, [str(d) for d in distances], [str(s.task.pairs) for s in of_kind])
-            axes[name].set(xlabel="chunks between", ylabel="pairs")
-            axes[name].set_title(f"{name}, % right")
+        kinds.setdefault(f"{s.name}: {s.task.name}{question}, % right", []).append(s)
+    maps = []
+    for title, of_kind in kinds.items():
+        distances = sorted({distance for s in of_kind for distance in s.by_distance})
+        of_kind = sorted(of_kind, key=lambda s: s.task.pairs)
+        values = [[100 * s.by_distance[d].mean if d in s.by_distance else math.nan for d in distances] for s in of_kind]
+        maps.append(HeatMap(title, values, [str(d) for d in distances], [str(s.task.pairs) for s in of_kind]))
+    draw_heat_maps(path, maps, "chunks between", "pairs")
