@@ -6,7 +6,7 @@ from rich.table import Table
 
 from ..evaluation.intervals import wilson
 from ..evaluation.recall_prose_report import Reader, counted, margin
-from ..evaluation.recall_report import Summary
+from ..evaluation.recall_report import Accuracy, Summary
 
 WIDTH = 180
 
@@ -18,8 +18,8 @@ def learnt(summaries: Iterable[Summary]) -> Table:
     guesses = ", ".join(f"{t.chance:.1%} ({t.title})" for t in dict.fromkeys(s.task for s in summaries))
     table = Table(
         title="Answers that are right, by chunks between content and answer",
-        caption=f"with the 95 % interval; guessing gives {guesses}; state: bytes that are answered from at the last "
-        "distance, and of the whole as it lies in memory",
+        caption=f"with the 95 % interval, and the least and the most of several seeds; guessing gives {guesses}; "
+        "state: bytes that are answered from at the last distance, and of the whole as it lies in memory",
     )
     for column in ("architecture", "task", "rate", "seeds"):
         table.add_column(column)
@@ -32,13 +32,18 @@ def learnt(summaries: Iterable[Summary]) -> Table:
             s.task.title,
             f"{s.results[0].trial.training.learning_rate:g}",
             str(len(s.results)),
-            *("" if cell is None else f"{cell.mean:.1%} ({cell.low:.1%}-{cell.high:.1%})" for cell in cells),
+            *("" if cell is None else _shown(cell, len(s.results)) for cell in cells),
             f"{list(s.state_bytes.values())[-1]:,}",
             f"{s.results[0].state_bytes:,}",
             f"{s.results[0].trial.config.num_parameters:,}",
             f"{sum(r.seconds for r in s.results) / len(s.results):,.0f}",
         )
     return table
+
+
+def _shown(at: Accuracy, seeds: int) -> str:
+    scatter = f"; {at.least:.1%}-{at.most:.1%}" if seeds > 1 else ""
+    return f"{at.mean:.1%} ({at.low:.1%}-{at.high:.1%}{scatter})"
 
 
 def in_prose(readers: Iterable[Reader]) -> Table:
