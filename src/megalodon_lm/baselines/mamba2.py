@@ -200,8 +200,8 @@ class Mamba2Mixer(nn.Module):
         step = F.softplus(step.to(wide) + self.dt_bias.to(wide))  # (B, L, H)
         log_decay = -self.A_log.to(wide).exp() * step
 
-        y, matrix = state_space_duality(features * step[..., None], b, c_, log_decay, entry.get("matrix"), boundaries)
-        y = torch.addcmul(y.to(wide), features.to(wide), self.D.to(wide)[:, None]).to(gate.dtype)
+        given = features, b, c_, log_decay, step, self.D
+        y, matrix = state_space_duality(*given, entry.get("matrix"), boundaries)
         y = silu_gate(gate.contiguous(), y.flatten(-2)).unflatten(-1, (c.num_groups, -1))
         scale = (self.norm.weight.to(wide) + 1).view(y.shape[-2:])
         y = head_rms_norm(y, scale, torch.zeros_like(scale), c.norm_eps)

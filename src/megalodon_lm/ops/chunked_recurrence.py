@@ -5,7 +5,7 @@ decays between its tokens; over a whole chunk the state changes by an affine map
 all that runs one after another.
 """
 
-from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,30 +13,22 @@ from torch import Tensor
 from .boundaries import Strips
 
 CHUNK_SIZE = 64
+_NOTHING = -60.0  # logarithm of a decay after which nothing is left; so sums over a chunk are small enough for float32
+_LARGEST = 30.0  # logarithm of any factor
 
 
-def decays(log_decay: Tensor) -> tuple[Tensor, Tensor]:
-    """Products of decays within chunks, from logarithms of at most 0: no exponential exceeds 1.
+def sums_of_logs(log_decay: Tensor) -> Tensor:
+    """(..., T): logarithms of the decays from the entry of a chunk to each token, that token's own included."""
+    return log_decay.clamp(min=_NOTHING).cumsum(-1)
 
-    Args:
-        log_decay: (..., T), of each token.
 
-    Returns:
-        From each token to each later one, which is the row, and 1 to itself: (..., T, T), zero above the diagonal; and
-        from the entry of the chunk to each token, that token's own decay included: (..., T).
+def between(arriving: Tensor, leaving: Tensor, dtype: torch.dtype) -> Tensor:
+    """exp(arriving_i - leaving_j) for j up to i, zero for later j, which may be out of range: (..., T, T).
+
+    Cut to a range, because exponentials that vanish or overflow take ten times as long as others.
     """
-    sums = log_decay.double().cumsum(-1)  # a decay between two tokens is what two sums over the chunk differ by
-    later = torch.ones(2 * log_decay.shape[-1:], dtype=torch.bool, device=log_decay.device).triu_(1)
-    between = (sums[..., None] - sums[..., None, :]).to(log_decay.dtype)
-    return between.masked_fill_(later, -torch.inf).exp_(), sums.exp().to(log_decay.dtype)
-
-
-def to_log_decay(to_between: Tensor, to_since: Tensor | None = None) -> Tensor:
-    """The gradient of the logarithms, (..., T), from those of the results of `decays`, each times that result."""
-    to_sums = to_between.sum(-1) - to_between.sum(-2)
-    if to_since is not None:
-        to_sums += to_since
-    return to_sums.flip(-1).cumsum(-1).flip(-1)
+    logs = arriving[..., None] - leaving[..., None, :]
+    return logs.clamp_(_NOTHING, _LARGEST).exp_().to(dtype).tril_()
 
 
 def by_heads(x: Tensor, strips: Strips) -> Tensor:
@@ -44,55 +36,98 @@ def by_heads(x: Tensor, strips: Strips) -> Tensor:
     return strips.gather(x).transpose(1, 2)
 
 
-def carry(change: Tensor, added: Tensor, entry: Tensor | None, strips: Strips) -> tuple[Tensor, Tensor]:
+def carry(
+    change: Tensor, added: Tensor, entry: Tensor | None, strips: Strips, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """States at the entry of each strip and at the exit of each row; over a strip, S becomes change S + added.
 
     Args:
-        change: (M, ..., N, N) matrices; or factors, whose last dimension is 1.
-        added: (M, ..., N, P).
-        entry: (B, ..., N, P) at the entry of the piece, or None for zero.
+        change: (M, H, N, N) matrices; or factors, (M, H, 1, 1).
+        added: (M, H, N, P), like change and entry in float32 or better.
+        entry: (B, H, N, P) at the entry of the piece, or None for zero.
         strips: of the piece.
+        dtype: of the former result; what is carried on is not rounded to it.
 
     Returns:
-        (M, ..., N, P) and (B, ..., N, P).
+        (M, H, N, P) and (B, H, N, P).
     """
-    if strips.index is None:  # rows cut evenly
-        changes, additions = (x.unflatten(0, (strips.shape[0], -1)).unbind(1) for x in (change, added))
-        states, leaving = [torch.zeros_like(additions[0]) if entry is None else entry], additions[0]
-        for j, (factor, add) in enumerate(zip(changes, additions, strict=True)):
-            if j:
-                states.append(leaving)
-            if j or entry is not None:
-                leaving = _changed(factor, states[-1], add)
-        return torch.stack(states, 1).flatten(0, 1), leaving
+    rows = strips.shape[0]
+    if strips.index is None:  # rows cut evenly: strip j of each is that of a view
+        first = added.new_zeros(rows, *added.shape[1:]) if entry is None else entry
+        return _Carry.apply(change, added, first, None, [rows] * (len(added) // rows), dtype)
 
-    steps = _steps(strips)
-    shape = (-1,) + (1,) * (added.dim() - 1)
-    first = steps[0][0]
-    state = torch.zeros_like(added.index_select(0, first))
+    # Segments in the order of their lengths, so that those which go on are always the first ones.
+    (heads,) = strips.first.nonzero(as_tuple=True)
+    segment = strips.first.cumsum(0) - 1
+    place = torch.arange(len(segment), device=segment.device) - heads[segment]
+    longest_first = torch.bincount(segment).argsort(descending=True, stable=True)
+    rank = longest_first.argsort()
+    order = (place * len(heads) + rank[segment]).argsort()
+    begins = heads[longest_first]
+    first = added.new_zeros(len(heads), *added.shape[1:])
     if entry is not None:
-        carried = strips.carries[first].view(shape)
-        state = torch.where(carried, entry.index_select(0, strips.row[first]), state)
-    states = [state]
-    for (strip, _), (_, going_on) in pairwise(steps):
-        leaving = _changed(change.index_select(0, strip), states[-1], added.index_select(0, strip))
-        states.append(leaving.index_select(0, going_on))
-    before = torch.cat(states).index_select(0, torch.cat([strip for strip, _ in steps]).argsort())
-    last = strips.last.clamp(min=0)
-    leaving = _changed(*(x.index_select(0, last) for x in (change, before, added)))
+        carried = strips.carries[begins].view(-1, 1, 1, 1)
+        first = torch.where(carried, entry.index_select(0, strips.row[begins]), first)
+    before, ends = _Carry.apply(change, added, first, order, torch.bincount(place).tolist(), dtype)
+    leaving = ends.index_select(0, rank[segment[strips.last.clamp(min=0)]])
     nothing = torch.zeros_like(leaving) if entry is None else entry
-    return before, torch.where((strips.last >= 0).view(shape), leaving, nothing)
+    return before, torch.where((strips.last >= 0).view(-1, 1, 1, 1), leaving, nothing)
 
 
-def _changed(change: Tensor, state: Tensor, added: Tensor) -> Tensor:
-    return (change * state if change.shape[-1] == 1 else change @ state) + added
+class _Carry(torch.autograd.Function):
+    """The loop over strips: before each one, and after the last of each segment.
+
+    Strips come in steps: the first one of every segment, then the second of every segment that has one, and so on;
+    `order` has their numbers, None where segments have equally many strips that follow each other.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        change: Tensor,
+        added: Tensor,
+        first: Tensor,
+        order: Tensor | None,
+        counts: list[int],
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        state, before = first.clone(), added.new_empty(added.shape, dtype=dtype)
+        given = (x if order is None else x.index_select(0, order) for x in (change, added))
+        steps = (_step_by_step(x, order, counts) for x in (*given, before))
+        for factor, add, kept in zip(*steps, strict=True):
+            kept.copy_(state[: len(kept)])
+            _change(factor, state[: len(kept)], add)
+        before = before if order is None else before.index_select(0, order.argsort())
+        ctx.save_for_backward(change, before)
+        ctx.order, ctx.counts = order, counts
+        return before, state
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        change, before = ctx.saved_tensors
+        order, counts = ctx.order, ctx.counts
+        to_state, to_added = grads[1].clone(), grads[1].new_empty(before.shape)
+        given = (x if order is None else x.index_select(0, order) for x in (change, grads[0]))
+        steps = zip(*(_step_by_step(x, order, counts) for x in (*given, to_added)), strict=True)
+        for factor, to_before, kept in reversed(list(steps)):
+            kept.copy_(to_state[: len(kept)])
+            _change(factor.mT, to_state[: len(kept)], to_before)
+        to_added = to_added if order is None else to_added.index_select(0, order.argsort())
+        if change.shape[-1] == 1:
+            to_change = (to_added * before).sum((-2, -1), keepdim=True)
+        else:
+            to_change = to_added @ before.to(to_added.dtype).mT
+        return to_change, to_added, to_state, None, None, None
 
 
-def _steps(strips: Strips) -> list[tuple[Tensor, Tensor]]:
-    """For each place in a segment, the strips there, and which of those one place before they follow."""
-    strip = torch.arange(len(strips.first), device=strips.first.device)
-    place = strip - torch.where(strips.first, strip, 0).cummax(0).values
-    counts = torch.bincount(place).tolist()
-    order = place.argsort(stable=True)
-    rank = order.argsort() - torch.tensor([0, *accumulate(counts)], device=strip.device)[place]  # within its place
-    return [(at, rank[at - 1]) for at in order.split(counts)]
+def _change(factor: Tensor, state: Tensor, add: Tensor) -> None:
+    """state = factor state + add, in place."""
+    if factor.shape[-1] == 1:
+        state.mul_(factor).add_(add)
+    else:
+        state.copy_((factor @ state).add_(add))
+
+
+def _step_by_step(x: Tensor, order: Tensor | None, counts: list[int]) -> tuple[Tensor, ...]:
+    """Views of the strips of each step, from strips in the order of steps, or as they are where none is given."""
+    return x.unflatten(0, (counts[0], -1)).unbind(1) if order is None else x.split(counts)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .backend import op
 from .boundaries import Boundaries, cut_into_strips
-from .chunked_recurrence import CHUNK_SIZE, by_heads, carry, decays, to_log_decay
+from .chunked_recurrence import CHUNK_SIZE, between, by_heads, carry, sums_of_logs
 
 
 @op(rounded=3)
@@ -39,79 +39,85 @@ def gated_delta_rule(
     Returns:
         y (B, L, H, P) in the type of v, and S transposed at the exit, in float32 or better.
     """
-    batch, length = q.shape[:2]
+    batch, length, heads, _ = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     strips = cut_into_strips(batch, length, CHUNK_SIZE, boundaries, q.device)
-    given = [by_heads(x, strips).flatten(0, 1) for x in (q, k, v, log_decay.to(wide), beta.to(wide))]
-    read, own, change, added = (x.unflatten(0, (-1, q.shape[2])) for x in _Chunk.apply(*given))
-    before, leaving = carry(change, added, None if state is None else state.to(wide), strips)
-    y = own + read @ before.to(read.dtype)
+    log_decay, beta = (by_heads(x.to(wide), strips) for x in (log_decay, beta))  # (M, H, T)
+    given = [by_heads(x, strips) for x in (q, k, v)] + [sums_of_logs(log_decay), beta]
+    read, own, change, added = (x.unflatten(0, (-1, heads)) for x in _Chunk.apply(*(x.flatten(0, 1) for x in given)))
+    before, leaving = carry(change, added, None if state is None else state.to(wide), strips, q.dtype)
+    y = torch.baddbmm(*(x.flatten(0, 1) for x in (own, read, before))).unflatten(0, (-1, heads))
     return strips.scatter(y.transpose(1, 2)).to(v.dtype), leaving
 
 
 class _Chunk(torch.autograd.Function):
     """What chunks (M, T, ...) do to the state S (N, P) before them: y = own + read S, and S becomes added + change S.
 
-    Products are made in the type of q, sums in float32 or better. By hand, because autograd would keep and pass over
-    several times as many matrices (T, T).
+    Products are made in the type of q; the inverse, and all that S is multiplied with from chunk to chunk, in float32
+    or better. By hand, because autograd would keep and pass over several times as many matrices (T, T).
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
-        between, since = decays(log_decay)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sums: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
+        dtype, wide = q.dtype, beta.dtype
         size, dim = q.shape[1:]
+        decays, since, left = between(sums, sums, dtype), sums.exp(), (sums[:, -1:] - sums).exp()
         queries_and_keys = torch.cat([q, k], 1)
         scores = torch.bmm(queries_and_keys, k.mT)
-        attention = (scores[:, :size] * between).to(q.dtype)
-        system = (scores[:, size:] * between).mul_(beta[..., None]).tril_(-1)
-        solution = unit_lower_inverse(system).to(q.dtype)
-        source = torch.cat([(k * (since * beta)[..., None]).to(q.dtype), (v * beta[..., None]).to(q.dtype)], -1)
-        written = torch.bmm(solution, source)  # by each token: -(..., :N) S + (..., N:)
+        attention = scores[:, :size] * decays
+        system = (scores[:, size:] * decays).to(wide).mul_(beta[..., None])
+        solution = unit_lower_inverse(system).to(dtype)
+        source = q.new_empty(*k.shape[:2], dim + v.shape[-1])
+        torch.mul(k, (since * beta)[..., None], out=source[..., :dim])
+        torch.mul(v, beta[..., None], out=source[..., dim:])
+        written = torch.bmm(solution, source)  # by each token: what is in dim: on, less what S has under what is before
         own = torch.bmm(attention, written)
-        kept = (k * between[:, -1, :, None]).to(q.dtype)
-        left = torch.bmm(kept.mT, written).to(beta.dtype)
-        read = (q * since[..., None]).sub_(own[..., :dim]).to(q.dtype)
-        change = torch.diag_embed(since[:, -1:].expand(-1, dim)) - left[..., :dim]
-        ctx.save_for_backward(queries_and_keys, v, beta, between, since, scores, attention, solution, written, kept)
-        return read, own[..., dim:], change, left[..., dim:]
+        kept = (k * left[..., None]).to(dtype)
+        gained = torch.bmm(kept.mT, written).to(wide)
+        read = (q * since[..., None]).sub_(own[..., :dim]).to(dtype)
+        change = gained[..., :dim].neg()
+        change.diagonal(dim1=-2, dim2=-1).add_(since[:, -1:])
+        ctx.save_for_backward(
+            queries_and_keys, v, beta, decays, since, left, scores, attention, solution, written, kept
+        )
+        return read, own[..., dim:], change, gained[..., dim:]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        queries_and_keys, v, beta, between, since, scores, attention, solution, written, kept = ctx.saved_tensors
+        queries_and_keys, v, beta, decays, since, left, scores, attention, solution, written, kept = ctx.saved_tensors
         to_read, to_own, to_change, to_added = grads
-        size, dtype = v.shape[1], v.dtype
+        size, dtype, wide = v.shape[1], v.dtype, beta.dtype
         q, k = queries_and_keys.split(size, 1)
         dim = q.shape[-1]
         to_out = torch.cat([-to_read, to_own], -1)
-        to_left = torch.cat([-to_change, to_added], -1).to(dtype)
+        to_gained = torch.cat([-to_change, to_added], -1).to(dtype)
 
-        to_written = torch.baddbmm(torch.bmm(attention.mT, to_out), kept, to_left)
+        to_written = torch.baddbmm(torch.bmm(attention.mT, to_out), kept, to_gained)
         to_source = torch.bmm(solution.mT, to_written)
-        to_attention = torch.bmm(to_out, written.mT) * between
-        to_system = (torch.bmm(to_source, written.mT) * between).tril_(-1).neg_()
-        to_kept = torch.bmm(written, to_left.mT).to(beta.dtype).mul_(between[:, -1, :, None])
+        to_scores = torch.empty_like(scores)
+        torch.mul(torch.bmm(to_out, written.mT), decays, out=to_scores[:, :size])
+        to_system = torch.bmm(to_source, written.mT).mul_(decays)  # times -1
+        to_system.diagonal(dim1=-2, dim2=-1).zero_()
+        torch.mul(to_system, -beta[..., None], out=to_scores[:, size:])
+        to_beta = -(to_system * scores[:, size:]).sum(-1, dtype=wide)
+        of_scores = to_scores * scores  # that of the logarithms of both matrices
+        to_sums = of_scores.sum(-1, dtype=wide).unflatten(1, (2, -1)).sum(1) - of_scores.sum(1, dtype=wide)
 
-        of_system = to_system * scores[:, size:]
-        to_beta = of_system.sum(-1)
-        of_system *= beta[..., None]
-        to_decays = (to_attention * scores[:, :size]).add_(of_system)
-
-        to_scores = torch.cat([to_attention, to_system * beta[..., None]], 1).to(dtype)
         to_queries, to_keys = torch.bmm(to_scores, k).split(size, 1)
         to_keys = torch.baddbmm(to_keys, to_scores.mT, queries_and_keys)
-
         from_keys, from_values = to_source.split([dim, v.shape[-1]], -1)
         from_keys = from_keys * since[..., None]
-        of_keys, of_kept = (from_keys * k).sum(-1), (to_kept * k).sum(-1)
+        to_kept = torch.bmm(written, to_gained.mT) * left[..., None]
         read_since = to_read * since[..., None]
-        to_since = of_keys * beta + (read_since * q).sum(-1) - of_kept
-        to_since[:, -1] += of_kept.sum(-1) + to_change.diagonal(dim1=-2, dim2=-1).sum(-1) * since[:, -1]
-        to_beta += of_keys + (from_values * v).sum(-1)
+        of_keys, of_kept = (from_keys * k).sum(-1), (to_kept * k).sum(-1)
+        to_sums += of_keys * beta + (read_since * q).sum(-1) - of_kept
+        to_sums[:, -1] += of_kept.sum(-1) + to_change.diagonal(dim1=-2, dim2=-1).sum(-1) * since[:, -1]
+        to_beta += of_keys + (from_values * v).sum(-1, dtype=wide)
         return (
             read_since.add_(to_queries).to(dtype),
             to_kept.add_(to_keys).add_(from_keys.mul_(beta[..., None])).to(dtype),
             (from_values * beta[..., None]).to(dtype),
-            to_log_decay(to_decays, to_since),
+            to_sums,
             to_beta,
         )
 

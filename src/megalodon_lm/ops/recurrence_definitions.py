@@ -128,10 +128,12 @@ def state_space_duality(
     b: Tensor,
     c: Tensor,
     log_decay: Tensor,
+    step: Tensor,
+    skip: Tensor,
     state: Tensor | None = None,
     boundaries: Boundaries | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """S_t = alpha_t S_{t-1} + b_t x_t^T; y_t = S_t^T c_t."""
+    """S_t = alpha_t S_{t-1} + step_t b_t x_t^T; y_t = S_t^T c_t + skip x_t."""
     batch, length, heads, _ = x.shape
     nothing = x.new_zeros(heads, b.shape[-1], x.shape[-1])
     rows, exits = [], []
@@ -143,8 +145,9 @@ def state_space_duality(
             if starts[t]:
                 s = nothing
             into, out = (p[row, t].repeat_interleave(heads // b.shape[2], 0) for p in (b, c))  # (H, N)
-            s = log_decay[row, t].exp()[:, None, None] * s + into[:, :, None] * x[row, t][:, None, :]
-            ys.append(torch.einsum("hnp,hn->hp", s, out))
+            alpha, taken = log_decay[row, t].exp()[:, None, None], step[row, t][:, None] * x[row, t]
+            s = alpha * s + into[:, :, None] * taken[:, None, :]
+            ys.append(torch.einsum("hnp,hn->hp", s, out) + skip[:, None] * x[row, t])
         rows.append(torch.stack(ys + [torch.zeros_like(x[row, 0])] * (length - valid)))
         exits.append(s)
     return torch.stack(rows), torch.stack(exits)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .backend import op
 from .boundaries import Boundaries, cut_into_strips
-from .chunked_recurrence import CHUNK_SIZE, by_heads, carry, decays, to_log_decay
+from .chunked_recurrence import CHUNK_SIZE, between, by_heads, carry, sums_of_logs
 
 
 @op(rounded=3)
@@ -19,60 +19,78 @@ def state_space_duality(
     b: Tensor,
     c: Tensor,
     log_decay: Tensor,
+    step: Tensor,
+    skip: Tensor,
     state: Tensor | None = None,
     boundaries: Boundaries | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """S_t = alpha_t S_{t-1} + b_t x_t^T; y_t = S_t^T c_t, with alpha = exp(log_decay), one a head.
+    """S_t = alpha_t S_{t-1} + step_t b_t x_t^T; y_t = S_t^T c_t + skip x_t, with alpha = exp(log_decay), one a head.
 
     Args:
-        x: (B, L, H, P), times its step size; L at least 1.
+        x: (B, L, H, P), L at least 1.
         b, c: (B, L, G, N); H / G heads after each other share those of a group.
         log_decay: (B, L, H), at most 0.
+        step: (B, L, H), at least 0.
+        skip: (H,).
         state: (B, H, N, P) at the entry, or None for zero.
         boundaries: documents begin with zero; padding yields 0 and leaves S alone.
 
     Returns:
         y (B, L, H, P) in the type of x, and S at the exit, in float32 or better.
     """
-    batch, length, heads, _ = x.shape
-    groups = b.shape[2]
-    wide = torch.promote_types(x.dtype, torch.float32)
+    batch, length = x.shape[:2]
+    groups, wide = b.shape[2], torch.promote_types(x.dtype, torch.float32)
     strips = cut_into_strips(batch, length, CHUNK_SIZE, boundaries, x.device)
-    b, c = (by_heads(t, strips) for t in (b, c))  # (M, G, T, N)
-    x, logs = strips.gather(x), strips.gather(log_decay.to(wide))  # (M, T, H, P) and (M, T, H)
+    xs, b, c = (by_heads(t, strips).contiguous() for t in (x, b, c))  # (M, H, T, P) and (M, G, T, N)
+    step, log_decay = (by_heads(t.to(wide), strips) for t in (step, log_decay))  # (M, H, T)
+    sums = sums_of_logs(log_decay)
 
-    attention = _Decayed.apply(c @ b.mT, logs.transpose(1, 2))
-    own = (attention @ x.transpose(1, 2)).transpose(1, 2)  # (M, T, H, P)
-
-    sums = logs.cumsum(1)
-    kept = (x * (sums[:, -1:] - sums).exp()[..., None]).to(x.dtype)
-    added = b.mT @ _by_groups(kept, groups)  # (M, G, N, P of all heads of the group)
-    change = sums[:, -1].exp().view(-1, groups, 1, heads // groups, 1)
-    entry = None if state is None else state.to(wide).unflatten(1, (groups, -1)).transpose(2, 3)
-    before, leaving = carry(change, added.to(wide).unflatten(-1, (heads // groups, -1)), entry, strips)
-    read = (c @ before.flatten(-2).to(c.dtype)).transpose(1, 2).reshape(x.shape)
-    y = torch.addcmul(own.to(wide), read.to(wide), sums.exp()[..., None])
-    return strips.scatter(y).to(x.dtype), leaving.transpose(2, 3).flatten(1, 2)
+    left = ((sums[..., -1:] - sums).exp() * step).to(x.dtype)[..., None]  # of each token at the end of its chunk
+    kept = (b[:, :, None] * left.unflatten(1, (groups, -1))).flatten(1, 2)  # (M, H, T, N)
+    added = (kept.mT @ xs).to(wide)
+    entry = None if state is None else state.to(wide)
+    before, leaving = carry(sums[..., -1:, None].exp(), added, entry, strips, x.dtype)
+    y = _Read.apply(c @ b.mT, c, sums, step, skip.to(wide), xs, before)
+    return strips.scatter(y.transpose(1, 2)), leaving
 
 
-def _by_groups(x: Tensor, groups: int) -> Tensor:
-    """(M, T, H, P) to (M, G, T, P of all heads of the group)."""
-    return x.unflatten(2, (groups, -1)).transpose(1, 2).flatten(-2)
+class _Read(torch.autograd.Function):
+    """What tokens read of their chunk, of the state before it and of themselves, in one product for each head.
 
-
-class _Decayed(torch.autograd.Function):
-    """Scores of groups (M, G, T, T) times the decays of heads, from (M, H, T): (M, H, T, T)."""
+    Its factors are what a token takes of each token and of each state (T, T + N), and tokens above states (T + N, P).
+    By hand, because autograd would keep and pass over several times as many matrices (T, T).
+    """
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, log_decay: Tensor) -> Tensor:
-        between, _ = decays(log_decay)
-        attention = (scores[:, :, None] * between.unflatten(1, (scores.shape[1], -1))).to(scores.dtype).flatten(1, 2)
-        ctx.save_for_backward(between, attention)
-        ctx.groups = scores.shape[1]
-        return attention
+    def forward(
+        ctx: Any, scores: Tensor, c: Tensor, sums: Tensor, step: Tensor, skip: Tensor, x: Tensor, before: Tensor
+    ) -> Tensor:
+        count, groups, size, states = c.shape
+        heads = x.shape[1]
+        weights = between(sums, sums - step.log(), x.dtype)
+        since = sums.exp().to(x.dtype)
+        taken = x.new_empty(count, heads, size, size + states)
+        by_group = taken.unflatten(1, (groups, -1))
+        torch.mul(scores[:, :, None], weights.unflatten(1, (groups, -1)), out=by_group[..., :size])
+        torch.mul(c[:, :, None], since.unflatten(1, (groups, -1))[..., None], out=by_group[..., size:])
+        taken[..., :size].diagonal(dim1=-2, dim2=-1).add_(skip[:, None])
+        given = torch.cat([x, before], -2)
+        ctx.save_for_backward(c, weights, since, step, skip, taken, given)
+        return taken @ given
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        between, attention = ctx.saved_tensors
-        to_scores = (grads[0] * between).unflatten(1, (ctx.groups, -1)).sum(2).to(attention.dtype)
-        return to_scores, to_log_decay((grads[0] * attention).to(between.dtype))
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        c, weights, since, step, skip, taken, given = ctx.saved_tensors
+        groups, size, states = c.shape[1:]
+        wide = step.dtype
+        to_taken, to_given = grads[0] @ given.mT, taken.mT @ grads[0]
+        of_taken = to_taken * taken  # that of the logarithms of what is taken, but for the token itself
+        leaving = of_taken[..., :size].sum(-2, dtype=wide)
+        to_sums = of_taken.sum(-1, dtype=wide) - leaving
+        to_tokens, to_states = to_taken.split([size, states], -1)
+        to_self = to_tokens.diagonal(dim1=-2, dim2=-1).to(wide)
+        to_step = (leaving - to_self * skip[:, None]) / step.clamp(min=torch.finfo(wide).tiny)
+        to_scores = (to_tokens * weights).unflatten(1, (groups, -1)).sum(2)
+        to_c = (to_states * since[..., None]).unflatten(1, (groups, -1)).sum(2)
+        to_x, to_before = to_given.split([size, states], -2)
+        return to_scores, to_c, to_sums, to_step, to_self.sum((0, 2)), to_x, to_before
