@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from megalodon_lm.baselines.rwkv7 import Rwkv7, Rwkv7Config
 from megalodon_lm.baselines.rwkv7_blocks import Rwkv7Block
 from megalodon_lm.state_spec import Sealed, named, tree_map
 
@@ -139,13 +140,29 @@ def test_initial_values_are_those_of_the_authors():
     assert all(block.att.mix.min().item() >= 0 and block.att.mix.max().item() == 1 for block in stack)
 
 
-def test_bf16_autocast_stays_near_float32():
+def test_activation_checkpointing_changes_nothing():
+    model = Rwkv7(Rwkv7Config(vocab_size=32, num_layers=DEPTH, model_dim=DIM, head_dim=HEAD, ffn_hidden_dim=HIDDEN))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    tokens, grads = torch.arange(20)[None], []
+    for model.activation_checkpointing in (False, True):
+        loss, state = model(tokens, targets=tokens)
+        grads.append(torch.autograd.grad(loss + state.parts["layers"][1]["att"]["matrix"].sum(), [*model.parameters()]))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("weights", [False, True], ids=["autocast", "weights"])
+def test_bf16_stays_near_float32(weights):
     stack = blocks(torch.float32)
     for p in stack.parameters():
-        p.data *= 0.5
-    x = torch.randn(2, 70, DIM)
-    exact, states = read(stack, x)
-    with torch.autocast("cpu", torch.bfloat16):
-        rough, found = read(stack, x)
+        p.data.mul_(0.5).copy_(p.data.bfloat16())
+    x = torch.randn(2, 70, DIM, generator=torch.Generator().manual_seed(1)).bfloat16()
+    exact, states = read(stack, x.float())
+    if weights:
+        rough, found = read(stack.bfloat16(), x)
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            rough, found = read(stack, x.float())
+        assert rough.dtype == torch.float32  # the residual stream
     assert all(state["att"]["matrix"].dtype == torch.float32 for state in found)
-    assert_close([rough, *leaves(found)], [exact, *leaves(states)], 5e-2)
+    assert_close([rough.float(), *leaves(found)], [exact, *leaves(states)], 5e-2)

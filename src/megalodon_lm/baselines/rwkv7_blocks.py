@@ -16,6 +16,7 @@ from ..layers.linear import Linear
 from ..layers.norms import AffineNorm, LayerNorm
 from ..ops.boundaries import Boundaries
 from ..ops.generalized_delta_rule import generalized_delta_rule
+from ..ops.norms import layer_norm
 from ..ops.token_shift import token_shift
 from ..state_spec import Sealed, Tree, declare
 
@@ -147,9 +148,9 @@ class TimeMixing(nn.Module):
         (xr, xw, xk, xv, xa, xg), shift = token_shift(x, self.mix, entry.get("shift"), boundaries)
         r, k, v = (t.to(wide) for t in (self.receptance(xr), self.key(xk), self.value(xv)))
         if self.v is not None and self.v0 is not None and first is not None:
-            v = v.lerp(first, torch.sigmoid(self.v0 + self.v(xv)))
-        log_w = _STRONGEST * torch.sigmoid(self.w0 + self.w(xw))
-        rate = torch.sigmoid(self.a0 + self.a(xa))
+            v = v.lerp(first, torch.sigmoid(self.v0.to(wide) + self.v(xv)))
+        log_w = _STRONGEST * torch.sigmoid(self.w0.to(wide) + self.w(xw))
+        rate = torch.sigmoid(self.a0.to(wide) + self.a(xa))
         kappa = F.normalize(self._heads(k * self.k_k.to(wide)), dim=-1)
         k = k * (1 + (rate - 1) * self.k_a.to(wide))
 
@@ -158,7 +159,7 @@ class TimeMixing(nn.Module):
         y, matrix = generalized_delta_rule(*given, entry.get("matrix"), boundaries)
         bonus = (r * k * self.r_k.to(wide).view(r.shape[-2:])).sum(-1, keepdim=True)
         y = torch.addcmul(self.ln_x(y), bonus, values).flatten(-2)
-        made = self.output(y * self.g(xg))
+        made = self.output((y * self.g(xg)).to(x.dtype))
         return made, v if first is None else first, {"shift": shift, "matrix": matrix}
 
     def _heads(self, t: Tensor) -> Tensor:
@@ -224,7 +225,7 @@ class Rwkv7Block(nn.Module):
         """x (B, L, D), the values of the first block (None in itself) and the entry state to the same three."""
         entry = {"att": None, "ffn": None} if state is None else state.tree
         if self.ln0 is not None:
-            x = self.ln0(x)
+            x = layer_norm(x, self.ln0.weight, self.ln0.bias, NORM_EPS, out_dtype=x.dtype)  # the stream stays wide
         made, first, att = self.att(self.ln1(x), first, entry["att"], boundaries)
         x = x + made
         made, ffn = self.ffn(self.ln2(x), entry["ffn"], boundaries)
