@@ -8,14 +8,16 @@ import pytest
 import torch
 
 from megalodon_lm import ModelConfig
+from megalodon_lm.benchmark import library_model, own_model
 from megalodon_lm.benchmark.floor import MatrixProducts, MemoryCopy, MemoryRead, weight_bytes
+from megalodon_lm.benchmark.measures import random_tokens
 from megalodon_lm.benchmark.pairs import alternate, rate_ratio, rounds_within
 from megalodon_lm.benchmark.peers import NAMES
 from megalodon_lm.benchmark.records import Record, write_records
 from megalodon_lm.benchmark.report import draw, table
-from megalodon_lm.benchmark.suite import LENGTHS, MEASURES, PEERS, QUICK_LENGTHS, left_out, plan
+from megalodon_lm.benchmark.suite import LENGTHS, LINEAR, MEASURES, PEERS, QUICK_LENGTHS, left_out, plan
 from megalodon_lm.benchmark.worker import ContenderFailed, Worker
-from megalodon_lm.benchmark.workloads import contender
+from megalodon_lm.benchmark.workloads import Fastest, contender
 from megalodon_lm.config import NUM_TAPS
 from megalodon_lm.training.memory import resident
 
@@ -92,13 +94,49 @@ def test_every_measure_runs(name, measure, monkeypatch):
     assert timer() > 0
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_peers_run_at_their_fastest_settings(name):
+RIVALS = sorted({*LINEAR, *NAMES} - {"gecko"})
+
+
+@pytest.mark.filterwarnings("default::DeprecationWarning", "default::FutureWarning")
+@pytest.mark.parametrize("name", RIVALS)
+def test_rivals_run_at_their_fastest_settings(name, monkeypatch):
+    for module in (own_model, library_model):
+        monkeypatch.setattr(module, "STEPS", 4)
     competitor = contender(name, TINY, "bf16")
-    assert "bf16" in competitor.settle("training", 2, 24)
-    assert competitor.timer("training", 2, 24)() > 0
-    assert "parameters" in competitor.settle("decode", 1, 24)
-    assert competitor.timer("decode", 1, 24)() > 0
+    for measure in ("training", "prefill", "decode"):
+        note = competitor.settle(measure, 1, 24)
+        count = int(note.split(" parameters")[0].replace(",", ""))
+        assert count == pytest.approx(TINY.num_parameters, rel=0.01)
+        assert competitor.timer(measure, 1, 24)() > 0
+
+
+def test_of_two_forms_the_faster_one_runs():
+    class Form:
+        def __init__(self, seconds):
+            self.seconds = seconds
+
+        def settle(self, measure, batch, length):
+            return f"{length} tokens"
+
+        def timer(self, measure, batch, length):
+            return lambda: self.seconds[measure]
+
+    rival = Fastest({"one": Form({"training": 1, "decode": 2}), "other": Form({"training": 2, "decode": 1})})
+    assert rival.settle("training", 1, 9) == "9 tokens, one"
+    assert rival.timer("training", 1, 9)() == 1
+    assert rival.settle("decode", 1, 9) == "9 tokens, other"
+    assert rival.timer("decode", 1, 9)() == 1
+
+
+def test_a_made_up_context_decodes_as_a_read_one():
+    """Of a Llama: as many entries, at the same positions; and its window holds them and what is written."""
+    llama = contender("llama", TINY, "float32").forms["ours"]
+    llama.timer("decode", 1, 40)()
+    state = llama._context(40)
+    _, read = llama._read(random_tokens(1, 40, TINY.vocab_size))
+    for (name, made), t in zip(state.tensors().items(), read.tensors().values(), strict=True):
+        assert (made.shape, made.dtype) == (t.shape, t.dtype)
+        assert torch.equal(made, t) if not t.is_floating_point() else ((made != 0) == (t != 0)).all(), name
 
 
 def test_the_plan_keeps_to_what_is_bearable_and_holds_every_bar():
@@ -115,16 +153,17 @@ def test_the_plan_keeps_to_what_is_bearable_and_holds_every_bar():
     long = cases["training at 128K against megalodon at 8K"]
     assert long.batch * long.length == long.peer_batch * long.peer_length
     assert "training at 16K against rwkv4" not in cases
+    assert all(f"{measure} at 4K against {peer}" in cases for measure in ("training", "prefill") for peer in LINEAR)
     assert plan(["cema"], ["llama"], LENGTHS) == []
-    assert all(case.length == 1024 for case in plan(MEASURES, ["rwkv4", "mamba", "jax"], QUICK_LENGTHS, quick=True))
+    slow = plan(MEASURES, ["rwkv4", "mamba", "rwkv7", "jax"], QUICK_LENGTHS, quick=True)
+    assert all(case.length == 1024 for case in slow)
 
 
 def test_missing_peers_are_told_with_the_remedy(monkeypatch):
     monkeypatch.setattr("megalodon_lm.benchmark.peers.find_spec", lambda name: None)
     reasons = left_out(PEERS, None)
-    assert set(reasons) == {*NAMES, "jax"}
-    assert "mambapy" in reasons["mamba"]
-    assert "megalodon-lm[bench]" in reasons["llama"]
+    assert set(reasons) == {"rwkv4", "jax"}
+    assert "megalodon-lm[bench]" in reasons["rwkv4"]
     assert "--jax-python" in reasons["jax"]
     assert "jax" not in left_out(PEERS, "python")
 

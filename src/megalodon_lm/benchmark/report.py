@@ -23,8 +23,12 @@ FLOOR = Look("the machine's floor", "0.45", "--")
 LOOKS = {
     "megalodon": Look("Megalodon", "tab:blue"),
     "llama": Look("Llama", "tab:orange"),
-    "rwkv4": Look("RWKV-4", "tab:red"),
-    "mamba": Look("Mamba", "tab:green"),
+    "rwkv4": Look("RWKV-4", "lightcoral"),
+    "rwkv7": Look("RWKV-7", "tab:red"),
+    "mamba": Look("Mamba", "yellowgreen"),
+    "mamba2": Look("Mamba-2", "tab:green"),
+    "gated_deltanet": Look("Gated DeltaNet", "tab:brown"),
+    "mega": Look("MEGA", "tab:pink"),
     "gecko": Look("Gecko", "tab:olive"),
     "megalodon-jax": Look("megalodon-jax", "tab:purple"),
     "portable": Look("portable code", "tab:cyan"),
@@ -33,6 +37,7 @@ LOOKS = {
 TITLES = {"training": "Training", "prefill": "Prefill", "decode": "Decoding", "cema": "CEMA"}
 LENGTHS = {"decode": "tokens read before"}
 COLUMNS = 2
+LEGEND_COLUMNS = 6
 
 
 def _place(peer: str) -> tuple[int, str]:
@@ -97,7 +102,12 @@ def draw(path: Path, records: Sequence[Record]) -> None:
             length_axis(axis, lengths)
         if legend:
             known = [look.label for look in (*LOOKS.values(), FLOOR) if look.label in legend]
-            axis.figure.legend([legend[label] for label in known], known, loc="outside upper center", ncols=len(known))
+            axis.figure.legend(
+                [legend[label] for label in known],
+                known,
+                loc="outside upper center",
+                ncols=min(len(known), LEGEND_COLUMNS),
+            )
 
 
 def _draw_bars(axis: Any, rates: dict[str, float]) -> None:

@@ -9,42 +9,56 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal, get_args
 
+from ..architectures import ARCHITECTURES
 from ..config import ModelConfig
 from ..plots import short
+from .measures import STEPS, Measure
 from .pairs import alternate, rate_ratio, rounds_within
 from .peers import NAMES, missing
 from .records import Record
 from .worker import ContenderFailed, Prepared, Worker
-from .workloads import STEPS, Measure
 
 _Request = tuple[Measure, int, int]
-PeerName = Literal["llama", "mamba", "rwkv4", "gecko", "jax", "floor", "itself", "portable"]
+PeerName = Literal[
+    "llama",
+    "mamba",
+    "mamba2",
+    "rwkv4",
+    "rwkv7",
+    "gated_deltanet",
+    "mega",
+    "gecko",
+    "jax",
+    "floor",
+    "itself",
+    "portable",
+]
 LENGTHS = (1024, 4096, 16_384, 32_768, 131_072)
 QUICK_LENGTHS = (1024, 4096)
 LONG_ROUND = 20.0  # seconds; from there on the warm-up counts as the first round
 STEP_TOKENS = 4096  # of a training step, at least
 QUICK_STEP_TOKENS = 1024
-SLOW: tuple[PeerName, ...] = ("mamba", "rwkv4", "jax")
+SLOW: tuple[PeerName, ...] = ("mamba", "mamba2", "rwkv4", "rwkv7", "gated_deltanet", "mega", "jax")
 QUICK_LONGEST = 1024  # input of slow peers
+QUICK_PEERS: tuple[PeerName, ...] = ("llama", "mamba2", "rwkv7", "floor", "itself", "portable")
+LINEAR: tuple[PeerName, ...] = ("mamba", "mamba2", "rwkv7", "gated_deltanet", "mega", "gecko")
+"""In time by the length; but for decoding, all bear what a Llama does."""
 
 LONGEST: dict[tuple[Measure, PeerName], int] = {
+    **{("training", peer): 32_768 for peer in LINEAR},
+    **{("prefill", peer): 32_768 for peer in LINEAR},
+    **{("decode", peer): 16_384 for peer in LINEAR},
     ("training", "llama"): 32_768,
-    ("training", "mamba"): 4096,
     ("training", "rwkv4"): 4096,
-    ("training", "gecko"): 32_768,
     ("training", "jax"): 4096,
     ("training", "floor"): 32_768,
     ("prefill", "jax"): 4096,
     ("decode", "jax"): 4096,
     ("prefill", "llama"): 32_768,
-    ("prefill", "mamba"): 4096,
     ("prefill", "rwkv4"): 16_384,
-    ("prefill", "gecko"): 32_768,
     ("prefill", "floor"): 16_384,
     ("decode", "llama"): 131_072,
-    ("decode", "mamba"): 16_384,
     ("decode", "rwkv4"): 16_384,
-    ("decode", "gecko"): 16_384,
     ("decode", "floor"): 16_384,
     ("cema", "portable"): 4096,
     ("cema", "floor"): 4096,
@@ -129,7 +143,7 @@ def left_out(peers: Sequence[PeerName], jax_python: str | None) -> dict[PeerName
                 "needs an interpreter of its own: python -m venv v && v/bin/pip install megalodon-jax==0.2.2, "
                 "then --jax-python v/bin/python"
             )
-        elif peer in NAMES and (lacking := missing(peer)):
+        elif peer in NAMES and peer not in ARCHITECTURES and (lacking := missing(peer)):
             reasons[peer] = f"needs {' and '.join(lacking)}: pip install 'megalodon-lm[bench]'"
     return reasons
 

@@ -14,7 +14,8 @@ TABLE_WIDTH = 132
 class Bench(Quiet):
     """Measure speed and memory beside other models of the same size, and beside what this machine can do at most.
 
-    Llama, Mamba and RWKV-4 come with pip install 'megalodon-lm[bench]'. megalodon-jax needs an interpreter of its own:
+    Llama and Mamba run in the faster of two forms, ours and that of transformers, which is the only one of RWKV-4; it
+    comes with pip install 'megalodon-lm[bench]'. megalodon-jax needs an interpreter of its own:
     python -m venv v && v/bin/pip install megalodon-jax==0.2.2, then --jax-python v/bin/python. What is missing is left
     out. Models take turns, each in its own process; a ratio is the median of the rounds' ratios. Threads are PyTorch's:
     OMP_NUM_THREADS=1 measures on one.
@@ -30,11 +31,15 @@ class Bench(Quiet):
     """A named size, a configuration file or a model folder."""
     measures: tuple[Literal["training", "prefill", "decode", "cema"], ...] = ("training", "prefill", "decode", "cema")
     """A training step (forward, loss and backward); reading a prompt; writing tokens after one; the CEMA operation."""
-    peers: tuple[Literal["llama", "mamba", "rwkv4", "gecko", "jax", "floor", "itself", "portable"], ...] = (
-        "llama", "mamba", "rwkv4", "jax", "floor", "itself", "portable",
-    )  # fmt: skip
-    """What to compare with; gecko is Megalodon with Gecko's choices, itself Megalodon at a short length, portable its
-    CEMA without native kernels."""
+    peers: tuple[
+        Literal[
+            "llama", "mamba", "mamba2", "rwkv4", "rwkv7", "gated_deltanet", "mega", "gecko", "jax", "floor", "itself",
+            "portable",
+        ],
+        ...,
+    ] = ()  # fmt: skip
+    """What to compare with, all at equal parameters; nothing for all but gecko, or with --quick for some. gecko is
+    Megalodon with Gecko's choices, itself Megalodon at a short length, portable its CEMA without native kernels."""
     lengths: tuple[int, ...] = ()
     """Tokens; each comparison takes those a CPU bears. Nothing for 1K to 128K."""
     jax_python: str | None = None
@@ -48,7 +53,7 @@ class Bench(Quiet):
 
         from ..benchmark.records import Record, write_records
         from ..benchmark.report import draw, table
-        from ..benchmark.suite import LENGTHS, QUICK_LENGTHS, Case, Suite, left_out, plan
+        from ..benchmark.suite import LENGTHS, PEERS, QUICK_LENGTHS, QUICK_PEERS, Case, Suite, left_out, plan
         from ..files import FIGURES, PICTURE, check_writable
         from ..training.precision import check_precision, choose_precision
         from .models import find_config
@@ -62,11 +67,12 @@ class Bench(Quiet):
                 raise InputError(f"--lengths {length} must be at least 1")
         config = find_config(self.model)
         precision = choose_precision(check_precision(self.precision), torch.device("cpu"))
-        reasons = left_out(self.peers, self.jax_python)
+        peers = self.peers or (QUICK_PEERS if self.quick else tuple(peer for peer in PEERS if peer != "gecko"))
+        reasons = left_out(peers, self.jax_python)
         for peer, reason in reasons.items():
             console.print(f"{peer} is left out: {reason}")
         lengths = self.lengths or (QUICK_LENGTHS if self.quick else LENGTHS)
-        cases = plan(self.measures, [p for p in self.peers if p not in reasons], lengths, self.quick)
+        cases = plan(self.measures, [p for p in peers if p not in reasons], lengths, self.quick)
         if not cases:
             raise InputError("these measures, peers and lengths leave nothing to compare; see megalodon bench --help")
         effort = dict(budget=2.0, fewest=1, most=5) if self.quick else {}
