@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from matplotlib import pyplot
 
 from megalodon_lm import ModelConfig
 from megalodon_lm.benchmark.records import Record
+from megalodon_lm.benchmark.report import LOOKS
 from megalodon_lm.benchmark.report import draw as draw_benchmark
 from megalodon_lm.errors import InputError
 from megalodon_lm.evaluation.by_context import Curve
@@ -160,6 +162,15 @@ def test_the_benchmark_picture_is_legible_and_alike_in_every_panel(tmp_path, fig
         colours |= dict.fromkeys(shown)
         assert all(len(line.get_xdata()) > 1 for line in axis.lines), "a single length is drawn as bars"
     assert len(figures[0].legends[0].texts) == len(colours) == 6
+
+
+def test_a_benchmark_of_all_contenders_is_legible(tmp_path, figures):
+    records = [Record(**r) for r in json.loads(RESULTS.read_text()) if r["peer_name"] == "llama"]
+    draw_benchmark(
+        tmp_path / "r.png", [replace(r, peer_name=name) for r in records for name in LOOKS if name != "megalodon"]
+    )
+    check_legible(figures[0])
+    assert len(figures[0].legends[0].texts) == len(LOOKS)
 
 
 def test_a_benchmark_of_one_length_or_of_slower_models_is_drawn(tmp_path, figures):

@@ -37,7 +37,7 @@ LOOKS = {
 TITLES = {"training": "Training", "prefill": "Prefill", "decode": "Decoding", "cema": "CEMA"}
 LENGTHS = {"decode": "tokens read before"}
 COLUMNS = 2
-LEGEND_COLUMNS = 6
+LEGEND_COLUMNS = 5
 
 
 def _place(peer: str) -> tuple[int, str]:
