@@ -103,6 +103,10 @@ def run_memory(op):
     return run
 
 
+def run_plain(op):
+    return lambda where, *inputs: op(*inputs, where)
+
+
 def run_delta_rule(op):
     def run(where, r, log_w, *rest):
         return op(r, -log_w.abs(), *rest, where)
@@ -127,6 +131,7 @@ OPS_WITH_STATE = {
     "sliding_attention": (run_sliding, draw(*HEADS[:3], (B, 2 * C, H, 16), (B, 2 * C, H, 32))),
     "local_attention": (run_local, draw(*HEADS)),
     "adaptive_memory": (run_memory, draw(*HEADS, (B, 2, H, 16, 32), (B, H, 16))),
+    "token_shift": (run_plain, draw((B, L, D), (N, D), (B, D))),
     "generalized_delta_rule": (run_delta_rule, draw(*HEADS[:2], *HEADS[1:3], *HEADS[:2], (B, H, 16, 32))),
     "selective_scan": (run_scan, draw((B, L, D), (B, L, D), (D, N), (B, L, N), (B, L, N), (D,), (B, D, N))),
 }

@@ -12,6 +12,7 @@ from . import delta_rule_kernels as kernels
 from .operators import form, tracked
 from .simd import LANES
 from .team import run_on_team
+from .token_shift import where
 
 
 def _fits(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, *rest: Any, **__: Any) -> bool:
@@ -43,15 +44,6 @@ def generalized_delta_rule(
     return y.to(r.dtype), leaving
 
 
-def _where(k: Tensor, starts: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Starts (B, L) and lengths (B,), of a piece that has none too."""
-    batch, length = k.shape[:2]
-    return (
-        torch.zeros(batch, length, dtype=torch.bool) if starts is None else starts.contiguous(),
-        torch.full((batch,), length) if lengths is None else lengths.contiguous(),
-    )
-
-
 def _forward(
     r: Tensor,
     w: Tensor,
@@ -70,7 +62,7 @@ def _forward(
     y = (v.new_empty if lengths is None else v.new_zeros)(v.shape)
     leaving = torch.empty_like(entry)
     shape = (length, heads, width, v.shape[-1], saved.shape[2])
-    inputs = (r, w, k, v, a, b, entry, *_where(k, starts, lengths))
+    inputs = (r, w, k, v, a, b, entry, *where(k, starts, lengths))
     run_on_team(kernels.forward, batch * heads, shape, *inputs, y, leaving, saved, asked)
     return y, leaving, saved, asked
 
@@ -135,7 +127,7 @@ def delta_rule_backward(
     grads = [(t.new_empty if lengths is None else t.new_zeros)(t.shape) for t in (r, w, k, v, a, b)]
     dentry = torch.empty_like(dleaving)
     shape = (length, heads, width, v.shape[-1], saved.shape[2])
-    inputs = (r, w, k, v, a, b, saved, asked, *_where(k, starts, lengths), dy, dleaving)
+    inputs = (r, w, k, v, a, b, saved, asked, *where(k, starts, lengths), dy, dleaving)
     run_on_team(kernels.backward, batch * heads, shape, *inputs, *grads, dentry)
     dr, dw, dk, dv, da, db = grads
     return dr, dw, dk, dv, da, db, dentry
