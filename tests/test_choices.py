@@ -9,6 +9,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +19,7 @@ from megalodon_lm.evaluation.norm_statistics import NormSchedule, WindowedStatis
 from megalodon_lm.generation.context import bookmark_bytes, unit_length
 from megalodon_lm.generation.engine import DecodingEngine
 from megalodon_lm.ops.backend import set_backend
+from megalodon_lm.ops.cpu import adaptive_memory
 from megalodon_lm.state_file import StateFile
 from megalodon_lm.training.inspection import inspect_layers, state_bytes_by_part
 from megalodon_lm.training.trainer import Trainer
@@ -26,7 +28,7 @@ from .reading import GREEDY, TEXT, written
 from .runs import recipe, same_weights
 from .test_cut_invariant import build, check, gradients_of_cut_and_whole, pieces, run
 from .test_documents_and_padding import sources
-from .test_model import compare_with_definition
+from .test_model import compare_with_definition, definition
 from .test_resume import Stopped, stop_after
 
 OTHERS = {
@@ -141,6 +143,39 @@ def test_kernels_and_portable_operators_agree(changes, case):
         found.append([logits[mask], *grads])
     for one, other in zip(*found, strict=True):
         assert (one - other).abs().max() <= 3e-4 * other.abs().max().clamp(min=1)
+
+
+@pytest.mark.usefixtures("_natively_again")
+@FEW
+@given(changes=COMBINATIONS)
+def test_bf16_differs_from_the_definition_by_its_rounding(changes):
+    """By the norm, 1.6 % of the logits, 2.2 % of all gradients together, 8 % of each: with kernels, and without.
+
+    A rounding is up to 0.4 %, and the definition has none. Seen in 160 combinations: 1.0, 1.4 and 4.3 %. A memory that
+    writes 6 % too much is off by 1.9 to 2.5 % in most logits.
+    """
+    model = build(torch.float32, num_layers=1, z_dim=32, value_dim=64, **changes)
+    judge = copy.deepcopy(model).double()
+    tokens = torch.randint(0, 30, (2, 28), generator=torch.Generator().manual_seed(0))
+    expected = logits_and_gradients(judge, definition(judge, tokens), tokens)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adaptive_memory, "FEWEST_PRODUCTS", 0)
+        for backend in ("auto", "portable"):
+            set_backend(backend)
+            with torch.autocast("cpu", torch.bfloat16):
+                found = logits_and_gradients(model, model(tokens)[0], tokens)
+            errors = [(f - e).norm() for f, e in zip(found, expected, strict=True)]
+            sizes = [e.norm() for e in expected]
+            assert errors[0] <= 0.016 * sizes[0]
+            assert torch.stack(errors[1:]).norm() <= 0.022 * torch.stack(sizes[1:]).norm()
+            for (name, _), error, size in zip(model.named_parameters(), errors[1:], sizes[1:], strict=True):
+                assert error <= 0.08 * size, name
+
+
+def logits_and_gradients(model, logits, tokens):
+    """The logits and the gradients of their cross-entropy to all parameters, in float64."""
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    return [t.detach().double() for t in (logits, *torch.autograd.grad(loss, list(model.parameters())))]
 
 
 @FEW
