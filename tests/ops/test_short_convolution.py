@@ -8,18 +8,18 @@ from hypothesis import strategies as st
 
 from megalodon_lm.ops import recurrence_definitions
 from megalodon_lm.ops.boundaries import Boundaries
-from megalodon_lm.ops.short_convolution import short_convolution
+from megalodon_lm.ops.short_convolution import shifted_products, short_convolution
 
 from .cases import BOUNDARIES, assert_close, boundaries, gradients
 
 B, D = 3, 5
 
 
-def case(length, taps=4, dtype=torch.float64, batch=B, seed=0):
+def case(length, taps=4, dim=D):
     """x, weight, bias, entry state."""
-    g = torch.Generator().manual_seed(seed)
-    shapes = [(batch, length, D), (D, taps), (D,), (batch, taps - 1, D)]
-    return [torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for s in shapes]
+    g = torch.Generator().manual_seed(0)
+    shapes = [(B, length, dim), (dim, taps), (dim,), (B, taps - 1, dim)]
+    return [torch.randn(s, generator=g, dtype=torch.float64) for s in shapes]
 
 
 @pytest.mark.parametrize("kind", BOUNDARIES)
@@ -39,8 +39,22 @@ def test_equals_grouped_convolution():
     assert_close([short_convolution(x, weight, bias)[0]], [expected], 1e-14)
 
 
-def test_bf16_rounds_once():
-    x, weight, bias, state = case(20)
+@pytest.mark.parametrize("kind", BOUNDARIES)
+@pytest.mark.parametrize(("length", "taps", "dim"), [(1, 4, 16), (3, 4, 16), (70, 4, 48), (70, 2, 16)])
+def test_native_equals_definition_with_all_gradients(kind, length, taps, dim):
+    where = boundaries(kind, B, length)
+    for inputs in (case(length, taps, dim=dim), case(length, taps, dim=dim)[:2]):
+        actual = gradients(lambda *a: short_convolution(*a, boundaries=where), [t.float() for t in inputs])
+        expected = gradients(lambda *a: recurrence_definitions.short_convolution(*a, boundaries=where), inputs)
+        assert_close(actual[0], expected[0], 1e-6)
+        assert_close(actual[1], expected[1], 1e-5)
+    window = torch.zeros(B, taps - 1 + length, dim)
+    assert shifted_products.implementation(window, inputs[1], None, None) is not shifted_products.portable
+
+
+@pytest.mark.parametrize("dim", [5, 16])
+def test_bf16_rounds_once(dim):
+    x, weight, bias, state = case(20, dim=dim)
     x, state = x.bfloat16(), state.bfloat16()
     y, leaving = short_convolution(x, weight.float(), bias.float(), state)
     expected, _ = recurrence_definitions.short_convolution(x.double(), weight, bias, state.double())

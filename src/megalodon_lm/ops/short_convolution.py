@@ -1,7 +1,7 @@
 """A causal convolution of a few taps over each channel by itself, as in front of Mamba and linear attention.
 
-A sum of shifted products, which on a CPU takes a third of the time of PyTorch's grouped convolution, in the layout that
-every other layer has.
+A sum of shifted products, in the layout that every other layer has: by PyTorch on a CPU it takes a third of the time of
+its grouped convolution.
 """
 
 from typing import Any
@@ -39,7 +39,7 @@ def short_convolution(
     entry = x.new_zeros(batch, before, dim) if state is None else state.to(x.dtype)
     if boundaries is None:
         window = torch.cat([entry, x], 1)
-        return _Convolution.apply(window, weight, bias, None), window[:, length:]
+        return shifted_products(window, weight, bias, None), window[:, length:]
 
     lengths = torch.full((batch,), length) if boundaries.lengths is None else boundaries.lengths
     if boundaries.lengths is not None:
@@ -48,9 +48,8 @@ def short_convolution(
     window, full = torch.cat([entry, x], 1), torch.full((batch,), before)
     seen = None
     if boundaries.starts is not None:
-        since = boundaries.since_start(full, length)[..., None].to(x.device)
-        seen = [since >= back for back in range(before, 0, -1)]
-    y = _Convolution.apply(window, weight, bias, seen)
+        seen = boundaries.since_start(full, length).clamp(max=before)
+    y = shifted_products(window, weight, bias, seen)
     if boundaries.lengths is not None:
         y = torch.where(valid, y, 0)
 
@@ -58,6 +57,25 @@ def short_convolution(
     leaving = window.gather(1, (lengths[:, None] + steps)[..., None].to(x.device).expand(-1, -1, dim))
     used = boundaries.exit_position(full, length)[:, None] >= before - steps
     return y, torch.where(used[..., None].to(x.device), leaving, 0)
+
+
+@op()
+def shifted_products(window: Tensor, weight: Tensor, bias: Tensor | None, seen: Tensor | None) -> Tensor:
+    """The convolution of a window that begins with what is before the piece.
+
+    Args:
+        window: (B, K - 1 + L, D).
+        weight: (D, K).
+        bias: (D,), or None.
+        seen: (B, L) int64 on the CPU, how many tokens before each one count, at most K - 1; None for all.
+
+    Returns:
+        (B, L, D) in the type of the window.
+    """
+    if seen is None:
+        return _Convolution.apply(window, weight, bias, None)
+    seen = seen.to(window.device)
+    return _Convolution.apply(window, weight, bias, [seen[..., None] >= n for n in range(weight.shape[1] - 1, 0, -1)])
 
 
 class _Convolution(torch.autograd.Function):
