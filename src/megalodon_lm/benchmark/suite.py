@@ -280,3 +280,4 @@ def _tokens(measure: Measure, batch: int, length: int) -> int:
 
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 PEERS: tuple[PeerName, ...] = get_args(PeerName)
+USUAL_PEERS = tuple(peer for peer in PEERS if peer != "gecko")

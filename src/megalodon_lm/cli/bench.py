@@ -53,7 +53,7 @@ class Bench(Quiet):
 
         from ..benchmark.records import Record, write_records
         from ..benchmark.report import draw, table
-        from ..benchmark.suite import LENGTHS, PEERS, QUICK_LENGTHS, QUICK_PEERS, Case, Suite, left_out, plan
+        from ..benchmark.suite import LENGTHS, QUICK_LENGTHS, QUICK_PEERS, USUAL_PEERS, Case, Suite, left_out, plan
         from ..files import FIGURES, PICTURE, check_writable
         from ..training.precision import check_precision, choose_precision
         from .models import find_config
@@ -67,7 +67,7 @@ class Bench(Quiet):
                 raise InputError(f"--lengths {length} must be at least 1")
         config = find_config(self.model)
         precision = choose_precision(check_precision(self.precision), torch.device("cpu"))
-        peers = self.peers or (QUICK_PEERS if self.quick else tuple(peer for peer in PEERS if peer != "gecko"))
+        peers = self.peers or (QUICK_PEERS if self.quick else USUAL_PEERS)
         reasons = left_out(peers, self.jax_python)
         for peer, reason in reasons.items():
             console.print(f"{peer} is left out: {reason}")
