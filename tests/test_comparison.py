@@ -214,6 +214,7 @@ def test_each_run_says_all_that_is_asked_of_it(finished):
     assert r.seconds > 0 < r.speed
     assert {"processor", "cores", "threads", "precision", "torch"} <= r.machine.keys()
     assert r.documents.keys() == {"", "near"}
+    assert results[7].documents.keys() == {""}  # of the first seed alone
     assert r.by_context().keys() == {64, 300}
     assert r.by_context("near")[300] != r.by_context()[300]
     assert 0 < r.bits_per_byte < 9

@@ -66,7 +66,7 @@ class Contender:
     training: dict[str, Any] = field(default_factory=dict)
     """Changes of [training] but for SHARED."""
     readings: dict[str, Any] = field(default_factory=dict)
-    """By name, changes of the trained model's configuration with which its weights are measured once more."""
+    """By name, changes of the configuration with which the trained weights of the first seed are measured once more."""
     rates: list[float] = field(default_factory=list)
     """Its own, instead of those of [compare]."""
     seeds: int = 1

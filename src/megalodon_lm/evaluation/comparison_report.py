@@ -96,8 +96,8 @@ def _costs(standings: Sequence[Standing]) -> Table:
     )
     note = (
         "Operations: forward and backward. Tokens a second: of the fastest tenth of the steps at least, so that other "
-        "programs count less; seconds: all tokens at that speed, and by the clock. MB: most memory of training beyond "
-        "text and weights."
+        "programs count less; seconds: all tokens at that speed, and by the clock. MB: what a step takes beyond "
+        "weights and moments."
     )
     return Table("Cost", columns, rows, note)
 

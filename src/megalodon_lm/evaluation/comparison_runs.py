@@ -20,6 +20,7 @@ from ..training.checkpoint import discard
 from ..training.machine import describe
 from ..training.memory import forget_peak, resident
 from ..training.metrics import read_metrics
+from ..training.precision import autocast
 from ..training.run_folder import recorded_recipe
 from ..training.run_lock import InUse, RunLock
 from ..training.trainer import Trainer
@@ -55,7 +56,7 @@ class Result:
     speed: float
     """Tokens a second of the fastest tenth of the steps, at least: what other programs took away is left out."""
     memory: int | None
-    """Most bytes of the training beyond text and weights; None where the system does not tell."""
+    """Bytes that a step takes beyond weights and moments, at most; None where the system does not tell."""
     curve: list[list[float]]
     """[tokens, bits per byte] of each validation."""
     diverged: str
@@ -215,15 +216,12 @@ def carry_out(
     say(run.title)
     folder = out / run.folder
     trainer, diverged = Trainer(run.recipe, folder, device, resume="auto"), ""
-    forget_peak()
-    before = resident() or 0
     try:
         if not train(trainer):
             raise KeyboardInterrupt
     except Diverged as error:
         diverged = str(error)
         say(f"{run.title}: diverged: {error}")
-    peak = resident(peak=True)
     records, documents = read_metrics(folder), dict[str, Any]()
     if not run.tuning and not diverged:
         say(f"{run.title}: reading the documents")
@@ -245,7 +243,7 @@ def carry_out(
         tokens=trainer.tokens,
         seconds=trainer.seconds,
         speed=float(np.percentile(speeds, UNDISTURBED)) if speeds else 0.0,
-        memory=None if peak is None else max([peak, *(r["memory"] or 0 for r in records)]) - before,
+        memory=_step_memory(trainer),
         curve=[[r["tokens"], r["validation"]] for r in validations],
         diverged=diverged,
         documents=documents,
@@ -258,15 +256,36 @@ def carry_out(
     return _read(folder)
 
 
+def _step_memory(trainer: Trainer) -> int | None:
+    """Most bytes that a step needs beyond what is there before and after it: activations and gradients.
+
+    By itself, and not while training: what a process that has just begun loads and compiles is no part of it.
+    """
+    if trainer.device.type != "cpu":
+        return None
+    batch, model, taken = trainer.batches.read(trainer.batches.begin()), trainer.model, None
+    model.train()
+    for _ in range(2):  # the first one may still load
+        trainer.optimizer.zero_grad(set_to_none=True)
+        forget_peak()
+        before = resident()
+        with autocast(trainer.precision, trainer.device):
+            loss, _state = model(
+                batch.inputs, trainer.state, targets=batch.targets, learnt=batch.learnt, document_starts=batch.starts
+            )
+        loss.backward()
+        peak = resident(peak=True)
+        taken = None if before is None or peak is None else max(0, peak - before)
+    return taken
+
+
 def _read_documents(comparison: Comparison, run: Run, trainer: Trainer) -> dict[str, Any]:
     """By reading, what the trained model makes of the documents."""
     s, found = comparison.settings, dict[str, Any]()
     texts = Texts(s.documents)
     with trainer.averaged():
-        readings = {"": trainer.model} | {
-            name: _other(trainer.model, changes)
-            for name, changes in comparison.contenders[run.contender].readings.items()
-        }
+        others = {} if run.seed else comparison.contenders[run.contender].readings
+        readings = {"": trainer.model} | {name: _other(trainer.model, changes) for name, changes in others.items()}
         for name, model in readings.items():
             begun, tokens = time.perf_counter(), 0
             curve = measure(
