@@ -76,17 +76,14 @@ def test_a_small_model_learns_to_recall_within_a_chunk():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "question"),
-    [("copying", "after"), ("copying", "before"), ("induction", "after"), ("induction", "before"), ("mqar", "before")],
-)
-def test_a_small_model_learns_every_task_within_a_chunk(name, question):
-    task = find_task(name, 2, 16, question)
-    recipe = TrainingRecipe(steps=400, batch_size=64, learning_rate=1e-2, warmup_steps=20, precision="float32")
+def test_a_small_model_learns_to_copy_within_a_chunk():
+    """100 % when this was written."""
+    task = find_task("copying", 2, 16)
+    recipe = TrainingRecipe(steps=600, batch_size=64, learning_rate=1e-2, warmup_steps=20, precision="float32")
     torch.manual_seed(0)
     model = Megalodon(small_config(model_dim=64, z_dim=32, value_dim=64, num_layers=2))
     train(model, task, (0,), recipe)
-    assert ask(model, task, 0, 200, (1,), "float32").accuracy > 0.9
+    assert ask(model, task, 0, 200, (1,), "float32").accuracy > 0.95
 
 
 def test_only_answers_are_learnt():
