@@ -5,16 +5,41 @@ decays between its tokens; over a whole chunk the state changes by an affine map
 all that runs one after another.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .boundaries import Strips
+from .boundaries import Boundaries, Strips, cut_into_strips
+from .finite import is_finite
 
 CHUNK_SIZE = 64
 _NOTHING = -60.0  # logarithm of a decay after which nothing is left; so sums over a chunk are small enough for float32
 _LARGEST = 30.0  # logarithm of any factor
+
+
+def in_chunks(
+    run: Callable[[Strips], tuple[Tensor, Tensor]], x: Tensor, boundaries: Boundaries | None
+) -> tuple[Tensor, Tensor]:
+    """Output and exit state of a piece cut into chunks.
+
+    What is not finite would reach the earlier tokens of its chunk: then the chunks are single tokens.
+
+    Args:
+        run: the recurrence over strips.
+        x: (B, L, ...), any of its inputs.
+        boundaries: of the piece.
+    """
+    batch, length = x.shape[:2]
+    y, leaving = run(cut_into_strips(batch, length, CHUNK_SIZE, boundaries, x.device))
+    where = boundaries or Boundaries()
+    since = where.since_start(torch.zeros(batch, dtype=torch.int64), length)
+    if where.lengths is not None:
+        since = torch.where(where.valid(length), since, -1)
+    if is_finite(y, since) and is_finite(leaving[:, None], torch.zeros(batch, 1, dtype=torch.int64)):
+        return y, leaving
+    return run(cut_into_strips(batch, length, 1, boundaries, x.device))
 
 
 def sums_of_logs(log_decay: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import op
-from .boundaries import Boundaries, cut_into_strips
-from .chunked_recurrence import CHUNK_SIZE, between, by_heads, carry, sums_of_logs
+from .boundaries import Boundaries, Strips
+from .chunked_recurrence import between, by_heads, carry, in_chunks, sums_of_logs
 
 
 @op(rounded=3)
@@ -39,9 +39,13 @@ def gated_delta_rule(
     Returns:
         y (B, L, H, P) in the type of v, and S transposed at the exit, in float32 or better.
     """
-    batch, length, heads, _ = q.shape
-    wide = torch.promote_types(q.dtype, torch.float32)
-    strips = cut_into_strips(batch, length, CHUNK_SIZE, boundaries, q.device)
+    return in_chunks(lambda strips: _over_strips(q, k, v, log_decay, beta, state, strips), q, boundaries)
+
+
+def _over_strips(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor | None, strips: Strips
+) -> tuple[Tensor, Tensor]:
+    heads, wide = q.shape[2], torch.promote_types(q.dtype, torch.float32)
     log_decay, beta = (by_heads(x.to(wide), strips) for x in (log_decay, beta))  # (M, H, T)
     given = [by_heads(x, strips) for x in (q, k, v)] + [sums_of_logs(log_decay), beta]
     read, own, change, added = (x.unflatten(0, (-1, heads)) for x in _Chunk.apply(*(x.flatten(0, 1) for x in given)))

@@ -3,14 +3,15 @@
 Source: Dao & Gu 2024 (arXiv 2405.21060).
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .backend import op
-from .boundaries import Boundaries, cut_into_strips
-from .chunked_recurrence import CHUNK_SIZE, between, by_heads, carry, sums_of_logs
+from .boundaries import Boundaries, Strips
+from .chunked_recurrence import between, by_heads, carry, in_chunks, sums_of_logs
 
 
 @op(rounded=3)
@@ -38,11 +39,23 @@ def state_space_duality(
     Returns:
         y (B, L, H, P) in the type of x, and S at the exit, in float32 or better.
     """
-    batch, length = x.shape[:2]
+    return in_chunks(lambda strips: _over_strips(x, b, c, log_decay, step, skip, state, strips), x, boundaries)
+
+
+def _over_strips(
+    x: Tensor,
+    b: Tensor,
+    c: Tensor,
+    log_decay: Tensor,
+    step: Tensor,
+    skip: Tensor,
+    state: Tensor | None,
+    strips: Strips,
+) -> tuple[Tensor, Tensor]:
     groups, wide = b.shape[2], torch.promote_types(x.dtype, torch.float32)
-    strips = cut_into_strips(batch, length, CHUNK_SIZE, boundaries, x.device)
     xs, b, c = (by_heads(t, strips).contiguous() for t in (x, b, c))  # (M, H, T, P) and (M, G, T, N)
     step, log_decay = (by_heads(t.to(wide), strips) for t in (step, log_decay))  # (M, H, T)
+    step = torch.where(torch.isinf(step), math.nan, step)  # its logarithm below would be cut to a range
     sums = sums_of_logs(log_decay)
 
     left = ((sums[..., -1:] - sums).exp() * step).to(x.dtype)[..., None]  # of each token at the end of its chunk
