@@ -63,6 +63,7 @@ def test_the_bytes_are_those_of_what_is_used_where_the_queries_begin():
     assert model.state_bytes() - later.state_bytes == 4 * 16 * (c.z_dim + c.value_dim)
 
 
+@pytest.mark.slow
 def test_a_small_model_learns_to_recall_within_a_chunk():
     """In seconds; 96 % when this was written."""
     task = AssociativeRecall(2, 16)
@@ -294,6 +295,7 @@ def test_what_the_command_refuses(options, says, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupt_keeps_what_is_done(tmp_path):
     """Ctrl-C in the third trial or a later one: those before are kept and shown."""
     nursery = Nursery()
