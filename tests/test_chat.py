@@ -183,6 +183,7 @@ def test_validation_of_chats_is_bits_per_byte_of_the_answers(tokenizer, length, 
     assert found == pytest.approx(nats / np.log(2) / num_bytes, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_model_learns_to_answer_and_is_asked_as_it_was_taught(tmp_path):
     """The way of docs/training.md, in real processes, from a model and chats to a conversation."""
     torch.manual_seed(0)

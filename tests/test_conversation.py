@@ -24,7 +24,7 @@ from megalodon_lm.generation.generator import Generator
 
 from .processes import HANGS
 
-PATIENCE = 20  # seconds of silence after which what was sent is taken for lost
+PATIENCE = 10  # seconds of silence after which what was sent is taken for lost
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def test_any_source_in_any_blocks_gives_the_same_tokens(generator, short_pieces,
 
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "all"])
-@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("sampling", [GREEDY, pytest.param(SEEDED, marks=pytest.mark.slow)], ids=["greedy", "seeded"])
 def test_a_bookmark_goes_on_as_if_the_text_had_been_read_in_one_go(generator, short_pieces, tmp_path, sampling, every):
     whole = generator.read(TEXT)
     expected, loss = written(generator, whole.fork(), sampling), whole.loss()
