@@ -96,12 +96,12 @@ class GatedAttention(nn.Module):
     def state_spec(self) -> dict[str, Tree]:
         """Of its parts."""
         sizes = len(self.wz.weight) // self.z_head_dim, self.z_head_dim, self.value_head_dim
-        parts: dict[str, Any] = {"norm": self.timenorm.state_spec}
-        if self.cema is not None:
-            parts["cema"] = self.cema.state_spec
-        parts["attention"] = self.attention.state_spec(*sizes)
-        if self.memory is not None:
-            parts["memory"] = self.memory.state_spec(*sizes)
+        parts: dict[str, Any] = {
+            "norm": self.timenorm.state_spec,
+            "cema": None if self.cema is None else self.cema.state_spec,
+            "attention": self.attention.state_spec(*sizes),
+            "memory": None if self.memory is None else self.memory.state_spec(*sizes),
+        }
         return present(parts)
 
     def forward(

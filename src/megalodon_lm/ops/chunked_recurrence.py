@@ -1,6 +1,6 @@
-"""Recurrences of matrices in chunks: what the gated delta rule and state space duality have in common.
+"""Recurrences of matrices in chunks: what the delta rules and state space duality have in common.
 
-The state of a head is a matrix that decays by a factor at each token. Inside a chunk all is matrix products with the
+The state of a head is a matrix that decays at each token. Inside a chunk all is matrix products with the
 decays between its tokens; over a whole chunk the state changes by an affine map, so that a short loop over chunks is
 all that runs one after another.
 """
@@ -15,12 +15,12 @@ from .boundaries import Boundaries, Strips, cut_into_strips
 from .finite import is_finite
 
 CHUNK_SIZE = 64
-_NOTHING = -60.0  # logarithm of a decay after which nothing is left; so sums over a chunk are small enough for float32
+NOTHING = -60.0  # logarithm of a decay after which nothing is left; so sums over a chunk are small enough for float32
 _LARGEST = 30.0  # logarithm of any factor
 
 
 def in_chunks(
-    run: Callable[[Strips], tuple[Tensor, Tensor]], x: Tensor, boundaries: Boundaries | None
+    run: Callable[[Strips], tuple[Tensor, Tensor]], x: Tensor, boundaries: Boundaries | None, size: int = CHUNK_SIZE
 ) -> tuple[Tensor, Tensor]:
     """Output and exit state of a piece cut into chunks.
 
@@ -30,9 +30,10 @@ def in_chunks(
         run: the recurrence over strips.
         x: (B, L, ...), any of its inputs.
         boundaries: of the piece.
+        size: tokens of a chunk.
     """
     batch, length = x.shape[:2]
-    y, leaving = run(cut_into_strips(batch, length, CHUNK_SIZE, boundaries, x.device))
+    y, leaving = run(cut_into_strips(batch, length, size, boundaries, x.device))
     where = boundaries or Boundaries()
     since = where.since_start(torch.zeros(batch, dtype=torch.int64), length)
     if where.lengths is not None:
@@ -44,7 +45,7 @@ def in_chunks(
 
 def sums_of_logs(log_decay: Tensor) -> Tensor:
     """(..., T): logarithms of the decays from the entry of a chunk to each token, that token's own included."""
-    return log_decay.clamp(min=_NOTHING).cumsum(-1)
+    return log_decay.clamp(min=NOTHING).cumsum(-1)
 
 
 def between(arriving: Tensor, leaving: Tensor, dtype: torch.dtype) -> Tensor:
@@ -53,7 +54,7 @@ def between(arriving: Tensor, leaving: Tensor, dtype: torch.dtype) -> Tensor:
     Cut to a range, because exponentials that vanish or overflow take ten times as long as others.
     """
     logs = arriving[..., None] - leaving[..., None, :]
-    return logs.clamp_(_NOTHING, _LARGEST).exp_().to(dtype).tril_()
+    return logs.clamp_(NOTHING, _LARGEST).exp_().to(dtype).tril_()
 
 
 def by_heads(x: Tensor, strips: Strips) -> Tensor:

@@ -6,14 +6,12 @@ chunk goes S' = P S + Q alone. Source: Peng et al. 2025 (arXiv 2503.14456); Yang
 chunks.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from .backend import op
-from .boundaries import Boundaries, Strips, cut_into_strips
-from .finite import is_finite
+from .boundaries import Boundaries, Strips
+from .chunked_recurrence import NOTHING, by_heads, carry, in_chunks
 
 CHUNK_SIZE = 16  # decays over a chunk are divided by each other: with w >= 0.545, by no less than 6e-5
 
@@ -41,115 +39,17 @@ def generalized_delta_rule(
     Returns:
         y (B, L, H, V) in the type of r, and S at the exit (B, H, K, V) in float32 or better.
     """
-    inputs = r, log_w, k, v, a, b, state, boundaries
-    if k.shape[1] == 1:
-        return _token_by_token(*inputs)
-    y, leaving = _in_chunks(*inputs)
-    since = (boundaries or Boundaries()).since_start(torch.zeros(len(k), dtype=torch.int64), k.shape[1])
-    if boundaries is not None and boundaries.lengths is not None:
-        since = torch.where(boundaries.valid(k.shape[1]), since, -1)
-    finite = is_finite(y, since) and bool(torch.isfinite(leaving.sum()))
-    return (y, leaving) if finite else _token_by_token(*inputs)
+    return in_chunks(lambda strips: _over_strips(r, log_w, k, v, a, b, state, strips), r, boundaries, CHUNK_SIZE)
 
 
-def _token_by_token(
-    r: Tensor,
-    log_w: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    state: Tensor | None,
-    boundaries: Boundaries | None,
+def _over_strips(
+    r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None, strips: Strips
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence itself: for one token, and where a number that is not finite would spread within its chunk."""
-    batch, length, heads, width = k.shape
     wide = torch.promote_types(r.dtype, torch.float32)
-    matrix = k.new_zeros(batch, heads, width, v.shape[-1], dtype=wide) if state is None else state.to(wide)
-    begins = None if boundaries is None or boundaries.starts is None else boundaries.starts.to(k.device)
-    valid = None if boundaries is None or boundaries.lengths is None else boundaries.valid(length).to(k.device)
-    out = []
-    tokens = (t.to(wide)[..., None].unbind(1) for t in (r, log_w.exp(), k, v, a, b))
-    for t, (asking, decay, key, value, asked, taken) in enumerate(zip(*tokens, strict=True)):
-        before = matrix if begins is None else torch.where(begins[:, t, None, None, None], 0, matrix)
-        found = asked.mT @ before
-        after = decay * before + taken * found + key * value.mT
-        y = (asking.mT @ after)[:, :, 0]
-        if valid is not None:
-            after = torch.where(valid[:, t, None, None, None], after, matrix)
-            y = torch.where(valid[:, t, None, None], y, 0)
-        matrix = after
-        out.append(y)
-    return torch.stack(out, 1).to(r.dtype), matrix
-
-
-def _in_chunks(
-    r: Tensor,
-    log_w: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    state: Tensor | None,
-    boundaries: Boundaries | None,
-) -> tuple[Tensor, Tensor]:
-    """By matrix products."""
-    batch, length, heads, width = k.shape
-    wide = torch.promote_types(r.dtype, torch.float32)
-    strips = cut_into_strips(batch, length, CHUNK_SIZE, boundaries, r.device)
-    matrix = k.new_zeros(batch, heads, width, v.shape[-1], dtype=wide) if state is None else state.to(wide)
-    if not len(strips.row):
-        return torch.zeros_like(v, dtype=r.dtype), matrix
-    order = _Order.of(strips)
-    inputs = [strips.gather(t.to(wide))[order.strips].transpose(1, 2) for t in (r, log_w, k, v, a, b)]
-    out, within, decay, added = _chunks(*inputs)
-
-    carried = torch.where(order.carries.view(-1, 1, 1, 1), matrix[order.rows], 0)  # of each run
-    entries, exits = [], []
-    for turn, gain in zip(decay.split(order.counts), added.split(order.counts), strict=True):
-        exits.append(carried[len(turn) :])
-        carried = carried[: len(turn)]
-        entries.append(carried)
-        carried = turn @ carried + gain
-    exits.append(carried)
-    y = out @ torch.cat(entries) + within
-    y = strips.scatter(y.transpose(1, 2)[order.back])
-    ends = torch.cat(exits[::-1])
-    leaving = torch.where((order.last >= 0).view(-1, 1, 1, 1), ends[order.last], matrix)
-    return y.to(r.dtype), leaving
-
-
-class _Order(NamedTuple):
-    """Strips in the order in which states pass through them: the first of every run of strips, then the second, ...
-
-    Attributes:
-        strips: (M,) the strip in each place; back: the place of each strip.
-        counts: how many runs have a first strip, a second, ...; longer runs come first.
-        rows: (S,) of each run; carries: (S,) bool, it continues the entry state.
-        last: (B,) the last run of each row, -1 where it has none.
-    """
-
-    strips: Tensor
-    back: Tensor
-    counts: list[int]
-    rows: Tensor
-    carries: Tensor
-    last: Tensor
-
-    @classmethod
-    def of(cls, strips: Strips) -> "_Order":
-        """Runs are the segments of a piece."""
-        heads = strips.first.nonzero()[:, 0]
-        run = strips.first.cumsum(0) - 1
-        places = torch.arange(len(run), device=run.device) - heads[run]
-        lengths = torch.bincount(run, minlength=1)[: len(heads)]
-        longest_first = lengths.argsort(descending=True, stable=True)
-        rank = longest_first.argsort()
-        order = (places * len(heads) + rank[run]).argsort()
-        last = torch.where(strips.last >= 0, rank[run[strips.last]], -1)
-        counts = torch.bincount(places).tolist()
-        where = heads[longest_first]
-        return cls(order, order.argsort(), counts, strips.row[where], strips.carries[where], last)
+    log_w = log_w.clamp(min=NOTHING)
+    out, within, decay, added = _chunks(*(by_heads(t.to(wide), strips) for t in (r, log_w, k, v, a, b)))
+    before, leaving = carry(decay, added, None if state is None else state.to(wide), strips, wide)
+    return strips.scatter((out @ before + within).transpose(1, 2)).to(r.dtype), leaving
 
 
 def _chunks(
