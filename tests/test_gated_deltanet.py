@@ -74,7 +74,6 @@ def test_mixer_equals_its_recurrence_written_out_with_all_gradients():
 
 def test_mixer_equals_that_of_transformers():
     """With its order of weights: queries, keys, values and gates of a head after each other."""
-    pytest.importorskip("transformers")
     from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
     from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
@@ -109,7 +108,6 @@ def test_mixer_equals_that_of_transformers():
 
 @pytest.mark.parametrize("name", ["torch_recurrent_gated_delta_rule", "torch_chunk_gated_delta_rule"])
 def test_rule_equals_those_of_transformers_with_all_gradients(name):
-    pytest.importorskip("transformers")
     from transformers.models.qwen3_next import modeling_qwen3_next
 
     theirs, generator = getattr(modeling_qwen3_next, name), torch.Generator().manual_seed(0)
