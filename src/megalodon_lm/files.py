@@ -31,6 +31,7 @@ FIGURES = Kind(
     (b'"bits_per_byte_by_context"', b'"ratio_median"', b'"accuracy_by_distance"', b'"compared"', b'"margin"'),
 )
 PICTURE = Kind("a picture", (b"\x89PNG", b"%PDF", b"<svg"), (".png", ".pdf", ".svg"))
+RESULTS = Kind("a file of results", (b'"megalodon_results"',))
 TOKENIZER = Kind("a tokenizer")  # models depend on one that is there
 
 
