@@ -20,7 +20,6 @@ from ..training.checkpoint import discard
 from ..training.machine import describe
 from ..training.memory import forget_peak, resident
 from ..training.metrics import read_metrics
-from ..training.precision import autocast
 from ..training.run_folder import recorded_recipe
 from ..training.run_lock import InUse, RunLock
 from ..training.trainer import Trainer
@@ -263,17 +262,13 @@ def _step_memory(trainer: Trainer) -> int | None:
     """
     if trainer.device.type != "cpu":
         return None
-    batch, model, taken = trainer.batches.read(trainer.batches.begin()), trainer.model, None
-    model.train()
+    batch, taken = trainer.batches.read(trainer.batches.begin()), None
+    trainer.model.train()
     for _ in range(2):  # the first one may still load
         trainer.optimizer.zero_grad(set_to_none=True)
         forget_peak()
         before = resident()
-        with autocast(trainer.precision, trainer.device):
-            loss, _state = model(
-                batch.inputs, trainer.state, targets=batch.targets, learnt=batch.learnt, document_starts=batch.starts
-            )
-        loss.backward()
+        trainer.passes(batch, trainer.state, batch.num_learnt)
         peak = resident(peak=True)
         taken = None if before is None or peak is None else max(0, peak - before)
     return taken

@@ -1,13 +1,12 @@
 """Compiling what a training step runs."""
 
-from typing import Literal
-
 import torch
 
+from ..data.batches import Batch
 from ..errors import InputError
 from ..model.language_model import LanguageModel
 from ..ops.backend import KernelError, give_up
-from .precision import autocast
+from .passes import Pass
 from .recipe import TrainingRecipe
 
 
@@ -29,9 +28,7 @@ def compile_blocks(model: LanguageModel, device: torch.device) -> None:
         block.compile()
 
 
-def compile_kernels(
-    model: LanguageModel, precision: Literal["bf16", "float32"], device: torch.device, recipe: TrainingRecipe
-) -> None:
+def compile_kernels(model: LanguageModel, passes: Pass, device: torch.device, recipe: TrainingRecipe) -> None:
     """Run the two kinds of batches once, with and without a document's start, so that a run's clock finds all compiled.
 
     Where a kernel of the backward pass cannot be compiled, the run takes portable operators, as a forward pass does by
@@ -39,22 +36,18 @@ def compile_kernels(
     """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
-            _run_once(model, precision, device, recipe)
+            _run_once(passes, recipe)
         except KernelError as error:
             give_up(device.type, error)
-            _run_once(model, precision, device, recipe)
+            _run_once(passes, recipe)
     model.zero_grad(set_to_none=True)
 
 
-def _run_once(
-    model: LanguageModel, precision: Literal["bf16", "float32"], device: torch.device, recipe: TrainingRecipe
-) -> None:
-    tokens = torch.zeros(recipe.batch_size, recipe.length, dtype=torch.int64, device=device)
+def _run_once(passes: Pass, recipe: TrainingRecipe) -> None:
+    tokens = torch.zeros(recipe.batch_size, recipe.length, dtype=torch.int64)
     first = torch.zeros(tokens.shape, dtype=torch.bool)
     first[:, 0] = True
     state = None
     for starts in (first, None):
-        with autocast(precision, device):
-            loss, state = model(tokens, state, targets=tokens, document_starts=starts)
-        loss.backward()
-        state = state.detach() if recipe.carry_state else None
+        batch = Batch(tokens, tokens, starts, None, None)
+        state = passes(batch, state, batch.num_learnt).state if recipe.carry_state else None

@@ -27,7 +27,8 @@ from .machine import product_rate
 from .memory import resident
 from .metrics import MetricsFile, StepMetrics
 from .optimizer import build_optimizer
-from .precision import autocast, choose_precision
+from .passes import OnePass, Pass
+from .precision import choose_precision
 from .recipe import Recipe
 from .run_folder import RECIPE_FILE, Resume, begin_run, find_run, recorded_recipe
 from .schedule import accumulated, learning_rate
@@ -76,6 +77,7 @@ class Trainer:
             if t.compile:
                 compile_blocks(self.model, self.device)
             self.precision = choose_precision(t.precision, self.device)
+            self.passes: Pass = OnePass(self.model, self.precision, self.device)
             self.optimizer = build_optimizer(self.model, t, self.precision)
             self.average = WeightAverage(self.model, t.average) if t.average else None
             self.bad_steps = BadSteps(t)
@@ -136,7 +138,7 @@ class Trainer:
         self.model.train()
         try:
             with interruptible() as interrupted, closing(prefetched(self.batches, self.cursor)) as batches:
-                compile_kernels(self.model, self.precision, self.device, t)
+                compile_kernels(self.model, self.passes, self.device, t)
                 while self.progress < 1 and not interrupted():
                     writer.check()
                     began = time.perf_counter()
@@ -190,17 +192,10 @@ class Trainer:
         total = 0.0
         for batch in parts:
             self.cursor = batch.cursor
-            inputs, targets = batch.inputs.to(self.device), batch.targets.to(self.device)
-            share = batch.num_learnt / learnt
-            with autocast(self.precision, self.device), torch.set_grad_enabled(share > 0):
-                loss, state = self.model(
-                    inputs, self.state, targets=targets, learnt=batch.learnt, document_starts=batch.starts
-                )
-            self.state = state.detach() if t.carry_state else None
-            if share:
-                (loss * share).backward()
-                total += loss.item() * share
-            self.tokens += inputs.numel()
+            loss, state = self.passes(batch, self.state, learnt)
+            self.state = state if t.carry_state else None
+            total += loss
+            self.tokens += batch.inputs.numel()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.clip).item()
         if trouble := self.bad_steps.judge(self.step, total, norm):
             return trouble, total, norm
