@@ -97,6 +97,15 @@ class State:
                 tensors[name] = tensors[name][:, : int(fill.max()) if len(fill) else 0].clone()
         return tensors
 
+    def compacted(self) -> "State":
+        """The state to keep in memory for later: of each cache only what is used; no model takes it."""
+        tensors = iter(self.used().values())
+        return State(tree_map(lambda _: next(tensors), self.spec), self.spec, self.model)
+
+    def filled_up(self) -> "State":
+        """What `compacted` was made of, in full length again."""
+        return State(tree_map(_filled_up, self.parts, self.spec), self.spec, self.model)
+
     @classmethod
     def from_tensors(cls, stored: Mapping[str, Tensor], model: StatefulModel) -> "State":
         """The state of a model from `tensors` or `used`.

@@ -24,6 +24,7 @@ class Batch(NamedTuple):
         starts: (B, L) bool, inputs at which a document starts; None where none does.
         learnt: (B, L) bool, targets that count in the loss; None where all do.
         cursor: from which to go on after it.
+        mask: (B, L) bool, False at padding, whose targets do not count; None where there is none.
     """
 
     inputs: Tensor
@@ -31,11 +32,13 @@ class Batch(NamedTuple):
     starts: Tensor | None
     learnt: Tensor | None
     cursor: Any
+    mask: Tensor | None = None
 
     @property
     def num_learnt(self) -> int:
         """Targets that count in the loss."""
-        return self.targets.numel() if self.learnt is None else int(self.learnt.sum())
+        counted = self.learnt if self.mask is None else self.mask if self.learnt is None else self.learnt & self.mask
+        return self.targets.numel() if counted is None else int(counted.sum())
 
 
 class Batches(Protocol):

@@ -44,7 +44,8 @@ def compile_kernels(model: LanguageModel, passes: Pass, device: torch.device, re
 
 
 def _run_once(passes: Pass, recipe: TrainingRecipe) -> None:
-    tokens = torch.zeros(recipe.batch_size, recipe.length, dtype=torch.int64)
+    length = min(recipe.length, 2 * recipe.segment or recipe.length)
+    tokens = torch.zeros(recipe.batch_size, length, dtype=torch.int64)
     first = torch.zeros(tokens.shape, dtype=torch.bool)
     first[:, 0] = True
     state = None

@@ -27,10 +27,11 @@ def check_size(recipe: Recipe, device: torch.device) -> None:
     with torch.device("meta"):
         model = build(recipe.model)
     state_bytes = model.state_bytes(t.batch_size)
-    activations = 4 * t.batch_size * t.length * model.width  # of one of many
+    at_once = min(t.length, t.segment or t.length)
+    activations = t.batch_size * (4 * at_once * model.width + 8 * t.length)  # of one of many, and the tokens
     check_memory(
         16 * recipe.model.num_parameters + state_bytes + activations,
-        device, "this training", "lower the sizes in [model], training.batch_size or training.length",
+        device, "this training", "lower the sizes in [model], training.batch_size, training.length or training.segment",
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from ..data.batches import Batch
 from ..model.language_model import LanguageModel
@@ -24,7 +25,7 @@ class Passed(NamedTuple):
 
 
 class Pass(Protocol):
-    """One batch forward and backward; who trains on many devices puts one around another."""
+    """One batch forward and backward."""
 
     def __call__(self, batch: Batch, state: State | None, learnt: int) -> Passed:
         """Add a batch's share of the gradients of the step's loss to those of the parameters.
@@ -37,11 +38,11 @@ class Pass(Protocol):
 
 
 @dataclass(frozen=True)
-class OnePass:
-    """All tokens of a batch at once.
+class Forward:
+    """A model run forward over batches, with or without a graph; ranks that share a batch stand behind this.
 
     Args:
-        model: to train.
+        model: to run.
         precision: of its products.
         device: where it is.
     """
@@ -50,13 +51,37 @@ class OnePass:
     precision: Literal["bf16", "float32"]
     device: torch.device
 
+    def loss(self, batch: Batch, state: State | None) -> tuple[Tensor, State]:
+        """The mean over the targets that are learnt, in nats, and the State after the batch."""
+        inputs, targets = batch.inputs.to(self.device), batch.targets.to(self.device)
+        with autocast(self.precision, self.device):
+            return self.model(
+                inputs, state, targets=targets, learnt=batch.learnt, document_starts=batch.starts, mask=batch.mask
+            )
+
+    def state(self, batch: Batch, state: State | None) -> State:
+        """The State after the batch alone, without what the head would make of it."""
+        inputs = batch.inputs.to(self.device)
+        with autocast(self.precision, self.device):
+            return self.model(inputs, state, logits_to_keep=0, document_starts=batch.starts, mask=batch.mask)[1]
+
+
+@dataclass(frozen=True)
+class OnePass:
+    """All tokens of a batch at once.
+
+    Args:
+        forward: over the model to train.
+    """
+
+    forward: Forward
+
     def __call__(self, batch: Batch, state: State | None, learnt: int) -> Passed:
         """See Pass."""
-        inputs, targets = batch.inputs.to(self.device), batch.targets.to(self.device)
         share = batch.num_learnt / learnt
-        with autocast(self.precision, self.device), torch.set_grad_enabled(share > 0):
-            loss, after = self.model(inputs, state, targets=targets, learnt=batch.learnt, document_starts=batch.starts)
         if not share:
-            return Passed(0.0, after.detach())
+            with torch.no_grad():
+                return Passed(0.0, self.forward.state(batch, state))
+        loss, after = self.forward.loss(batch, state)
         (loss * share).backward()
         return Passed(loss.item() * share, after.detach())

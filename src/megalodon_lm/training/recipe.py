@@ -81,7 +81,9 @@ class TrainingRecipe:
     """Model folder whose weights the run begins with, to train it further; empty for random ones. What [model] leaves
     out, and the tokenizer if none is named, are then taken from it."""
     length: int = 1024
-    """Tokens a row reads in a step."""
+    """Tokens a row reads in a step, and through which gradients flow."""
+    segment: int = 0
+    """Tokens of them in memory at a time, with the same gradients, each segment being read twice; 0 for all at once."""
     batch_size: int = 2
     """Rows."""
     carry_state: bool = True
@@ -262,7 +264,7 @@ class Recipe:
         )
         self._require(lambda v: v >= 0, "must not be negative",
                       "minutes", "warmup_steps", "weight_decay", "ramp_steps", "spike", "checkpoint_steps",
-                      "validate_steps", "validate_bytes", "seed")  # fmt: skip
+                      "validate_steps", "validate_bytes", "seed", "segment")  # fmt: skip
         self._require(lambda v: 0 <= v <= 1, "must be between 0 and 1", "final_learning_rate", "decay_part")
         self._require(lambda v: 0 <= v < 1, "must be at least 0 and below 1", "beta1", "beta2", "average")
 

@@ -27,11 +27,12 @@ from .machine import product_rate
 from .memory import resident
 from .metrics import MetricsFile, StepMetrics
 from .optimizer import build_optimizer
-from .passes import OnePass, Pass
+from .passes import Forward
 from .precision import choose_precision
 from .recipe import Recipe
 from .run_folder import RECIPE_FILE, Resume, begin_run, find_run, recorded_recipe
 from .schedule import accumulated, learning_rate
+from .segments import build_pass
 from .snapshot import capture, reinstate
 
 
@@ -77,7 +78,7 @@ class Trainer:
             if t.compile:
                 compile_blocks(self.model, self.device)
             self.precision = choose_precision(t.precision, self.device)
-            self.passes: Pass = OnePass(self.model, self.precision, self.device)
+            self.passes = build_pass(Forward(self.model, self.precision, self.device), t)
             self.optimizer = build_optimizer(self.model, t, self.precision)
             self.average = WeightAverage(self.model, t.average) if t.average else None
             self.bad_steps = BadSteps(t)
