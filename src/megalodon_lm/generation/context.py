@@ -71,6 +71,11 @@ class Context:
         """Tokens read."""
         return int(self._state.position) + len(self._waiting)
 
+    @property
+    def waiting(self) -> int:
+        """Of these, the tokens since the last whole piece: what `finish` computes, and each fork that reads on anew."""
+        return len(self._waiting)
+
     def __repr__(self) -> str:
         loss = f", {self.nats / self.scored:.3f} nats a token" if self.scored else ""
         return f"<Context of {self.position:,} tokens{loss}, {self.nbytes / 1e6:.1f} MB, read by {self.model.summary}>"

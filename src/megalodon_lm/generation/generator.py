@@ -124,6 +124,7 @@ class Generator:
         seeds: Sequence[int] | None = None,
         logprobs: bool = False,
         fresh: bool = False,
+        grow: bool = True,
     ) -> PythonGenerator[Delta]:
         """Continue several texts side by side, token by token.
 
@@ -137,6 +138,7 @@ class Generator:
             seeds: one a row; by default sampling.seed for each.
             logprobs: whether the deltas tell them.
             fresh: what is written is a text of its own, such as an answer, and not the rest of the one that was read.
+            grow: False leaves the contexts as they are, for callers that need them no more.
 
         Yields:
             A Delta for each row in turn, until all rows are finished.
@@ -167,7 +169,7 @@ class Generator:
                     return
                 logits = engine.step(tokens.to(engine.device))
         finally:
-            if not sys.is_finalizing():  # a stream left open at the interpreter's exit: PyTorch may be gone
+            if grow and not sys.is_finalizing():  # a stream left open at the interpreter's exit: PyTorch may be gone
                 for context, row in zip(grown, rows, strict=True):
                     context.read(np.array(row.tokens, np.int64))
 

@@ -1,0 +1,204 @@
+"""Read once, ask many: what several questions have in common is read once, and each of them goes on from a fork of it.
+
+To the last bit it is what reading everything anew gives. A `Context` reads in pieces counted from the beginning of the
+text; what a question is asked after is computed to its end by itself, and its answers go on from there. So a figure
+depends on the tokens before the answers, on the answers compared with it, and on nothing else: neither on what was
+shared nor on which other questions there were.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.tokenizer import Tokenizer
+from ..errors import Diverged
+from ..generation.context import MAX_PIECE_LENGTH, Context
+from ..generation.generator import Generator
+from ..generation.sampling import Sampling
+from ..model.language_model import LanguageModel
+from ..training.precision import Precision, autocast
+
+BLOCK_LOGITS = 1 << 24  # in memory at a time
+ROWS = 8  # answers written side by side
+
+
+class Score(NamedTuple):
+    """How a model takes a continuation."""
+
+    log_likelihood: float
+    """Of all its tokens, in nats."""
+    greedy: bool
+    """Whether each of them is the likeliest of the whole vocabulary."""
+
+
+@dataclass
+class Work:
+    """Tokens, counted over all that a Reader did."""
+
+    computed: int = 0
+    """Tokens that went through the model."""
+    anew: int = 0
+    """Those that would have, with everything before each continuation read again for it."""
+
+    @property
+    def saving(self) -> float:
+        """How many times fewer were computed."""
+        return self.anew / max(1, self.computed)
+
+
+def window_of(model: LanguageModel) -> int | None:
+    """Most tokens that a model with a window sees, or None of one without a limit."""
+    return getattr(model.config, "window", None)
+
+
+class Reader:
+    """A model that reads, and is asked at any place of what it read; it counts what that takes.
+
+    reader = Reader(model, tokenizer)
+    document = reader.read(tokenizer.encode(text, begin=True))
+    for question in questions:
+        asked = reader.read(tokenizer.encode(question), document)
+        scores = reader.score(asked, [tokenizer.encode(answer) for answer in answers])
+        [answer] = reader.write([asked], max_tokens=100, stop=("\\n",))
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: that of the model.
+        precision: of the matrix products; see DecodingEngine.
+    """
+
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, precision: Precision = "auto"):
+        self.model, self.tokenizer = model, tokenizer
+        self.work = Work()
+        self._generator = Generator(model, tokenizer, precision)
+
+    def read(self, tokens: np.ndarray, after: Context | None = None) -> Context:
+        """Read on in a fork; what came before stays as it is.
+
+        Args:
+            tokens: (L,) int64; those of a text begin with the begin token.
+            after: what was read before; None for nothing.
+
+        Raises:
+            InputError: a token outside the vocabulary.
+            Diverged: a loss that is not finite.
+        """
+        context = Context(self.model, self._generator.precision) if after is None else after.fork()
+        before = context.position - context.waiting
+        context.read(tokens)
+        self.work.computed += context.position - context.waiting - before
+        return context
+
+    def each(self, texts: Sequence[np.ndarray]) -> Iterator[tuple[int, Context]]:
+        """Read texts, and once what several of them begin with.
+
+        Args:
+            texts: (L,) int64 each, with the begin token.
+
+        Yields:
+            The number of a text, and the context that has read all of it; in an order that keeps few states at a time.
+        """
+        keys = [text.astype(">u4").tobytes() for text in texts]  # in the order of their tokens
+        order = sorted(range(len(texts)), key=keys.__getitem__)
+        common = [_common(texts[a], texts[b]) for a, b in pairwise(order)]
+        trunks: list[Context] = []  # each the beginning of the next, and all of the text at hand
+        for number, before, behind in zip(order, [0, *common], [*common, 0], strict=True):
+            while trunks and trunks[-1].position > before:
+                trunks.pop()
+            trunk, text = (trunks[-1] if trunks else None), texts[number]
+            begun = trunk.position if trunk else 0
+            if behind > begun:
+                trunk = self.read(text[begun:behind], trunk)
+                trunks.append(trunk)
+                begun = behind
+            yield number, self.read(text[begun:], trunk)
+
+    @torch.no_grad()
+    def score(self, context: Context, continuations: Sequence[np.ndarray]) -> list[Score]:
+        """Log-likelihoods of continuations, exact and all at once.
+
+        Args:
+            context: with something read; it stays as it is.
+            continuations: (L,) int64 each, of one token or more.
+
+        Raises:
+            InputError: nothing was read.
+            Diverged: a logit that is not finite.
+        """
+        assert all(len(c) for c in continuations)
+        logits, state = context.finish()
+        rows, longest = len(continuations), max(map(len, continuations), default=0)
+        tokens = _rows(continuations)
+        self._count([context] * rows, [len(c) for c in continuations], context.waiting, rows * (longest - 1))
+        losses, likeliest = _judged(logits.expand(rows, -1)[:, None], tokens[:, :1])
+        piece = max(1, min(MAX_PIECE_LENGTH, BLOCK_LOGITS // max(1, rows * logits.shape[-1])))
+        state = state.select([0] * rows)
+        for begin in range(0, longest - 1, piece):
+            end = min(begin + piece, longest - 1)
+            with autocast(context.precision, context.device):
+                logits, state = self.model(tokens[:, begin:end].to(context.device), state)
+            more = _judged(logits, tokens[:, begin + 1 : end + 1])
+            losses, likeliest = (torch.cat(pair, 1) for pair in zip((losses, likeliest), more, strict=True))
+        return [
+            Score(-losses[row, : len(c)].sum().item(), bool(likeliest[row, : len(c)].all()))
+            for row, c in enumerate(continuations)
+        ]
+
+    def write(self, contexts: Sequence[Context], max_tokens: int, stop: Sequence[str] = ()) -> list[str]:
+        """The likeliest token each time, until a stop string, an end as in training, or so many tokens.
+
+        Args:
+            contexts: each with something read; they stay as they are.
+            max_tokens: of each answer.
+            stop: before any of these strings it ends.
+
+        Raises:
+            InputError: nothing was read, or logits that are not finite.
+        """
+        assert max_tokens > 0
+        greedy = Sampling(max_tokens=max_tokens, temperature=0, stop=tuple(stop))
+        texts = [""] * len(contexts)
+        for first in range(0, len(contexts), ROWS):
+            together = [context.fork() for context in contexts[first : first + ROWS]]
+            lengths = [0] * len(together)
+            for delta in self._generator.stream(together, greedy, grow=False):
+                texts[first + delta.row] += delta.text
+                lengths[delta.row] += 1
+            steps = len(together) * (max(lengths, default=1) - 1)
+            self._count(together, lengths, sum(context.waiting for context in together), steps)
+        return texts
+
+    def _count(self, contexts: Sequence[Context], lengths: Sequence[int], finished: int, steps: int) -> None:
+        """What was computed for continuations, of which nobody reads the last token."""
+        self.work.computed += finished + steps
+        self.work.anew += sum(c.position + n - 1 for c, n in zip(contexts, lengths, strict=True))
+
+
+def _common(one: np.ndarray, other: np.ndarray) -> int:
+    """Tokens with which both begin."""
+    shorter = min(len(one), len(other))
+    differ = np.flatnonzero(one[:shorter] != other[:shorter])
+    return int(differ[0]) if len(differ) else shorter
+
+
+def _rows(continuations: Sequence[np.ndarray]) -> Tensor:
+    """As (rows, longest) int64; shorter rows end in zeros, which nothing depends on."""
+    longest = max(map(len, continuations), default=0)
+    tokens = np.zeros((len(continuations), longest), np.int64)
+    for row, continuation in enumerate(continuations):
+        tokens[row, : len(continuation)] = continuation
+    return torch.from_numpy(tokens)
+
+
+def _judged(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of each target in nats, (rows, L) float64, and whether it is the likeliest, both on the CPU."""
+    targets = targets.to(logits.device)
+    losses = -logits.double().log_softmax(-1).gather(-1, targets[..., None])[..., 0].cpu()
+    if not bool(losses.isfinite().all()):
+        raise Diverged("the model's logits are not finite: its weights hold NaN or infinity; try another checkpoint")
+    return losses, (logits.argmax(-1) == targets).cpu()
