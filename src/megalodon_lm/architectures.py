@@ -115,7 +115,7 @@ def build(config: Config, activation_checkpointing: bool = False) -> LanguageMod
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:
-    """The model in a folder, whatever its architecture; see Decoder.load."""
+    """The model in a folder, whatever its architecture; see Backbone.load."""
     return model_class(config_values(folder).get("architecture", _OLDEST)).load(folder, device, dtype)
 
 

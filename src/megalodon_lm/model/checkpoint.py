@@ -18,9 +18,9 @@ from .identity import digest, remember, weights
 from .language_model import Config
 
 if TYPE_CHECKING:
-    from .decoder import Decoder
+    from .backbone import Backbone
 
-    D = TypeVar("D", bound=Decoder)
+    B = TypeVar("B", bound=Backbone)
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 HASH = "fingerprint-2"  # of all values; older files have one of a sample, as "fingerprint"
@@ -34,7 +34,7 @@ def metadata(config: Config, weights: Mapping[str, Tensor]) -> dict[str, str]:
     return {"format": "pt", "config": json.dumps(config.to_dict()), HASH: digest(config, weights)}
 
 
-def save_model(model: "Decoder", folder: str | Path) -> None:
+def save_model(model: "Backbone", folder: str | Path) -> None:
     """Write the configuration and the weights, so that a kill at any moment leaves a model: the old one or the new."""
     folder = Path(folder)
     try:
@@ -73,8 +73,8 @@ def config_values(folder: str | Path) -> dict[str, Any]:
     return within
 
 
-def load_model(cls: "type[D]", folder: str | Path, device: torch.device | str, dtype: torch.dtype | None) -> "D":
-    """Read a model; see Decoder.load.
+def load_model(cls: "type[B]", folder: str | Path, device: torch.device | str, dtype: torch.dtype | None) -> "B":
+    """Read a model; see Backbone.load.
 
     A weights file that carries a hash must match it, and config.json must be the one it was written with. Files without
     one, of other programs, are taken as they are.
@@ -134,7 +134,7 @@ def load_model(cls: "type[D]", folder: str | Path, device: torch.device | str, d
     return model
 
 
-def _config(cls: "type[D]", values: dict[str, Any] | None) -> Config | None:
+def _config(cls: "type[B]", values: dict[str, Any] | None) -> Config | None:
     """That of an architecture from values in a weights file; None where they are not of it."""
     try:
         return None if values is None else cls.config_class.from_dict(values)

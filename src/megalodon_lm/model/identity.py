@@ -16,7 +16,7 @@ from torch import Tensor
 from .language_model import Config
 
 if TYPE_CHECKING:
-    from .decoder import Decoder
+    from .backbone import Backbone
 
 _SAMPLE = 512  # values of each weight
 _FIRST_CHOICES = frozenset((
@@ -25,10 +25,10 @@ _FIRST_CHOICES = frozenset((
     "init_mode", "dropout", "hidden_dropout", "attention_dropout", "drop_keys",
 ))  # fmt: skip
 """Those there were when files held a sampled fingerprint: they enter it at their defaults too."""
-_known: "weakref.WeakKeyDictionary[Decoder, tuple[Any, str]]" = weakref.WeakKeyDictionary()
+_known: "weakref.WeakKeyDictionary[Backbone, tuple[Any, str]]" = weakref.WeakKeyDictionary()
 
 
-def weights(model: "Decoder") -> dict[str, Tensor]:
+def weights(model: "Backbone") -> dict[str, Tensor]:
     """The state dict without the weights that are another's."""
     return {n: t.detach() for n, t in model.state_dict().items() if n not in model.tied}
 
@@ -58,8 +58,8 @@ def _chosen(config: Config, always: frozenset[str] = frozenset()) -> bytes:
     return json.dumps(chosen, sort_keys=True).encode()
 
 
-def fingerprint(model: "Decoder") -> str:
-    """See Decoder.fingerprint."""
+def fingerprint(model: "Backbone") -> str:
+    """See Backbone.fingerprint."""
     seen = _seen(model)
     kept = _known.get(model)
     if kept is None or kept[0] != seen:
@@ -68,18 +68,18 @@ def fingerprint(model: "Decoder") -> str:
     return kept[1]
 
 
-def remember(model: "Decoder", known: str) -> None:
+def remember(model: "Backbone", known: str) -> None:
     """Note the fingerprint of a model where it was computed otherwise."""
     _known[model] = _seen(model), known
 
 
-def _seen(model: "Decoder") -> Any:
+def _seen(model: "Backbone") -> Any:
     """Changes when a weight does."""
     places = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in model.parameters()]
     return places, sampled_fingerprint(model)
 
 
-def sampled_fingerprint(model: "Decoder") -> str:
+def sampled_fingerprint(model: "Backbone") -> str:
     """Hash of the configuration and of evenly spaced values of every weight: any training step changes it."""
     found = hashlib.sha256(_chosen(model.config, _FIRST_CHOICES))
     for name, weight in model.named_parameters():
