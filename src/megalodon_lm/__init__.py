@@ -15,15 +15,22 @@ if TYPE_CHECKING:
     from .generation.context import Context
     from .generation.generator import Generator
     from .generation.sampling import Sampling
+    from .model.encoder import Encoder
+    from .model.encoder_config import EncoderConfig
     from .model.megalodon import Megalodon
     from .state import State
 
 __version__ = "0.1.0"
-__all__ = ["ByteTokenizer", "Context", "Generator", "Megalodon", "ModelConfig", "Sampling", "State"]
+__all__ = [
+    "ByteTokenizer", "Context", "Encoder", "EncoderConfig", "Generator", "Megalodon", "ModelConfig", "Sampling",
+    "State",
+]  # fmt: skip
 
 _HOME = {
     "ByteTokenizer": "data.tokenizer",
     "Context": "generation.context",
+    "Encoder": "model.encoder",
+    "EncoderConfig": "model.encoder_config",
     "Generator": "generation.generator",
     "Megalodon": "model.megalodon",
     "ModelConfig": "config",

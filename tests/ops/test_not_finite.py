@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 import megalodon_lm.ops
-from megalodon_lm.ops import recurrence_definitions, reference
+from megalodon_lm.ops import bidirectional_definitions, recurrence_definitions, reference
 from megalodon_lm.ops.adaptive_memory import MemoryState
 from megalodon_lm.ops.backend import OPS
+from megalodon_lm.ops.boundaries import Boundaries
 from megalodon_lm.ops.cema import cema_coefficients
 from megalodon_lm.ops.chunk_attention import KeyValueCache
 from megalodon_lm.ops.cpu import adaptive_memory, causal_attention
@@ -175,8 +176,15 @@ TOKEN_OPS = {
 }
 
 
+BIDIRECTIONAL = {
+    "sequence_norm": ((G, 1e-5), draw((B, L, D), (D,), (D,))),
+    "bidirectional_attention": ((C, 1e4, "softmax"), draw(*HEADS[:3])),
+}
+DEFINITIONS = (reference, recurrence_definitions, bidirectional_definitions)
+
+
 def definition(name):
-    return getattr(reference, name, None) or getattr(recurrence_definitions, name)
+    return next(getattr(module, name) for module in DEFINITIONS if hasattr(module, name))
 
 
 def native(op):
@@ -190,7 +198,7 @@ def native(op):
 
 
 def test_every_op_of_the_table_is_held_to_it():
-    assert set(OPS) - set(PARTLY_NATIVE.values()) == OPS_WITH_STATE.keys() | TOKEN_OPS.keys()
+    assert set(OPS) - set(PARTLY_NATIVE.values()) == OPS_WITH_STATE.keys() | TOKEN_OPS.keys() | BIDIRECTIONAL.keys()
 
 
 def in_type(t, dtype):
@@ -240,6 +248,14 @@ def test_native(name, kind, dtype, monkeypatch):
     where, slow = boundaries(kind, B, L), definition(name)
     of_one_type = name.endswith(("attention", "memory"))
     compare(lambda *a: run(fast)(where, *a), lambda *a: run(slow)(where, *a), inputs, dtype, of_one_type)
+
+
+@pytest.mark.parametrize("lengths", [None, torch.tensor([L, 11])])
+@pytest.mark.parametrize("name", BIDIRECTIONAL)
+def test_ops_of_whole_sequences(name, lengths):
+    rest, inputs = BIDIRECTIONAL[name]
+    where, fast, slow = None if lengths is None else Boundaries(None, lengths), OPS[name].portable, definition(name)
+    compare(lambda *a: [fast(*a, *rest, where)], lambda *a: [slow(*a, *rest, where)], inputs, torch.float64, True)
 
 
 @pytest.mark.parametrize("natively", [False, True])

@@ -25,29 +25,33 @@ class ComplexEMA(nn.Module):
         rotating: whether states turn, and are complex: CEMA (Megalodon); otherwise the EMA of MEGA, without theta.
         direct: whether omega weighs the input (Megalodon's code). Otherwise the input itself is added (Gecko), and
             gamma has std 1/sqrt(N) at the start and is not divided by sqrt(N) later.
+        directions: averages of each channel, one after the other in the rows of all parameters but omega.
     """
 
     spared: ClassVar[tuple[str, ...]] = ("alpha", "delta", "theta")
     """Parameters that weight decay passes over, where the recipe says so: they make the decays and the angles."""
 
-    def __init__(self, dim: int, ndim: int, rotating: bool = True, direct: bool = True):
+    def __init__(self, dim: int, ndim: int, rotating: bool = True, direct: bool = True, directions: int = 1):
         super().__init__()
-        self.alpha = nn.Parameter(torch.empty(dim, ndim, 1))
-        self.delta = nn.Parameter(torch.empty(dim, ndim, 1))
-        self.theta = nn.Parameter(torch.empty(dim, 1, 1)) if rotating else None
-        self.gamma = nn.Parameter(torch.empty(dim, ndim, 2 if rotating else 1))
+        self.directions, rows = directions, directions * dim
+        self.alpha = nn.Parameter(torch.empty(rows, ndim, 1))
+        self.delta = nn.Parameter(torch.empty(rows, ndim, 1))
+        self.theta = nn.Parameter(torch.empty(rows, 1, 1)) if rotating else None
+        self.gamma = nn.Parameter(torch.empty(rows, ndim, 2 if rotating else 1))
         self.omega = nn.Parameter(torch.empty(dim, 1)) if direct else None
 
     def init_weights(self) -> None:
         """Draw the initial values."""
-        dim, ndim, _ = self.gamma.shape
+        rows, ndim, _ = self.gamma.shape
+        dim = rows // self.directions
         nn.init.normal_(self.alpha, std=0.2)
         nn.init.normal_(self.delta, std=0.2)
         with torch.no_grad():
             if self.theta is not None:
                 frequency = torch.exp(-torch.arange(1, dim + 1, device=self.theta.device) * math.log(max(dim, 2)) / dim)
-                order = torch.randperm(dim, device=self.theta.device)
-                self.theta.copy_(torch.logit(frequency)[order].view(dim, 1, 1))
+                for theta in self.theta.split(dim):
+                    order = torch.randperm(dim, device=theta.device)
+                    theta.copy_(torch.logit(frequency)[order].view(dim, 1, 1))
             nn.init.normal_(self.gamma, std=1 / math.sqrt(ndim) if self.omega is None else 1.0)
             self.gamma[..., 1:] = 0
         if self.omega is not None:

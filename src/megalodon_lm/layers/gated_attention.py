@@ -14,6 +14,7 @@ from ..ops.norms import head_rms_norm
 from ..ops.residual import add_branch
 from ..state_spec import Tree, present
 from .adaptive_memory import AdaptiveMemory
+from .bidirectional_attention import BidirectionalAttention
 from .chunk_attention import ChunkAttention
 from .complex_ema import ComplexEMA
 from .heads import split_heads
@@ -37,7 +38,7 @@ class GatedAttention(nn.Module):
     Args:
         timenorm: (x, entry state, boundaries) to the normalised x and the exit state.
         cema: as timenorm; None for no average.
-        rmsnorm: of the average.
+        rmsnorm: of the average; or an activation in its place.
         attention: (q, k, v, entry cache, boundaries) to the attention and the exit cache.
         memory: (q, k, v, entry state, entry cache of the attention, boundaries) to what it recalls and the exit state,
             with queries and keys of its own; None for no memory.
@@ -55,8 +56,8 @@ class GatedAttention(nn.Module):
         self,
         timenorm: AffineNorm,
         cema: ComplexEMA | None,
-        rmsnorm: RMSNorm,
-        attention: ChunkAttention | SlidingAttention,
+        rmsnorm: RMSNorm | nn.SiLU,
+        attention: ChunkAttention | SlidingAttention | BidirectionalAttention,
         memory: AdaptiveMemory | None,
         *,
         dim: int,

@@ -79,8 +79,9 @@ class Padding:
         return cls(lengths, order, longest)
 
     def remove(self, t: Tensor) -> Tensor:
-        """(B, L) to (B, width), with padding only at the ends of rows that are shorter than the longest."""
-        return t.gather(1, self.order)[:, : self.width]
+        """(B, L, ...) to (B, width, ...), with padding only at the ends of rows that are shorter than the longest."""
+        order = self.order.view(*self.order.shape, *(1,) * (t.dim() - 2))
+        return t.gather(1, order.expand(*self.order.shape, *t.shape[2:]))[:, : self.width]
 
     def restore(self, x: Tensor) -> Tensor:
         """(B, width, D) to (B, L, D), every token back where it was."""
