@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .config import GECKO
 from .configuration import Configuration, read_config
 from .errors import InputError, nearest
-from .model.checkpoint import config_values
+from .model.checkpoint import check_hash, config_values, open_model
 from .model.decoder import Decoder
 from .model.language_model import Config, LanguageModel
 from .sizing import TOLERANCE
@@ -117,6 +118,17 @@ def build(config: Config, activation_checkpointing: bool = False) -> LanguageMod
 def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:
     """The model in a folder, whatever its architecture; see Backbone.load."""
     return model_class(config_values(folder).get("architecture", _OLDEST)).load(folder, device, dtype)
+
+
+def open_checked(folder: str | Path) -> tuple[Config, Mapping[str, Tensor]]:
+    """The configuration of the model in a folder, and its weights, which are read one by one when they are asked for.
+
+    Raises:
+        InputError: as Decoder.load.
+    """
+    model, tensors, known = open_model(model_class(config_values(folder).get("architecture", _OLDEST)), folder)
+    check_hash(model.config, tensors, known, folder)
+    return model.config, tensors
 
 
 def _architecture(name: Any) -> Architecture:

@@ -4,9 +4,11 @@ import errno
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import InputError
 
@@ -35,23 +37,26 @@ RESULTS = Kind("a file of results", (b'"megalodon_results"',))
 TOKENIZER = Kind("a tokenizer")  # models depend on one that is there
 
 
-def write_atomically(path: str | Path, data: bytes | str) -> None:
-    """Write beside the target, flush to disk, then rename over it. A pipe or a device is written to as it is.
+@contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """A file beside the target, at the end flushed to disk and renamed over it.
+
+    A pipe or a device is written to as it is.
 
     Raises:
         InputError: the folder is missing or not writable, or the disk is full; the old file is untouched.
     """
     path = Path(path)
-    raw = data.encode("utf-8") if isinstance(data, str) else data
     temporary = None
     try:
         if _is_device(path):
-            path.write_bytes(raw)
+            with path.open("wb") as file:
+                yield file
             return
         path = Path(os.path.realpath(path))  # the file behind a link, not the link
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(raw)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
@@ -61,6 +66,12 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
     finally:  # also when interrupted
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+def write_atomically(path: str | Path, data: bytes | str) -> None:
+    """Write a whole file, or nothing; raises as `replacing`."""
+    with replacing(path) as file:
+        file.write(data.encode("utf-8") if isinstance(data, str) else data)
 
 
 def make_folder(path: Path) -> None:

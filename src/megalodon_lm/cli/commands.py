@@ -11,6 +11,7 @@ from ..errors import InputError, nearest
 from .bench import Bench
 from .chat import Chat
 from .compare import Compare
+from .convert import Convert
 from .evaluate import Evaluate
 from .generate import Generate
 from .info import Info
@@ -35,6 +36,7 @@ Command = (
     | Annotated[Compare, subcommand("compare")]
     | Annotated[Bench, subcommand("bench")]
     | Annotated[Info, subcommand("info")]
+    | Annotated[Convert, subcommand("convert")]
 )
 COMMANDS = {get_args(choice)[1].name: choice for choice in get_args(Command)}
 

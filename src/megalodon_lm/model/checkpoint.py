@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..configuration import read_config
@@ -16,6 +15,7 @@ from ..files import write_atomically
 from ..ops.device import choose_device
 from .identity import digest, remember, weights
 from .language_model import Config
+from .stored_tensors import StoredTensors, read_tensors, shape_of, write_tensors
 
 if TYPE_CHECKING:
     from .backbone import Backbone
@@ -36,16 +36,26 @@ def metadata(config: Config, weights: Mapping[str, Tensor]) -> dict[str, str]:
 
 def save_model(model: "Backbone", folder: str | Path) -> None:
     """Write the configuration and the weights, so that a kill at any moment leaves a model: the old one or the new."""
+    write_model(model.config, weights(model), folder)
+
+
+def write_model(config: Config, tensors: Mapping[str, Tensor], folder: str | Path) -> None:
+    """Write a model folder of weights that may still lie in other files: one tensor at a time; see save_model.
+
+    Args:
+        config: of the model.
+        tensors: its weights by name, tied ones once.
+        folder: is made if it is not there.
+    """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / CONFIG_FILE).exists() and _vouched(folder / WEIGHTS_FILE)[0] not in (None, model.config.to_dict()):
+        if (folder / CONFIG_FILE).exists() and _vouched(folder / WEIGHTS_FILE)[0] not in (None, config.to_dict()):
             (folder / CONFIG_FILE).unlink()  # until both are new, the one in the weights file counts
     except OSError as error:
         raise InputError(f"cannot create the folder {folder}: {error.strerror}") from None
-    stored = {n: t.cpu().contiguous() for n, t in weights(model).items()}
-    write_atomically(folder / WEIGHTS_FILE, save(stored, metadata(model.config, stored)))
-    write_atomically(folder / CONFIG_FILE, json.dumps(model.config.to_dict(), indent=2) + "\n")
+    write_tensors(folder / WEIGHTS_FILE, tensors, metadata(config, tensors))
+    write_atomically(folder / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def _vouched(path: Path) -> tuple[dict[str, Any] | None, str | None]:
@@ -73,14 +83,17 @@ def config_values(folder: str | Path) -> dict[str, Any]:
     return within
 
 
-def load_model(cls: "type[B]", folder: str | Path, device: torch.device | str, dtype: torch.dtype | None) -> "B":
-    """Read a model; see Backbone.load.
+def open_model(cls: "type[B]", folder: str | Path) -> "tuple[B, StoredTensors, str | None]":
+    """A model in a folder without its weights, which stay in their file.
 
-    A weights file that carries a hash must match it, and config.json must be the one it was written with. Files without
-    one, of other programs, are taken as they are.
+    Returns:
+        The model on the meta device, its weights by name, tied ones once, and the hash that the file says they have;
+        None for files of other programs, which say nothing.
+
+    Raises:
+        InputError: a file is missing or damaged, or the two do not fit each other.
     """
     folder = Path(folder)
-    device = torch.device(device) if str(device) == "meta" else choose_device(device)
     path = folder / WEIGHTS_FILE
     values, known = _vouched(path)
     within = _config(cls, values)
@@ -90,10 +103,7 @@ def load_model(cls: "type[B]", folder: str | Path, device: torch.device | str, d
     if not path.is_file():
         raise InputError(f"no model in {folder}: {path.name} is missing")
     config = within if within and not (folder / CONFIG_FILE).is_file() else cls.config_class.load(folder / CONFIG_FILE)
-    try:
-        stored = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be read ({error}); it may be truncated: copy it again") from None
+    stored = read_tensors(path)
     if config.num_parameters > path.stat().st_size:
         raise InputError(
             f"{path} does not fit {folder / CONFIG_FILE}: it has {path.stat().st_size:,} bytes, and the configuration "
@@ -103,32 +113,55 @@ def load_model(cls: "type[B]", folder: str | Path, device: torch.device | str, d
         build: Any = cls  # its subclasses take the configuration alone
         model = build(config)
     for name, source in model.tied.items():
-        if source in stored and not torch.equal(stored.setdefault(name, stored[source]), stored[source]):
+        if name in stored and source in stored and not torch.equal(stored[name], stored[source]):
             raise InputError(
                 f"{path} does not fit {folder / CONFIG_FILE}: it holds {name} of its own, which the configuration ties "
                 f"to {source}"
             )
-    expected = {n: tuple(t.shape) for n, t in model.state_dict().items()}
-    found = {n: tuple(t.shape) for n, t in stored.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
+        stored.layout.pop(name, None)
+    expected = weights(model)
+    for name in sorted(expected.keys() | stored.keys()):
+        wanted, found = shape_of(expected, name), shape_of(stored, name)
+        if wanted != found:
             raise InputError(
-                f"{path} does not fit {folder / CONFIG_FILE}: {name} has shape {found.get(name)} in the file and "
-                f"{expected.get(name)} by the configuration"
+                f"{path} does not fit {folder / CONFIG_FILE}: {name} has shape {found} in the file and {wanted} by the "
+                "configuration"
             )
     if within is not None and config != within:
         raise InputError(
             f"{folder / CONFIG_FILE} was edited or is that of another model: {path.name} was written with "
             f"{_differences(config, within)}; delete {CONFIG_FILE} to load the model as it was written"
         )
-    held = {n: t for n, t in stored.items() if n not in model.tied}
-    if known is not None and digest(config, held) != known:
+    return model, stored, known
+
+
+def check_hash(config: Config, tensors: Mapping[str, Tensor], known: str | None, folder: str | Path) -> None:
+    """Refuse weights that are not those the folder was written with.
+
+    Raises:
+        InputError: they have another hash than `known`; None for files that say nothing.
+    """
+    if known is not None and digest(config, tensors) != known:
+        path = Path(folder) / WEIGHTS_FILE
         raise InputError(f"{path} was altered after it was written: its checksum does not match; copy it again")
-    model.load_state_dict({n: t.to(device, dtype) for n, t in stored.items()}, assign=True)
+
+
+def load_model(cls: "type[B]", folder: str | Path, device: torch.device | str, dtype: torch.dtype | None) -> "B":
+    """Read a model; see Backbone.load.
+
+    A weights file that carries a hash must match it, and config.json must be the one it was written with. Files without
+    one, of other programs, are taken as they are.
+    """
+    device = torch.device(device) if str(device) == "meta" else choose_device(device)
+    model, stored, known = open_model(cls, folder)
+    held = dict(stored)
+    check_hash(model.config, held, known, folder)
+    state = {n: t.to(device, dtype) for n, t in held.items()}
+    model.load_state_dict(state | {n: state[source] for n, source in model.tied.items()}, assign=True)
     model.tie_weights()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    as_stored = all(model.state_dict()[n].dtype == t.dtype for n, t in held.items())
+    as_stored = all(state[n].dtype == t.dtype for n, t in held.items())
     if known is not None and as_stored and device.type != "meta":
         remember(model, known)
     return model

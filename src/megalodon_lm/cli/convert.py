@@ -1,0 +1,84 @@
+"""megalodon convert"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tyro.conf import Positional
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..data.tokenizer import Tokenizer
+
+
+@dataclass
+class Convert:
+    """Write a model in another format.
+
+    Which format MODEL has is seen from its files. Weights keep their type, and pass tensor by tensor from the files of
+    the one to those of the other. The tokenizer goes with them.
+    """
+
+    model: Positional[Path]
+    """A run folder, a saved model, or a checkpoint of the code that Megalodon's authors published."""
+    to: Literal["native", "official"]
+    """A folder as megalodon train leaves it, or a checkpoint of the authors' code."""
+    out: Path
+    """The folder to make; one that is there must be empty."""
+    parts: int = 1
+    """Model-parallel parts of an official checkpoint."""
+
+    def run(self) -> None:
+        """Carry out the command."""
+        from ..files import make_folder
+        from ..model.checkpoint import write_model
+        from ..model.official import write_official
+
+        if self.parts != 1 and self.to != "official":
+            raise InputError(f"--parts {self.parts} is for --to official; other formats have one part")
+        if self.out.is_dir() and any(self.out.iterdir()):
+            raise InputError(f"--out {self.out} is not empty; name another folder")
+        config, tensors, tokenizer = _opened(self.model)
+        make_folder(self.out)
+        if self.to == "official":
+            _check_megalodon(config)
+            unnamed = 0 if tokenizer is None else config.vocab_size - tokenizer.vocab_size
+            write_official(config, tensors, self.out, self.parts, unnamed)
+        else:
+            write_model(config, tensors, self.out)
+        if tokenizer is not None:
+            tokenizer.save(self.out)
+        print(f"{self.out}: {config.num_parameters:,} parameters, {self.to}, tokenizer: {_name(tokenizer)}")
+
+
+def _opened(folder: Path) -> "tuple[Any, Mapping[str, Tensor], Tokenizer | None]":
+    """The configuration, the weights, still in their files, and the tokenizer if there is one."""
+    from ..architectures import open_checked
+    from ..data.tokenizer import load_tokenizer
+    from ..data.tokenizer_record import read_record
+    from ..model.official import is_official, open_official, tokenizer_file
+
+    if not is_official(folder):
+        config, tensors = open_checked(folder)
+        try:
+            return config, tensors, load_tokenizer(folder)
+        except InputError:
+            return config, tensors, None
+    config, tensors = open_official(folder)
+    place = folder if read_record(folder) else tokenizer_file(folder)
+    return config, tensors, None if place is None else load_tokenizer(place)
+
+
+def _check_megalodon(config: Any) -> None:
+    if config.architecture != "megalodon":
+        raise InputError(f"a {config.architecture} has no official format; it is that of Megalodon")
+
+
+def _name(tokenizer: "Tokenizer | None") -> str:
+    if tokenizer is None:
+        return "none; put its tokenizer.json or tokenizer.model into the folder"
+    return str(getattr(tokenizer, "file", "bytes"))
