@@ -10,6 +10,7 @@ from tyro.conf import Positional, subcommand
 from ..errors import InputError
 from .options import Quiet
 from .recall import Recall
+from .tasks import Report, Tasks
 
 if TYPE_CHECKING:
     from ..evaluation.by_context import Curve
@@ -147,6 +148,8 @@ class Evaluate:
         Annotated[Perplexity, subcommand("perplexity")]
         | Annotated[Compressors, subcommand("compressors")]
         | Annotated[Recall, subcommand("recall")]
+        | Annotated[Tasks, subcommand("tasks")]
+        | Annotated[Report, subcommand("report")]
     )
     """What to measure."""
 

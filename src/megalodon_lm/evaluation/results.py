@@ -26,6 +26,11 @@ class Score(NamedTuple):
     share: bool = True
     """Whether it is one; tables show shares in percent. A perplexity is none."""
 
+    def __str__(self) -> str:
+        scale, digits = (100, 1) if self.share else (1, 3)
+        error = "" if self.standard_error is None else f" ± {scale * self.standard_error:.{digits}f}"
+        return f"{scale * self.value:.{digits}f}{error}"
+
 
 @dataclass(frozen=True)
 class TaskResult:

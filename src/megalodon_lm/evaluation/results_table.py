@@ -52,7 +52,5 @@ def table(results: Sequence[Results]) -> ResultsTable:
 def _cell(result: TaskResult | None, metric: str, shots: int | None = None) -> str:
     if result is None:
         return ""
-    value, error, share = result.scores.get(metric) or result.scores[result.headline]
-    scale, digits = (100, 1) if share else (1, 3)
-    text = f"{scale * value:.{digits}f}" + ("" if error is None else f" ± {scale * error:.{digits}f}")
+    text = str(result.scores.get(metric) or result.scores[result.headline])
     return text if shots in (None, result.shots) else f"{text} ({result.shots}-shot)"
