@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lm_eval.tasks
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
@@ -44,8 +45,10 @@ class Definitions:
         wanted = [name for given in names for name in (TABLE if given == "paper" else [OTHER_NAMES.get(given, given)])]
         self.names = list(dict.fromkeys(wanted))
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        datasets.disable_progress_bars()
         base = Path(lm_eval.tasks.__file__).parent
-        folders = sorted({FOLDERS[name] for name in self.names if name in FOLDERS})
+        kinds = [name if name in FOLDERS else name.split("_")[0] for name in self.names]  # also mmlu_anatomy
+        folders = sorted({FOLDERS[kind] for kind in kinds if kind in FOLDERS})
         self._manager = TaskManager(include_defaults=False, include_path=[base / folder for folder in folders])
         if not all(name in self._manager.task_index for name in self.names):
             self._manager = TaskManager()
