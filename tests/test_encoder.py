@@ -290,4 +290,6 @@ def test_examples_of_the_docs():
     for example in re.findall(r"```python\n(.*?)```", text, re.S):
         exec(example, names)
     assert names["logits"].shape == (2, 10)
+    assert names["image"].shape == (32, 32)
+    assert len(names["expressions"]) == 3
     torch.testing.assert_close(names["logits"], names["model"](names["sound"])[0], rtol=1e-4, atol=1e-4)

@@ -180,7 +180,7 @@ def _size(layers: int, d: int, z: int, v: int, f: int, **choices: Any) -> dict[s
 
 ENCODER_SIZES: dict[str, dict[str, Any]] = {
     # Published (Ma et al. 2024): those of Long Range Arena, and of raw speech commands.
-    "listops": _size(6, 80, 64, 160, 200, vocab_size=18),
+    "listops": _size(6, 80, 64, 160, 200, vocab_size=15),
     "text": _size(4, 128, 64, 256, 320, num_classes=2),
     "retrieval": _size(6, 128, 64, 256, 320, num_classes=2, pairs=True),
     "image": _size(8, 160, 96, 320, 320, input="numbers", attention="laplace"),

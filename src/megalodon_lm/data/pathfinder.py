@@ -1,0 +1,133 @@
+"""Pathfinder: do the two marked ends belong to one dashed contour? Pictures of a generator of our own.
+
+A picture has two long contours of dashes that bend but do not cross, shorter ones to distract, and discs on two ends:
+of one contour where they are connected, of both where they are not. Geometry of the task: Linsley et al. 2018 (arXiv
+1805.08315), Tay et al. 2020 (arXiv 2011.04006).
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+Points = NDArray[np.float64]
+"""(n, 2), x and y in pixels."""
+_TRIES = 60  # of a contour, before the picture is begun anew
+_BENDS = 8  # of a step, before the contour is begun anew
+
+
+@dataclass(frozen=True)
+class PathfinderGeometry:
+    """What pictures look like; lengths in pixels."""
+
+    size: int = 32
+    """Width and height: 32, or 128 as Path-X."""
+    dashes: int = 9
+    """Of a long contour; 6, 9 and 14 make the task easier or harder."""
+    distractors: int = 4
+    """Short contours, of a third as many dashes, as far as there is room."""
+    dash: float = 2.0
+    """Length of a dash."""
+    gap: float = 1.2
+    """Between two dashes."""
+    turn: float = 0.5
+    """Largest angle between two dashes, in radians."""
+    clearance: float = 3.0
+    """Between contours, and between parts of one."""
+    marker: float = 1.6
+    """Radius of the discs."""
+
+    @property
+    def step(self) -> float:
+        """From the middle of a gap to that of the next."""
+        return self.dash + self.gap
+
+
+PATHX = PathfinderGeometry(128, 14, 20, 5.0, 3.0, 0.5, 7.0, 3.0)
+"""Pictures of 128 x 128."""
+
+
+def picture(seed: int, index: int, geometry: PathfinderGeometry | None = None) -> tuple[NDArray[np.uint8], int]:
+    """Picture number `index` of a seed, (size, size) grey levels, and 1 where the marked ends are connected, else 0.
+
+    Every other one is; which of two, and all else, is drawn anew for each number, so that any may be asked for alone.
+    """
+    g = geometry or PathfinderGeometry()
+    draw = np.random.default_rng([seed, index // 2])
+    connected = bool(draw.integers(2)) == bool(index % 2)
+    draw = np.random.default_rng([seed, index // 2, index % 2 + 1])
+    contours = None
+    while contours is None:
+        contours = _two_long(draw, g)
+    first, second = contours
+    ends = (first[0], first[-1]) if connected else (first[-1], second[int(draw.integers(2)) - 1])
+    for _ in range(g.distractors):
+        short = _contour(draw, g, max(1, g.dashes // 3), contours)
+        if short is not None:
+            contours.append(short)
+    canvas = np.zeros((g.size, g.size))
+    for contour in contours:
+        for begin, end in pairwise(contour):
+            shift = (end - begin) / g.step * g.gap / 2
+            _stroke(canvas, begin + shift, end - shift, 0.5)
+    for end in ends:
+        _stroke(canvas, end, end, g.marker)
+    return np.rint(255 * canvas).astype(np.uint8), int(connected)
+
+
+def _two_long(draw: np.random.Generator, g: PathfinderGeometry) -> list[Points] | None:
+    first = _contour(draw, g, g.dashes, [])
+    second = None if first is None else _contour(draw, g, g.dashes, [first])
+    return None if first is None or second is None else [first, second]
+
+
+def _contour(draw: np.random.Generator, g: PathfinderGeometry, dashes: int, others: list[Points]) -> Points | None:
+    """Ends of the steps of a contour that keeps clear of others and of itself; None where none was found."""
+    taken = np.concatenate(others) if others else np.empty((0, 2))
+    for _ in range(_TRIES):
+        points = [draw.uniform(g.marker, g.size - 1 - g.marker, 2)]
+        heading = draw.uniform(0, 2 * math.pi)
+        if not _is_clear(points[0], taken, g.clearance):
+            continue
+        while len(points) <= dashes:
+            grown = _step(draw, g, points, heading, taken)
+            if grown is None:
+                break
+            heading = grown
+        else:
+            return np.array(points)
+    return None
+
+
+def _step(
+    draw: np.random.Generator, g: PathfinderGeometry, points: list[Points], heading: float, taken: Points
+) -> float | None:
+    """Add a point ahead; returns the new heading, None where there is no room."""
+    earlier = np.array(points[:-1]).reshape(-1, 2)
+    for _ in range(_BENDS):
+        turned = heading + draw.uniform(-g.turn, g.turn)
+        point = points[-1] + g.step * np.array([math.cos(turned), math.sin(turned)])
+        inside = bool(((point >= g.marker) & (point <= g.size - 1 - g.marker)).all())
+        if inside and _is_clear(point, taken, g.clearance) and _is_clear(point, earlier, g.clearance):
+            points.append(point)
+            return turned
+    return None
+
+
+def _is_clear(point: Points, others: Points, clearance: float) -> bool:
+    return not len(others) or bool((np.square(others - point).sum(1) >= clearance**2).all())
+
+
+def _stroke(canvas: Points, begin: Points, end: Points, radius: float) -> None:
+    """Draw a line with round ends, its edge smoothed over a pixel."""
+    low = np.maximum(np.floor(np.minimum(begin, end) - radius - 1), 0).astype(int)
+    high = np.minimum(np.ceil(np.maximum(begin, end) + radius + 1), len(canvas) - 1).astype(int) + 1
+    x, y = np.meshgrid(np.arange(low[0], high[0]), np.arange(low[1], high[1]))
+    along, across = end - begin, np.stack([x, y], -1) - begin
+    length = float(along @ along)
+    place = np.clip(across @ along / length, 0, 1) if length else np.zeros(x.shape)
+    distance = np.hypot(*np.moveaxis(across - place[..., None] * along, -1, 0))
+    part = canvas[low[1] : high[1], low[0] : high[0]]
+    np.maximum(part, np.clip(radius + 0.5 - distance, 0, 1), out=part)
