@@ -4,12 +4,12 @@ from itertools import product
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from megalodon_lm import Megalodon, ModelConfig
 
+from .ranks import run_ranks
 from .test_cut_invariant import CHUNK, build
 
 CONFIG = ModelConfig.named("tiny", num_layers=1)
@@ -36,10 +36,8 @@ def loss_and_state(model, tokens, losses):
     return sum(loss * size for loss, size in weighted) / sum(size for _, size in weighted), middle
 
 
-def work(rank, folder):
+def work(rank):
     """One process: gradients of every case, and whether the entry state came to the layers as it was."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     mesh, found = init_device_mesh("cpu", (2,)), {}
     for policy, losses in product(POLICIES, LOSSES):
         model, tokens = model_and_tokens()
@@ -68,16 +66,12 @@ def work(rank, folder):
     torch.manual_seed(rank)
     model.init_weights()
     found["drawn"] = {n: p.full_tensor() for n, p in model.named_parameters()}
-    if rank == 0:
-        torch.save(found, f"{folder}/found")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fsdp")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
-    return torch.load(folder / "found")
+def sharded():
+    return run_ranks(work, 2)[0]
 
 
 def test_weights_drawn_into_shards_are_those_of_one_process(sharded):

@@ -1,0 +1,75 @@
+"""Everything that is applied to the model of one device, in the order in which each wraps what is there.
+
+Tensor parallelism gives layers their share of the weights, activation checkpointing is the decoder's own, compilation
+takes the blocks as they then are, and sharding (FSDP2) comes last, since it must see the parameters that will train.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from ..model.language_model import LanguageModel
+
+
+def parallelize(
+    model: LanguageModel,
+    mesh: DeviceMesh,
+    compile_blocks: Callable[[LanguageModel], None] | None = None,
+    precision: MixedPrecisionPolicy | None = None,
+) -> None:
+    """Share the weights of a model out over a mesh, in place; names of parameters stay.
+
+    Chunk parallelism is no part of this: it is how the model is called, see ChunkParallel.
+
+    Args:
+        model: the same on every rank, or on the meta device.
+        mesh: with the dimensions of mesh.DIMENSIONS.
+        compile_blocks: compiles the blocks, if they are to be.
+        precision: of FSDP2; that of the weights by default.
+    """
+    if mesh["tensor"].size() > 1:
+        raise NotImplementedError("tensor parallelism")
+    if compile_blocks is not None:
+        compile_blocks(model)
+    if mesh["shard"].size() > 1:
+        shard(model, mesh, precision or MixedPrecisionPolicy())
+
+
+def shard(model: Any, mesh: DeviceMesh, precision: MixedPrecisionPolicy) -> None:
+    """Apply FSDP2 to each block and to the model.
+
+    Weights are shared out over the ranks of `shard` and `chunk` together, which all have gradients of their own to add;
+    over `replicate` they are repeated. Gradients are summed, not averaged: each rank's loss is its share of the whole.
+    """
+    owners = mesh["shard", "chunk"]._flatten("owner") if mesh["chunk"].size() > 1 else mesh["shard"]
+    if mesh["replicate"].size() > 1:
+        name = "owner" if mesh["chunk"].size() > 1 else "shard"
+        owners = mesh["replicate", name]
+    for part in (*model.layers, model):
+        fully_shard(part, mesh=owners, mp_policy=precision)
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.set_gradient_divide_factor(1.0)
+
+
+def sum_gradients(model: LanguageModel, mesh: DeviceMesh) -> None:
+    """Add up the gradients of all ranks that hold the same weights; what FSDP2 shares out, it has summed already."""
+    if mesh["shard"].size() > 1:
+        return
+    gradients = [p.grad for _, p in model.named_parameters() if p.grad is not None]
+    for dimension in ("replicate", "chunk"):
+        if mesh[dimension].size() > 1 and gradients:
+            _sum(gradients, mesh[dimension].get_group())
+
+
+def _sum(tensors: list[torch.Tensor], group: Any) -> None:
+    """One message for each type."""
+    for dtype in {t.dtype for t in tensors}:
+        same = [t for t in tensors if t.dtype == dtype]
+        flat = torch.cat([t.flatten() for t in same])
+        torch.distributed.all_reduce(flat, group=group)
+        for t, total in zip(same, flat.split([t.numel() for t in same]), strict=True):
+            t.copy_(total.view_as(t))
