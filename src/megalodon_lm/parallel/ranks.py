@@ -1,0 +1,196 @@
+"""What a process is among those that train together; alone, it is the first of one."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..model.language_model import LanguageModel
+from ..state import State
+from .mesh import MeshSizes, build_mesh, rows_of, started_ranks
+
+TIMEOUT = 600.0
+"""Seconds after which a rank that does not answer is lost; MEGALODON_RANK_TIMEOUT sets another time."""
+
+
+class Ranks:
+    """One process alone: nothing is shared."""
+
+    rank, ranks = 0, 1
+    is_first = True
+    """Whether it is the one that writes."""
+
+    def apply(self, model: LanguageModel, compile_blocks: Callable[[LanguageModel], None] | None) -> LanguageModel:
+        """Share a model out, in place.
+
+        Args:
+            model: the same on every rank.
+            compile_blocks: compiles its blocks, if they are to be.
+
+        Returns:
+            What to call in its place.
+        """
+        if compile_blocks is not None:
+            compile_blocks(model)
+        return model
+
+    def rows(self, count: int) -> range:
+        """Which rows of a batch are this rank's."""
+        return range(count)
+
+    def sum_gradients(self, model: LanguageModel) -> None:
+        """Add up what the ranks' passes left."""
+
+    def total(self, value: float) -> float:
+        """The sum over ranks with different rows."""
+        return value
+
+    def agreed(self, values: Sequence[float]) -> list[float]:
+        """The values of the first rank."""
+        return list(values)
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on some rank."""
+        return flag
+
+    def wait(self) -> None:
+        """Until all are here."""
+
+    def all_rows(self, state: State | None) -> State | None:
+        """The State of all rows of a batch, on every rank."""
+        return state
+
+    def own_rows(self, state: State | None) -> State | None:
+        """Of the State of all rows, that of this rank's."""
+        return None if state is None else state.select(list(self.rows(state.batch_size)))
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Around what needs the others: the loss of one of them ends it with a line that says so."""
+        yield
+
+    def leave(self) -> None:
+        """When all is done."""
+
+
+class Together(Ranks):
+    """One of several processes, which torchrun or a launcher like it started.
+
+    Args:
+        sizes: of their mesh.
+        device: where each computes.
+
+    Raises:
+        InputError: they do not make such a mesh, or cannot reach each other.
+    """
+
+    def __init__(self, sizes: MeshSizes, device: torch.device):
+        import torch.distributed as dist
+
+        self.dist, self.sizes = dist, sizes
+        sizes.over(started_ranks())
+        seconds = float(os.environ.get("MEGALODON_RANK_TIMEOUT", TIMEOUT))
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "cpu:gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.is_first = self.rank == 0
+        self.device = device
+        self.mesh = build_mesh(sizes, device)
+
+    def apply(self, model: LanguageModel, compile_blocks: Callable[[LanguageModel], None] | None) -> LanguageModel:
+        from .apply import parallelize
+        from .chunk import ChunkParallel
+
+        parallelize(model, self.mesh, compile_blocks)
+        chunk = self.mesh["chunk"]
+        if chunk.size() == 1:
+            return model
+        return ChunkParallel(model, chunk.get_group(), self.sizes.exchange)
+
+    def rows(self, count: int) -> range:
+        return rows_of(self.mesh, count)
+
+    def sum_gradients(self, model: LanguageModel) -> None:
+        from .apply import sum_gradients
+
+        sum_gradients(model, self.mesh)
+
+    def total(self, value: float) -> float:
+        sums = torch.tensor([value], dtype=torch.float64)
+        for name in ("replicate", "shard"):
+            if self.mesh[name].size() > 1:
+                self.dist.all_reduce(sums, group=self.mesh[name].get_group())
+        return sums.item()
+
+    def agreed(self, values: Sequence[float]) -> list[float]:
+        told = torch.tensor(values, dtype=torch.float64)
+        self.dist.broadcast(told, 0)
+        return told.tolist()
+
+    def any(self, flag: bool) -> bool:
+        found = torch.tensor([float(flag)])
+        self.dist.all_reduce(found, op=self.dist.ReduceOp.MAX)
+        return bool(found.item())
+
+    def wait(self) -> None:
+        self.dist.barrier()
+
+    def all_rows(self, state: State | None) -> State | None:
+        if state is None or self.mesh["replicate"].size() * self.mesh["shard"].size() == 1:
+            return state
+        for name in ("shard", "replicate"):  # neighbours first: rows are counted so
+            states: list[Any] = [None] * self.mesh[name].size()
+            self.dist.all_gather_object(states, state.detach().to("cpu"), group=self.mesh[name].get_group())
+            state = State.cat(states)
+        return state
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, TimeoutError) as error:
+            if isinstance(error, InputError) or not _is_of_the_others(error):
+                raise
+            said = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"rank {self.rank} of {self.ranks}: another rank was lost or did not answer in time ({said}); "
+                "--resume last goes on from the last checkpoint, with as many ranks as there are then"
+            ) from None
+
+    def leave(self) -> None:
+        self.dist.barrier()
+        self.dist.destroy_process_group()
+
+
+def _is_of_the_others(error: BaseException) -> bool:
+    """Whether an error is what gloo or NCCL say when a rank is gone."""
+    words = ("gloo", "nccl", "connection", "peer", "timed out", "timeout", "store", "socket", "broken pipe")
+    return isinstance(error, torch.distributed.DistError) or any(word in str(error).lower() for word in words)
+
+
+def join(sizes: MeshSizes, device: torch.device) -> Ranks:
+    """This process among those that were started with it."""
+    return Together(sizes, device) if started_ranks() > 1 else Ranks()
+
+
+def whole(t: Tensor) -> Tensor:
+    """All of a tensor of which each rank may hold a part; every rank must ask."""
+    gather: Callable[[], Tensor] | None = getattr(t, "full_tensor", None)
+    return t if gather is None else gather()
+
+
+def held_as(t: Tensor, like: Tensor) -> Tensor:
+    """Of a whole tensor, what is held here as another one is."""
+    if not hasattr(like, "full_tensor"):
+        return t
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(like, DTensor)
+    return distribute_tensor(t.to(like.device), like.device_mesh, like.placements)

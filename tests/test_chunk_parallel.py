@@ -1,0 +1,94 @@
+"""Ranks that share a sequence: everything as in one process, by either exchange."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megalodon_lm.parallel.chunk import ChunkParallel
+
+from .ranks import run_ranks
+from .test_cut_invariant import CHUNK, build
+
+GECKO = {
+    "timestep_norm": "decay", "attention": "sliding", "memory": "adaptive", "cema": "complex",
+}  # fmt: skip
+LENGTH = 8 * CHUNK
+EXCHANGES = ("chain", "parallel")
+KINDS = ("plain", "packed", "padded", "carried", "packed, padded, carried", "short")
+
+
+def batch_of(kind):
+    """Tokens, targets, learnt, starts, mask, and whether a State is carried."""
+    g = torch.Generator().manual_seed(1)
+    length = 7 if kind == "short" else LENGTH + 5 if "padded" in kind else LENGTH
+    tokens = torch.randint(0, 30, (3, length + 1), generator=g)
+    starts = torch.rand(3, length, generator=g) < 0.03 if "packed" in kind else None
+    mask = torch.rand(3, length, generator=g) < 0.8 if "padded" in kind else None
+    learnt = torch.rand(3, length, generator=g) < 0.7
+    return tokens[:, :-1], tokens[:, 1:], learnt, starts, mask, "carried" in kind or kind == "short"
+
+
+def entry_of(model, carried):
+    """A State after some tokens, in mid-chunk, with gradients."""
+    if not carried:
+        return None
+    with torch.no_grad():
+        _, state = model(torch.arange(3 * 17).view(3, 17) % 30)
+    return state.map(lambda t: t.requires_grad_() if t.is_floating_point() else t)
+
+
+def everything(model, reader, kind):
+    """Loss, exit state, and gradients of parameters and entry state, of a loss that hangs on the exit state too."""
+    tokens, targets, learnt, starts, mask, carried = batch_of(kind)
+    entry = entry_of(model, carried)
+    model.zero_grad()
+    loss, state = reader(tokens, entry, targets=targets, learnt=learnt, document_starts=starts, mask=mask)
+    leaves = {n: t for n, t in state.tensors().items() if t.requires_grad and ".norm." not in n}
+    weight = 1.0 if reader is model or dist.get_rank() == 0 else 0.0
+    leaning = sum((t[:, : 3 * CHUNK // 4] * torch.linspace(-1, 1, t.shape[-1])).sum() for t in leaves.values())
+    (loss + weight * 0.01 * leaning).backward()
+    found = {f"gradient {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
+    if entry is not None:
+        of_entry = {n: t.grad for n, t in entry.tensors().items() if t.is_floating_point()}
+        found |= {f"entry {n}": torch.zeros(()) if g is None else g for n, g in of_entry.items()}
+    if reader is not model:
+        for t in found.values():
+            dist.all_reduce(t)
+    return {"loss": loss.detach(), **found, **{f"exit {n}": t.detach() for n, t in state.tensors().items()}}
+
+
+def worst(found, expected):
+    """The name and size of the largest relative difference."""
+    differences = {}
+    for name, t in expected.items():
+        scale = t.double().abs().max().clamp(min=1e-3)
+        other = found.get(name, torch.zeros_like(t))
+        differences[name] = ((other.double() - t.double()).abs().max() / scale).item()
+    name = max(differences, key=differences.get)
+    return name, differences[name]
+
+
+MODELS = {
+    "megalodon": lambda dtype: build(dtype, num_layers=2),
+    "gecko": lambda dtype: build(dtype, num_layers=2, **GECKO),
+}
+
+
+def compare(rank, dtype, models, kinds, exchanges):
+    """The largest difference of each case."""
+    found = {}
+    for name in models:
+        model = MODELS[name](dtype)
+        for exchange in exchanges:
+            reader = ChunkParallel(MODELS[name](dtype), dist.group.WORLD, exchange)
+            for kind in kinds:
+                own = everything(reader.model, reader, kind)
+                found[name, exchange, kind] = worst(own, everything(model, model, kind))
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_everything_is_as_in_one_process(ranks):
+    for found in run_ranks(compare, ranks, torch.float64, list(MODELS), KINDS, EXCHANGES):
+        for case, (name, difference) in found.items():
+            assert difference < 1e-10, (case, name, difference)
