@@ -109,9 +109,10 @@ class ChunkParallel:
                 kept = length if logits_to_keep is None else min(length, logits_to_keep)
                 shape, first = (batch, kept, self.model.config.vocab_size), max(0, here.start - (length - kept))
             made = self._assembled(made, shape, first)
-        if state is not None and not line.is_first and torch.is_grad_enabled():
-            made = Connect.apply(made, *(t for t in state.tensors().values() if t.requires_grad))
-        return made, self._at_end(line, after, batch)
+        before = [] if state is None else [t for t in state.tensors().values() if t.requires_grad]
+        if before and torch.is_grad_enabled():
+            made = Connect.apply(made, *before)
+        return made, self._at_end(line, after, batch, before)
 
     def _remember(self, line: Line) -> None:
         """Count what past lines have sent; of those that may still send gradients, keep the last few."""
@@ -159,8 +160,8 @@ class ChunkParallel:
             whole = whole + own
         return whole
 
-    def _at_end(self, line: Line, after: State | None, batch: int) -> State:
-        """The State after the last token, on every rank."""
+    def _at_end(self, line: Line, after: State | None, batch: int, before: list[Tensor]) -> State:
+        """The State after the last token, on every rank; its gradients reach the tensors of the State before it."""
         spec = self.model.state_spec
         leaves = [leaf for _, leaf in named(spec)]
         tensors: list[Tensor] = []
@@ -173,6 +174,8 @@ class ChunkParallel:
         dist.broadcast(header, group=self.group, group_src=line.members[-1])
         forms = forms_told(header, leaves, batch)
         anchor = torch.zeros((), device=device, requires_grad=torch.is_grad_enabled())
+        if before and torch.is_grad_enabled():
+            anchor = Connect.apply(anchor, *before)
         made = Broadcast.apply(line, forms, anchor, *tensors)
         whole = iter(
             widened(t, (batch, *leaf.shape)).to("cpu" if leaf.on_cpu else device)

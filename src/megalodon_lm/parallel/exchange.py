@@ -241,10 +241,11 @@ class Broadcast(torch.autograd.Function):
                 found.append(total)
             else:
                 found.append(None)
+        of_anchor = torch.zeros((), device=ctx.device)
         if not ctx.shapes:
-            return None, None, None
+            return None, None, of_anchor
         wide = (None if g is None else widened(g, shape) for g, shape in zip(found, ctx.shapes, strict=True))
-        return None, None, None, *wide
+        return None, None, of_anchor, *wide
 
 
 class Connect(torch.autograd.Function):
