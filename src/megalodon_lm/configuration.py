@@ -62,11 +62,16 @@ class Configuration(ABC):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """From plain values, as read from TOML or JSON; an unknown key is refused with the nearest known one."""
+        """From plain values, as read from TOML or JSON; an unknown key is refused with the nearest known one.
+
+        A config.json of transformers has keys of its own beside these, and says so by its `model_type`.
+        """
         values = dict(values)
         if (named := values.pop("architecture", cls.architecture)) != cls.architecture:
             raise InputError(f"architecture = {named!r} is not that of a {cls.__name__}")
         known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        if values.get("model_type") == cls.architecture:
+            values = {key: value for key, value in values.items() if key in known}
         for key in values:
             if key not in known:
                 raise InputError(f"unknown key {key!r} in the model configuration{nearest(key, known)}")

@@ -1,7 +1,7 @@
 """Backbone: blocks between an input and a head, and what every model of them has: weights, states, files."""
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ..configuration import Configuration
 from ..layers.initialization import whole_parameters
 from ..ops.boundaries import Boundaries
+from ..ops.derived import forget
 from ..ops.device import check_memory
 from ..state import State
 from ..state_spec import Sealed, Tree, declare, named, tree_map
@@ -97,6 +98,8 @@ class Backbone(nn.Module):
 
         Without tokens it needs an entry state.
         """
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            forget(self.parameters())  # an optimiser may follow
         if x.shape[1] == 0:
             assert state is not None
             return x, state
@@ -109,6 +112,23 @@ class Backbone(nn.Module):
                 x, leaving = block(x, entry, boundaries)
             layers.append({} if leaving is None else leaving)
         return x, tuple(layers)
+
+    def exit_state(
+        self, entry: State | None, layers: Tree, norm: Tree, shape: Sequence[int], boundaries: Boundaries | None
+    ) -> State:
+        """The State after a piece of which the parts were run apart.
+
+        Args:
+            entry: what came before, or None for nothing.
+            layers: what `body` left.
+            norm: what the head left.
+            shape: (B, L) of the piece, its padding removed.
+            boundaries: of the piece.
+        """
+        position = torch.zeros(shape[0], dtype=torch.int64) if entry is None else entry.position
+        position = (boundaries or Boundaries()).exit_position(position, shape[1])
+        parts = {"layers": layers, "norm": norm, "position": position}
+        return State(parts, self.state_spec, weakref.ref(self))
 
     def empty_state(
         self, batch: int = 1, device: torch.device | str | None = None, dtype: torch.dtype | None = None

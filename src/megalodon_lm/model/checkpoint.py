@@ -58,6 +58,17 @@ def write_model(config: Config, tensors: Mapping[str, Tensor], folder: str | Pat
     write_atomically(folder / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
 
 
+def vouch(path: Path, config: Config) -> None:
+    """Give a weights file that another program wrote what it says of itself; see metadata.
+
+    Args:
+        path: of the file, with the names of the model's state dict.
+        config: of the model.
+    """
+    stored = read_tensors(path)
+    write_tensors(path, stored, metadata(config, stored))
+
+
 def _vouched(path: Path) -> tuple[dict[str, Any] | None, str | None]:
     """The configuration's values and the hash within a weights file; None if there are none."""
     try:

@@ -1,6 +1,5 @@
 """Decoder, the language model of any blocks: embedding, blocks, final norm and head."""
 
-import weakref
 from typing import get_args
 
 import torch
@@ -8,8 +7,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..layers.linear import Linear
-from ..ops.boundaries import Boundaries, Padding
-from ..ops.derived import forget
+from ..ops.boundaries import Boundaries, Padding, lay_out
 from ..ops.linear_cross_entropy import Reduction, linear_cross_entropy
 from ..state import State
 from ..state_spec import Sealed, Tree
@@ -55,17 +53,26 @@ class Head(nn.Module):
             padding: to be put back.
             targets, learnt, reduction, logits_to_keep: with the padding.
         """
+        x, leaving = self.normalize(x, state, boundaries, padding)
+        if targets is not None:
+            return linear_cross_entropy(x, self.output.weight, targets, learnt, reduction), leaving
+        logits = self.output(x if logits_to_keep is None else x[:, max(0, x.shape[1] - logits_to_keep) :])
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)), leaving
+
+    def normalize(
+        self,
+        x: Tensor,
+        state: Sealed | None = None,
+        boundaries: Boundaries | None = None,
+        padding: Padding | None = None,
+    ) -> tuple[Tensor, Tree]:
+        """What the linear map gets, (B, L, D) with the padding, and the norm's exit state; arguments as in forward."""
         leaving = None if state is None else state.tree
         if not self._over_time:
             x, leaving = self.final_norm(x), {}
         elif x.shape[1] or leaving is None:
             x, leaving = self.final_norm(x, leaving, boundaries)
-        if padding is not None:
-            x = padding.restore(x)
-        if targets is not None:
-            return linear_cross_entropy(x, self.output.weight, targets, learnt, reduction), leaving
-        logits = self.output(x if logits_to_keep is None else x[:, max(0, x.shape[1] - logits_to_keep) :])
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)), leaving
+        return (x if padding is None else padding.restore(x)), leaving
 
 
 class Decoder(Backbone):
@@ -111,18 +118,12 @@ class Decoder(Backbone):
             InputError: tokens outside the vocabulary, wrong shapes, or a state of another model or batch.
         """
         self._check(tokens, state, targets, learnt, reduction, document_starts, mask)
-        padding, starts = None, document_starts
         if mask is not None:
-            padding = Padding.of(mask)
             learnt = mask if learnt is None else learnt & mask.to(learnt.device)
-            tokens, starts = padding.remove(tokens), None if starts is None else padding.remove(starts)
+        padding, boundaries = lay_out(mask, document_starts)
+        if padding is not None:
+            tokens = padding.remove(tokens)
         batch, length = tokens.shape
-        lengths = None if padding is None else padding.lengths
-        boundaries = None
-        if starts is not None or (lengths is not None and _shorter(lengths, length)):
-            boundaries = Boundaries(None if starts is None else starts.cpu(), lengths)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            forget(self.parameters())  # an optimiser may follow
         x = self.embed(tokens)
         if length == 0 and state is None:
             state = self.empty_state(batch, x.device, x.dtype)
@@ -133,10 +134,7 @@ class Decoder(Backbone):
         )  # fmt: skip
         if state is not None and length == 0:
             return made, state
-        position = torch.zeros(batch, dtype=torch.int64) if state is None else state.position
-        position = (boundaries or Boundaries()).exit_position(position, length)
-        parts = {"layers": layers, "norm": norm, "position": position}
-        return made, State(parts, self.state_spec, weakref.ref(self))
+        return made, self.exit_state(state, layers, norm, tokens.shape, boundaries)
 
     def check_tokens(self, tokens: Tensor) -> None:
         """Refuse what is not a batch of tokens of this model; on the CPU also their values.
@@ -184,8 +182,3 @@ class Decoder(Backbone):
                 raise InputError(f"reduction = {reduction!r} must be one of {', '.join(get_args(Reduction))}")
         if state is not None:
             state.check(self, len(tokens))
-
-
-def _shorter(lengths: Tensor, length: int) -> bool:
-    """Whether there is padding; in a graph, where nobody looks, there may be."""
-    return torch.compiler.is_compiling() or bool((lengths < length).any())

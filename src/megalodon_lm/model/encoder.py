@@ -21,7 +21,6 @@ from ..layers.linear import Linear
 from ..layers.norms import RMSNorm, TimestepNorm
 from ..layers.sequence_norm import SequenceNorm
 from ..ops.boundaries import Boundaries, Padding
-from ..ops.derived import forget
 from ..state import State
 from ..state_spec import Sealed, Tree, declare
 from .assembly import build_feed_forward, mixer_sizes
@@ -142,8 +141,6 @@ class Encoder(Backbone):
             inputs = padding.remove(inputs)
             boundaries = Boundaries(None, padding.lengths)
         batch, length = inputs.shape[:2]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            forget(self.parameters())  # an optimiser may follow
         entry = self.empty_state(batch) if length == 0 and state is None else state
         where = boundaries or Boundaries()
         before = torch.zeros(batch, dtype=torch.int64) if entry is None else entry.position

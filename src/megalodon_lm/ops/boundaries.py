@@ -89,6 +89,27 @@ class Padding:
         return x.gather(1, self.order.argsort(1)[..., None].expand(-1, -1, x.shape[-1]))
 
 
+def lay_out(mask: Tensor | None, starts: Tensor | None) -> tuple[Padding | None, Boundaries | None]:
+    """How a piece is computed: what moves its padding away, and its boundaries then.
+
+    Args:
+        mask: (B, L) bool, False at padding; None for none.
+        starts: (B, L) bool, True at the first token of each document; None for nowhere.
+    """
+    padding = None if mask is None else Padding.of(mask)
+    if padding is not None and starts is not None:
+        starts = padding.remove(starts)
+    lengths = None if padding is None else padding.lengths
+    if starts is None and (padding is None or not _shorter(padding.lengths, padding.width)):
+        return padding, None
+    return padding, Boundaries(None if starts is None else starts.cpu(), lengths)
+
+
+def _shorter(lengths: Tensor, length: int) -> bool:
+    """Whether there is padding; in a graph, where nobody looks, there may be."""
+    return torch.compiler.is_compiling() or bool((lengths < length).any())
+
+
 @dataclass(frozen=True)
 class Strips:
     """A piece of shape (B, L) cut into M strips of T slots; every field is on the device of the piece.
