@@ -50,13 +50,17 @@ class Backbone(nn.Module):
         self.config: Any = config
         self.activation_checkpointing = activation_checkpointing
         self.embed, self.layers, self.output = embedding, nn.ModuleList(blocks), head
-        specs: tuple[Tree, ...] = tuple(block.state_spec for block in self.layers)
-        layers = tuple({} if spec is None else spec for spec in specs)
-        position = declare(dtype=torch.int64, on_cpu=True)  # in the document
-        self.state_spec: Tree = {"layers": layers, "norm": self.output.state_spec, "position": position}
+        self.state_spec = self.declare_state()
         self.tie_weights()
         if not self.embed.weight.is_meta:  # drawing there imports PyTorch's compiler, which takes a second
             self.init_weights()
+
+    def declare_state(self) -> Tree:
+        """What the layers carry, by the sizes of their weights as they are now."""
+        specs: tuple[Tree, ...] = tuple(block.state_spec for block in self.layers)
+        layers = tuple({} if spec is None else spec for spec in specs)
+        position = declare(dtype=torch.int64, on_cpu=True)  # in the document
+        return {"layers": layers, "norm": self.output.state_spec, "position": position}
 
     @property
     def width(self) -> int:

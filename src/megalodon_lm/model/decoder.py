@@ -1,5 +1,6 @@
 """Decoder, the language model of any blocks: embedding, blocks, final norm and head."""
 
+from collections.abc import Callable
 from typing import get_args
 
 import torch
@@ -25,6 +26,7 @@ class Head(nn.Module):
     def __init__(self, norm: nn.Module, output: Linear):
         super().__init__()
         self.final_norm, self.output = norm, output
+        self.loss: Callable[..., Tensor] = linear_cross_entropy  # over the weight of the output, whose rows may be cut
         self._over_time = hasattr(norm, "state_spec")
 
     @property
@@ -55,7 +57,7 @@ class Head(nn.Module):
         """
         x, leaving = self.normalize(x, state, boundaries, padding)
         if targets is not None:
-            return linear_cross_entropy(x, self.output.weight, targets, learnt, reduction), leaving
+            return self.loss(x, self.output.weight, targets, learnt, reduction), leaving
         logits = self.output(x if logits_to_keep is None else x[:, max(0, x.shape[1] - logits_to_keep) :])
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), leaving
 
