@@ -25,13 +25,13 @@ class Part(ParallelStyle):
         cut: dimension by the name of a parameter, or of all of them as ""; the others stay whole.
         entering: of its first argument.
         leaving: of its result, or of the first of several.
-        partial: the gradients of its whole parameters are shares that have to be added up.
+        shared: the gradients of its whole parameters are shares that have to be added up.
     """
 
     cut: Mapping[str, int] = field(default_factory=dict)
     entering: Border | None = None
     leaving: Border | None = None
-    partial: bool = False
+    shared: bool = False
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         for name, parameter in module.named_parameters(recurse=False):
@@ -44,7 +44,7 @@ class Part(ParallelStyle):
         return module
 
     def _enter(self, mesh: DeviceMesh, module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        show_shares(module, partial=mesh if self.partial else None)
+        show_shares(module, mesh if self.shared else None)
         return given if self.entering is None else (self.entering(given[0], mesh), *given[1:])
 
     def _leave(self, mesh: DeviceMesh, module: nn.Module, given: tuple[Any, ...], made: Any) -> Any:
@@ -71,12 +71,12 @@ class CutRows(Part):
 _SHOWN = "_cut_parameters"  # attribute of a module: its DTensors by name, while it sees its shares
 
 
-def show_shares(module: nn.Module, partial: DeviceMesh | None = None) -> None:
+def show_shares(module: nn.Module, adding: DeviceMesh | None = None) -> None:
     """Let a module see its own parameters as this rank's plain tensors.
 
     Args:
         module: until put_back.
-        partial: where given, gradients of whole parameters are added up over it.
+        adding: where given, gradients of whole parameters are added up over it.
     """
     put_back(module)  # of a forward that was broken off
     kept: dict[str, Any] = {}
@@ -86,8 +86,8 @@ def show_shares(module: nn.Module, partial: DeviceMesh | None = None) -> None:
         share = parameter.to_local()
         if torch.is_grad_enabled():
             forget([parameter._local_tensor])  # an optimiser may follow
-            if partial is not None and parameter.placements == (Replicate(),):
-                share = spread(share, partial)
+            if adding is not None and parameter.placements == (Replicate(),):
+                share = spread(share, adding)
         kept[name], module._parameters[name] = parameter, share
     setattr(module, _SHOWN, kept)
 

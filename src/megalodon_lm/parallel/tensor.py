@@ -70,8 +70,8 @@ def find_plan(model: Decoder) -> dict[str, ParallelStyle]:
     for name, module in model.named_modules():
         if name not in plan and any(True for _ in module.parameters(recurse=False)):
             raise InputError(
-                f"tensor parallelism has no rule for {type(module).__name__} in {model.summary}, only for Megalodon and "
-                "Gecko; give the ranks to replicas, shards or chunks"
+                f"tensor parallelism has no rule for {type(module).__name__} in {model.summary}: it cuts Megalodon "
+                "and Gecko; give the ranks to replicas, shards or chunks"
             )
     return plan
 
@@ -85,7 +85,7 @@ def _gated_attention(m: Any) -> dict[str, Part]:
     plan = {
         "": Part({"gamma": 1, "beta": 1}),
         "timenorm": Part({"": 0}, entering=split) if over_time else Part(leaving=spread),
-        "rmsnorm": Part(entering=gather if over_time or m.cema is not None else None, partial=True),
+        "rmsnorm": Part(entering=gather if over_time or m.cema is not None else None, shared=True),
         "wv": Part({"": 0}, entering=gather if over_time else None),
         "wz": Part({"": 0}),
         "wr": Part({"": 0}),
