@@ -45,10 +45,9 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
     """
     plan = find_plan(model)
     _check(model, mesh.size())
-    rank, size = mesh.get_local_rank(), mesh.size()
-    for attention in [m.attention for m in model.modules() if isinstance(m, GatedAttention | ConvolutionalAttention)]:
-        after = (_heads(model) // size) * (size - 1 - rank)  # heads of the ranks behind this one
-        attention.heads_without_rope = min(max(attention.heads_without_rope - after, 0), _heads(model) // size)
+    for module in model.modules():
+        if isinstance(module, GatedAttention | ConvolutionalAttention):
+            _count_unrotated(module.attention, int(model.config.num_heads), mesh)
     vocabulary = len(model.embed.weight)
     parallelize_module(model, mesh, plan)
     model.tie_weights()
@@ -138,8 +137,11 @@ RULES: dict[type[nn.Module], Callable[[Any], dict[str, Part]]] = {
 """How modules are cut: the parts by their names within the module, itself as ""."""
 
 
-def _heads(model: Decoder) -> int:
-    return int(model.config.num_heads)
+def _count_unrotated(attention: Any, heads: int, mesh: DeviceMesh) -> None:
+    """Leave those of the last heads that are not rotated to the ranks that have them."""
+    share = heads // mesh.size()
+    behind = share * (mesh.size() - 1 - mesh.get_local_rank())  # heads of the ranks after this one
+    attention.heads_without_rope = min(max(attention.heads_without_rope - behind, 0), share)
 
 
 def _check(model: Decoder, size: int) -> None:
