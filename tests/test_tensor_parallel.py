@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -19,6 +18,7 @@ from megalodon_lm.errors import InputError
 from megalodon_lm.parallel.tensor import apply_tensor_parallel
 from megalodon_lm.parallel.tensor_state import gather_state, share_state
 
+from .ranks import run_ranks
 from .test_cut_invariant import CHUNK, build
 
 MODELS = {
@@ -91,9 +91,7 @@ def trained(model, mesh):
     return losses
 
 
-def work(rank, folder, cases, shape):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=shape[0] * shape[1])
+def work(rank, cases, shape):
     mesh, found = init_device_mesh("cpu", shape, mesh_dim_names=("shard", "tensor")), {}
     for name, kind in cases:
         model = made(name, kind)
@@ -106,19 +104,16 @@ def work(rank, folder, cases, shape):
         model = made("Megalodon", "float32")
         apply_tensor_parallel(model, mesh["tensor"])
         found["trained"] = trained(model, mesh)
-    if rank == 0:
-        torch.save(found, f"{folder}/found")
-    dist.destroy_process_group()
+    return found
 
 
-def run(folder, cases, shape):
-    torch.multiprocessing.spawn(work, (str(folder), cases, shape), nprocs=shape[0] * shape[1])
-    return torch.load(folder / "found")
+def run(cases, shape):
+    return run_ranks(work, shape[0] * shape[1], cases, shape, timeout=500)[0]
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("two"), FEW, (1, 2))
+def two():
+    return run(FEW, (1, 2))
 
 
 def compare(found, name, kind):
@@ -144,8 +139,8 @@ def test_two_ranks_are_one_process(two, name, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 2), (1, 4), (2, 2)], ids=["2 ranks", "4 ranks", "2 x 2, sharded"])
-def test_ranks_are_one_process(tmp_path, shape):
-    found = run(tmp_path, CASES, shape)
+def test_ranks_are_one_process(shape):
+    found = run(CASES, shape)
     for name, kind in CASES:
         compare(found[name, kind], name, kind)
 

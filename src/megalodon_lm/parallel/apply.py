@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
+from ..model.decoder import Decoder
 from ..model.language_model import LanguageModel
+from .tensor import apply_tensor_parallel
 
 
 def parallelize(
@@ -31,7 +34,8 @@ def parallelize(
         precision: of FSDP2; that of the weights by default.
     """
     if mesh["tensor"].size() > 1:
-        raise NotImplementedError("tensor parallelism")
+        assert isinstance(model, Decoder)  # as all models that train are
+        apply_tensor_parallel(model, mesh["tensor"])
     if compile_blocks is not None:
         compile_blocks(model)
     if mesh["shard"].size() > 1:
@@ -59,10 +63,15 @@ def sum_gradients(model: LanguageModel, mesh: DeviceMesh) -> None:
     """Add up the gradients of all ranks that hold the same weights; what FSDP2 shares out, it has summed already."""
     if mesh["shard"].size() > 1:
         return
-    gradients = [p.grad for _, p in model.named_parameters() if p.grad is not None]
+    gradients = [_share(p.grad) for _, p in model.named_parameters() if p.grad is not None]
     for dimension in ("replicate", "chunk"):
         if mesh[dimension].size() > 1 and gradients:
             _sum(gradients, mesh[dimension].get_group())
+
+
+def _share(gradient: torch.Tensor) -> torch.Tensor:
+    """What this rank has of it, in the same memory: other ranks of `tensor` add up the rest."""
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 def _sum(tensors: list[torch.Tensor], group: Any) -> None:
