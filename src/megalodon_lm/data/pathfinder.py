@@ -63,10 +63,12 @@ def picture(seed: int, index: int, geometry: PathfinderGeometry | None = None) -
         contours = _two_long(draw, g)
     first, second = contours
     ends = (first[0], first[-1]) if connected else (first[-1], second[int(draw.integers(2)) - 1])
+    taken = np.concatenate([_surroundings(contour, g, g.marker) for contour in contours])
     for _ in range(g.distractors):
-        short = _contour(draw, g, max(1, g.dashes // 3), contours)
+        short = _contour(draw, g, max(1, g.dashes // 3), taken, 0.0)
         if short is not None:
             contours.append(short)
+            taken = np.concatenate([taken, _surroundings(short, g, 0.0)])
     canvas = np.zeros((g.size, g.size))
     for contour in contours:
         for begin, end in pairwise(contour):
@@ -78,21 +80,31 @@ def picture(seed: int, index: int, geometry: PathfinderGeometry | None = None) -
 
 
 def _two_long(draw: np.random.Generator, g: PathfinderGeometry) -> list[Points] | None:
-    first = _contour(draw, g, g.dashes, [])
-    second = None if first is None else _contour(draw, g, g.dashes, [first])
-    return None if first is None or second is None else [first, second]
+    first = _contour(draw, g, g.dashes, np.empty((0, 3)), g.marker)
+    if first is None:
+        return None
+    second = _contour(draw, g, g.dashes, _surroundings(first, g, g.marker), g.marker)
+    return None if second is None else [first, second]
 
 
-def _contour(draw: np.random.Generator, g: PathfinderGeometry, dashes: int, others: list[Points]) -> Points | None:
-    """Ends of the steps of a contour that keeps clear of others and of itself; None where none was found."""
-    taken = np.concatenate(others) if others else np.empty((0, 2))
+def _contour(
+    draw: np.random.Generator, g: PathfinderGeometry, dashes: int, taken: Points, marker: float
+) -> Points | None:
+    """Ends of the steps of a contour that keeps clear of others and of itself; None where none was found.
+
+    Args:
+        taken: (n, 3), places and how far to keep from them.
+        marker: radius of a disc that its ends may get.
+    """
     for _ in range(_TRIES):
         points = [draw.uniform(g.marker, g.size - 1 - g.marker, 2)]
         heading = draw.uniform(0, 2 * math.pi)
-        if not _is_clear(points[0], taken, g.clearance):
+        if not _is_clear(points[0], taken, marker):
             continue
         while len(points) <= dashes:
-            grown = _step(draw, g, points, heading, taken)
+            earlier = _surroundings(np.array(points[:-1]).reshape(-1, 2), g, 0.0)
+            earlier[:1, 2] += marker
+            grown = _step(draw, g, points, heading, taken, earlier, marker if len(points) == dashes else 0.0)
             if grown is None:
                 break
             heading = grown
@@ -102,22 +114,36 @@ def _contour(draw: np.random.Generator, g: PathfinderGeometry, dashes: int, othe
 
 
 def _step(
-    draw: np.random.Generator, g: PathfinderGeometry, points: list[Points], heading: float, taken: Points
+    draw: np.random.Generator,
+    g: PathfinderGeometry,
+    points: list[Points],
+    heading: float,
+    taken: Points,
+    earlier: Points,
+    marker: float,
 ) -> float | None:
-    """Add a point ahead; returns the new heading, None where there is no room."""
-    earlier = np.array(points[:-1]).reshape(-1, 2)
+    """Add a point ahead, clear of others (taken) and of its own contour (earlier); its heading, None without room."""
     for _ in range(_BENDS):
         turned = heading + draw.uniform(-g.turn, g.turn)
         point = points[-1] + g.step * np.array([math.cos(turned), math.sin(turned)])
         inside = bool(((point >= g.marker) & (point <= g.size - 1 - g.marker)).all())
-        if inside and _is_clear(point, taken, g.clearance) and _is_clear(point, earlier, g.clearance):
+        clear = inside and _is_clear(point, taken, marker) and _is_clear(point, earlier, 0.0)
+        if clear and _is_clear((points[-1] + point) / 2, taken, 0.0):
             points.append(point)
             return turned
     return None
 
 
-def _is_clear(point: Points, others: Points, clearance: float) -> bool:
-    return not len(others) or bool((np.square(others - point).sum(1) >= clearance**2).all())
+def _surroundings(points: Points, g: PathfinderGeometry, marker: float) -> Points:
+    """Points and those half-way between them, and how far to keep from each: further from ends that may get a disc."""
+    places = np.concatenate([points, (points[1:] + points[:-1]) / 2])
+    clear = np.full((len(places), 1), g.clearance)
+    clear[[0, len(points) - 1] if len(points) else []] += marker
+    return np.concatenate([places, clear], 1)
+
+
+def _is_clear(point: Points, taken: Points, marker: float) -> bool:
+    return bool((np.hypot(*(taken[:, :2] - point).T) >= taken[:, 2] + marker).all())
 
 
 def _stroke(canvas: Points, begin: Points, end: Points, radius: float) -> None:
