@@ -24,7 +24,8 @@ class Convert:
     """
 
     model: Positional[Path]
-    """A run folder, a saved model, or a checkpoint of the code that Megalodon's authors published."""
+    """A run folder, a saved model, a checkpoint of the code that Megalodon's authors published; or a Llama, as a folder
+    of transformers or a .gguf file."""
     to: Literal["native", "official"]
     """A folder as megalodon train leaves it, or a checkpoint of the authors' code."""
     out: Path
@@ -62,6 +63,12 @@ def _opened(folder: Path) -> "tuple[Any, Mapping[str, Tensor], Tokenizer | None]
     from ..data.tokenizer_record import read_record
     from ..model.official import is_official, open_official, tokenizer_file
 
+    if _is_llama(folder):
+        from ..data.subword import SubwordTokenizer
+        from ..hub.llama import open_llama
+
+        config, tensors, written = open_llama(folder)
+        return config, tensors, None if written is None else SubwordTokenizer(written.encode(), folder)
     if not is_official(folder):
         config, tensors = open_checked(folder)
         try:
@@ -71,6 +78,16 @@ def _opened(folder: Path) -> "tuple[Any, Mapping[str, Tensor], Tokenizer | None]
     config, tensors = open_official(folder)
     place = folder if read_record(folder) else tokenizer_file(folder)
     return config, tensors, None if place is None else load_tokenizer(place)
+
+
+def _is_llama(source: Path) -> bool:
+    """Whether it is a model of another program, which transformers reads."""
+    from ..configuration import read_config
+    from ..model.checkpoint import CONFIG_FILE
+
+    if source.suffix == ".gguf":
+        return True
+    return (source / CONFIG_FILE).is_file() and read_config(source / CONFIG_FILE).get("model_type") == "llama"
 
 
 def _check_megalodon(config: Any) -> None:
