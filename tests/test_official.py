@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from megalodon_lm import Megalodon, ModelConfig
+from megalodon_lm.baselines.llama import Llama, LlamaConfig
 from megalodon_lm.data.tokenizer import ByteTokenizer
 from megalodon_lm.errors import InputError, InputNote
 from megalodon_lm.model.checkpoint import write_model
@@ -288,6 +289,27 @@ def test_the_command_goes_there_and_back(tmp_path, run):  # noqa: F811
     assert run("generate", back, "--max-tokens", 3)[0] == 0
 
 
+def test_the_command_goes_to_transformers_and_on(tmp_path, run):  # noqa: F811
+    from transformers import AutoModelForCausalLM
+
+    import megalodon_lm.hub  # noqa: F401  # registers
+
+    c = ModelConfig(**CHOICES | {"vocab_size": 259}, **TIED)
+    write_parts(tmp_path / "theirs", c, 2)
+    ByteTokenizer().save(tmp_path / "theirs")
+    for source, to in (("theirs", "transformers"), ("transformers", "native"), ("native", "official")):
+        assert run("convert", tmp_path / source, "--to", to, "--out", tmp_path / to)[0] == 0
+    stored = [(tmp_path / to / "model.safetensors").read_bytes() for to in ("transformers", "native")]
+    assert stored[0] == stored[1]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "transformers")
+    assert (model.dtype, model.config.bos_token_id, model.config.eos_token_id) == (torch.float32, 256, 257)
+    tokens = torch.randint(259, (1, 20), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model(tokens).logits, Megalodon.load(tmp_path / "native")(tokens)[0])
+    assert torch.equal(
+        loaded(tmp_path / "official")[0]["embed.weight"][:, :16], loaded(tmp_path / "theirs")[0]["embed.weight"]
+    )
+
+
 def test_the_command_refuses(tmp_path, run, refused):  # noqa: F811
     Megalodon(ModelConfig(**CHOICES)).save(tmp_path / "native")
     convert = "convert", tmp_path / "native", "--out"
@@ -297,6 +319,10 @@ def test_the_command_refuses(tmp_path, run, refused):  # noqa: F811
     assert "is not empty" in refused(*convert, tmp_path / "other", "--to", "native")
     assert "--parts 2 is for --to official" in refused(*convert, tmp_path / "x", "--to", "native", "--parts", 2)
     assert "3 parts must divide" in refused(*convert, tmp_path / "y", "--to", "official", "--parts", 3)
+    Llama(LlamaConfig.sized(100_000, 40)).save(tmp_path / "llama")
+    assert "a llama has no form but" in refused(
+        "convert", tmp_path / "llama", "--to", "official", "--out", tmp_path / "l"
+    )
     shutil.copytree(tmp_path / "native", tmp_path / "damaged")
     path = tmp_path / "damaged" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"x")

@@ -24,10 +24,11 @@ class Convert:
     """
 
     model: Positional[Path]
-    """A run folder, a saved model, a checkpoint of the code that Megalodon's authors published; or a Llama, as a folder
-    of transformers or a .gguf file."""
-    to: Literal["native", "official"]
-    """A folder as megalodon train leaves it, or a checkpoint of the authors' code."""
+    """A run folder, a saved model, a folder of transformers, a checkpoint of the code that Megalodon's authors
+    published; or a Llama, as a folder of transformers or a .gguf file."""
+    to: Literal["native", "transformers", "official"]
+    """A folder as megalodon train leaves it; one that transformers reads too (docs/huggingface.md); or a checkpoint of
+    the authors' code."""
     out: Path
     """The folder to make; one that is there must be empty."""
     parts: int = 1
@@ -44,13 +45,16 @@ class Convert:
         if self.out.is_dir() and any(self.out.iterdir()):
             raise InputError(f"--out {self.out} is not empty; name another folder")
         config, tensors, tokenizer = _opened(self.model)
+        if self.to != "native" and config.architecture != "megalodon":
+            raise InputError(f"a {config.architecture} has no form but the native one; --to {self.to} is for Megalodon")
         make_folder(self.out)
         if self.to == "official":
-            _check_megalodon(config)
             unnamed = 0 if tokenizer is None else config.vocab_size - tokenizer.vocab_size
             write_official(config, tensors, self.out, self.parts, unnamed)
         else:
             write_model(config, tensors, self.out)
+        if self.to == "transformers":
+            _describe(config, tensors, tokenizer, self.out)
         if tokenizer is not None:
             tokenizer.save(self.out)
         print(f"{self.out}: {config.num_parameters:,} parameters, {self.to}, tokenizer: {_name(tokenizer)}")
@@ -63,6 +67,8 @@ def _opened(folder: Path) -> "tuple[Any, Mapping[str, Tensor], Tokenizer | None]
     from ..data.tokenizer_record import read_record
     from ..model.official import is_official, open_official, tokenizer_file
 
+    config: Any
+    tensors: Mapping[str, Tensor]
     if _is_llama(folder):
         from ..data.subword import SubwordTokenizer
         from ..hub.llama import open_llama
@@ -90,9 +96,14 @@ def _is_llama(source: Path) -> bool:
     return (source / CONFIG_FILE).is_file() and read_config(source / CONFIG_FILE).get("model_type") == "llama"
 
 
-def _check_megalodon(config: Any) -> None:
-    if config.architecture != "megalodon":
-        raise InputError(f"a {config.architecture} has no official format; it is that of Megalodon")
+def _describe(config: Any, tensors: "Mapping[str, Tensor]", tokenizer: "Tokenizer | None", folder: Path) -> None:
+    """Put the config.json of transformers in the place of ours; the weights are the same file."""
+    from ..hub import MegalodonConfig, MegalodonForCausalLM
+
+    tokens = {} if tokenizer is None else {"bos_token_id": tokenizer.begin, "eos_token_id": tokenizer.end}
+    dtype = str(tensors["embed.weight"].dtype).removeprefix("torch.")
+    named = {"architectures": [MegalodonForCausalLM.__name__], "dtype": dtype}
+    MegalodonConfig.of(config, **named, **tokens).save_pretrained(folder)
 
 
 def _name(tokenizer: "Tokenizer | None") -> str:
