@@ -46,7 +46,7 @@ def test_exact_match():
 
 
 def test_rouge():
-    """"the cat sat on the mat" against "the cat lay on a mat": 4 words, 1 pair, "the cat on mat" in order."""
+    """ "the cat sat on the mat" against "the cat lay on a mat": 4 words, 1 pair, "the cat on mat" in order."""
     assert rouge("the cat sat on the mat", ["the cat lay on a mat"]) == pytest.approx((4 / 6, 1 / 5, 4 / 6))
     assert rouge("On the mat: CATS", ["cat on mat"]) == pytest.approx((2 * 2 / (4 + 3), 0, 2 * 2 / (4 + 3)))  # no stems
     best = rouge("a b c d", ["a b x y", "d c b a"])  # each kind from its best reference

@@ -26,6 +26,7 @@ class Kind:
     """Of its name; none for any."""
 
 
+ANSWERS = Kind("a file of answers", (b'"said"',))
 BOOKMARK = Kind("a bookmark", (b'"format":"megalodon-state',))
 COMPARISON = Kind("a page of a comparison", (b"<!-- megalodon compare -->",))
 FIGURES = Kind(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, subcommand
 
 from ..errors import InputError
+from .documents import Documents
 from .options import Quiet
 from .recall import Recall
 from .tasks import Report, Tasks
@@ -150,6 +151,7 @@ class Evaluate:
         | Annotated[Recall, subcommand("recall")]
         | Annotated[Tasks, subcommand("tasks")]
         | Annotated[Report, subcommand("report")]
+        | Annotated[Documents, subcommand("documents")]
     )
     """What to measure."""
 

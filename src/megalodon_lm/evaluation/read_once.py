@@ -94,11 +94,12 @@ class Reader:
         self.work.computed += context.position - context.waiting - before
         return context
 
-    def each(self, texts: Sequence[np.ndarray]) -> Iterator[tuple[int, Context]]:
+    def each(self, texts: Sequence[np.ndarray], after: Context | None = None) -> Iterator[tuple[int, Context]]:
         """Read texts, and once what several of them begin with.
 
         Args:
-            texts: (L,) int64 each, with the begin token.
+            texts: (L,) int64 each; with the begin token, unless something was read before.
+            after: what was read before each of them; None for nothing.
 
         Yields:
             The number of a text, and the context that has read all of it; in an order that keeps few states at a time.
@@ -106,17 +107,15 @@ class Reader:
         keys = [text.astype(">u4").tobytes() for text in texts]  # in the order of their tokens
         order = sorted(range(len(texts)), key=keys.__getitem__)
         common = [_common(texts[a], texts[b]) for a, b in pairwise(order)]
-        trunks: list[Context] = []  # each the beginning of the next, and all of the text at hand
+        trunks: list[tuple[int, Context | None]] = [(0, after)]  # each read so far, the beginning of the next
         for number, before, behind in zip(order, [0, *common], [*common, 0], strict=True):
-            while trunks and trunks[-1].position > before:
+            while trunks[-1][0] > before:
                 trunks.pop()
-            trunk, text = (trunks[-1] if trunks else None), texts[number]
-            begun = trunk.position if trunk else 0
+            begun, trunk = trunks[-1]
             if behind > begun:
-                trunk = self.read(text[begun:behind], trunk)
-                trunks.append(trunk)
-                begun = behind
-            yield number, self.read(text[begun:], trunk)
+                trunk = self.read(texts[number][begun:behind], trunk)
+                trunks.append((behind, trunk))
+            yield number, self.read(texts[number][max(begun, behind) :], trunk)
 
     @torch.no_grad()
     def score(self, context: Context, continuations: Sequence[np.ndarray]) -> list[Score]:

@@ -1,9 +1,9 @@
 """How well a text that was written agrees with reference texts: F1 of words, exact match, ROUGE.
 
-The rules are those of SCROLLS (Shaham et al. 2022, arXiv 2201.03533), whose F1 and exact match have the normalisation of
-SQuAD (Rajpurkar et al. 2016): lower case, no ASCII punctuation, no articles, single spaces. Of several references the
-best counts, of ROUGE for each of its kinds by itself. In Qasper "Unanswerable", "Yes" and "No" are references like any
-other; whoever says nothing says "Unanswerable". All figures are from 0 to 1.
+The rules are those of SCROLLS (Shaham et al. 2022, arXiv 2201.03533), whose F1 and exact match have the normalisation
+of SQuAD (Rajpurkar et al. 2016): lower case, no ASCII punctuation, no articles, single spaces. Of several references
+the best counts, of ROUGE for each of its kinds by itself. In Qasper "Unanswerable", "Yes" and "No" are references like
+any other; whoever says nothing says "Unanswerable". All figures are from 0 to 1.
 """
 
 import math
@@ -44,7 +44,7 @@ class Rouge(NamedTuple):
 
     rouge1: float
     rouge2: float
-    rougeL: float  # noqa: N815 the field's name
+    rougeL: float
 
 
 def rouge(said: str, references: Sequence[str]) -> Rouge:
