@@ -152,6 +152,10 @@ class State:
         makers = {id(maker): maker for s in states if s.model is not None and (maker := s.model()) is not None}
         if len({maker.fingerprint() for maker in makers.values()} if len(makers) > 1 else makers) > 1:
             raise InputError("State.cat got states of different models; their weights differ")
+        return states[0].joined(states)
+
+    def joined(self, states: Sequence["State"]) -> "State":
+        """States of the model of this one, which is the first of them, along the batch; see cat."""
         shapes = [_row_shapes(s.tensors()) for s in states]
         if any(s != shapes[0] for s in shapes):
             raise InputError("State.cat got states of different models; their shapes differ")

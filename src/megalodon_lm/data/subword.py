@@ -104,6 +104,8 @@ class SubwordTokenizer(_Subwords):
     Args:
         content: of the file.
         path: for messages.
+        begin: the name of the token before every document, where the file has none of the usual names or another one.
+        end: that of the token behind it.
 
     Raises:
         InputError: malformed, without a special token for the beginning of a document, or with a decoder that cannot
@@ -112,7 +114,9 @@ class SubwordTokenizer(_Subwords):
 
     file = "tokenizer.json"
 
-    def __init__(self, content: bytes, path: str | Path = "tokenizer.json"):
+    def __init__(
+        self, content: bytes, path: str | Path = "tokenizer.json", begin: str | None = None, end: str | None = None
+    ):
         import tokenizers
 
         self.content = content
@@ -121,7 +125,8 @@ class SubwordTokenizer(_Subwords):
         except Exception as error:  # the library raises nothing more special
             raise InputError(f"{path} is not a tokenizer of the tokenizers library: {error}") from None
         description.check_tokenwise(path)
-        self.begin, self.end = (description.special(names, path) for names in (BEGIN_NAMES, END_NAMES))
+        self.begin = description.special((begin,) if begin else BEGIN_NAMES, path)
+        self.end = description.special((end,) if end else END_NAMES, path)
         self._tokenizer = description.unspellable()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
