@@ -127,7 +127,7 @@ def test_compiling_kernels_changes_nothing_and_is_not_on_the_clock(tmp_path, mon
     trainer = Trainer(given, tmp_path / "run")
     trainer.model.train()
     before = torch.get_rng_state(), trainer.model.fingerprint()
-    compile_kernels(trainer.model, trainer.passes, trainer.device, given.training)
+    compile_kernels(trainer.model, trainer.passes, trainer.device, trainer.subject.trials(), given.training.carry_state)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert trainer.model.fingerprint() == before[1]
     assert all(p.grad is None for p in trainer.model.parameters())

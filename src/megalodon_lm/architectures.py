@@ -42,6 +42,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mamba2": Architecture(".baselines.mamba2:Mamba2Config", ".baselines.mamba2:Mamba2"),
     "rwkv7": Architecture(".baselines.rwkv7:Rwkv7Config", ".baselines.rwkv7:Rwkv7"),
 }
+ENCODERS: dict[str, Architecture] = {
+    "encoder": Architecture(".model.encoder_config:EncoderConfig", ".model.encoder:Encoder"),
+}
+"""What classifies: trained, kept and loaded as the others are, but no language model."""
 _OLDEST = "megalodon"  # that of files without a name
 
 
@@ -116,7 +120,13 @@ def build(config: Config, activation_checkpointing: bool = False) -> LanguageMod
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:
-    """The model in a folder, whatever its architecture; see Backbone.load."""
+    """The language model in a folder, whatever its architecture; see Backbone.load.
+
+    Raises:
+        InputError: it is none, or damaged.
+    """
+    if (name := config_values(folder).get("architecture", _OLDEST)) in ENCODERS:
+        raise InputError(f"{folder} holds an {name}, which classifies: megalodon classify takes it")
     return model_class(config_values(folder).get("architecture", _OLDEST)).load(folder, device, dtype)
 
 
@@ -132,11 +142,11 @@ def open_checked(folder: str | Path) -> tuple[Config, Mapping[str, Tensor]]:
 
 
 def _architecture(name: Any) -> Architecture:
-    if not isinstance(name, str) or name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES.keys() | ENCODERS.keys():
         raise InputError(
             f"unknown architecture {name!r}{nearest(name, ARCHITECTURES)}; known: {', '.join(ARCHITECTURES)}"
         )
-    return ARCHITECTURES[name]
+    return (ARCHITECTURES | ENCODERS)[name]
 
 
 def _imported(place: str) -> Any:

@@ -10,6 +10,7 @@ from .. import __version__
 from ..errors import InputError, nearest
 from .bench import Bench
 from .chat import Chat
+from .classify import Classify
 from .compare import Compare
 from .convert import Convert
 from .evaluate import Evaluate
@@ -34,6 +35,7 @@ Command = (
     | Annotated[StateFile, subcommand("state")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Compare, subcommand("compare")]
+    | Annotated[Classify, subcommand("classify")]
     | Annotated[Bench, subcommand("bench")]
     | Annotated[Info, subcommand("info")]
     | Annotated[Convert, subcommand("convert")]

@@ -1,6 +1,8 @@
 """Showing a training run, for the commands that train."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 from ..evaluation.validation import Validation
 from ..training.memory import keep_freed_memory
@@ -26,8 +28,21 @@ class RunningMean:
         return self.value
 
 
-def train_with_progress(trainer: Trainer, tensorboard: bool = False) -> tuple[bool, list[tuple[int, float]]]:
+def train_with_progress(
+    trainer: Trainer,
+    tensorboard: bool = False,
+    validation: Callable[[Any], float] | None = None,
+    measured: str = "bits per byte on the validation text",
+    unit: str = "token",
+) -> tuple[bool, list[tuple[int, float]]]:
     """Train to the end with a bar.
+
+    Args:
+        trainer: of the run.
+        tensorboard: write event files too.
+        validation: see Trainer.train; None for the text that the recipe names.
+        measured: what it measures.
+        unit: what has a loss.
 
     Returns:
         Whether the end was reached, and the curve (tokens read, bits per token smoothed over steps).
@@ -41,8 +56,8 @@ def train_with_progress(trainer: Trainer, tensorboard: bool = False) -> tuple[bo
         console.print(note)
     if trainer.step:
         console.print(f"going on after step {trainer.step:,}, {trainer.tokens:,} tokens")
-    data, validation = trainer.recipe.data, None
-    if trainer.recipe.training.validate_steps:
+    data = trainer.recipe.data
+    if trainer.recipe.training.validate_steps and validation is None:
         validation = Validation(
             data.validation, trainer.recipe.training.validate_bytes, trainer.tokenizer, trainer.precision, data.prompt,
             trainer.folder / SAMPLES_FILE,
@@ -60,12 +75,12 @@ def train_with_progress(trainer: Trainer, tensorboard: bool = False) -> tuple[bo
             if board:
                 board.write(m)
             if m.validation is not None:
-                console.print(f"step {m.step}: {m.validation:.4f} bits per byte on the validation text")
+                console.print(f"step {m.step}: {m.validation:.4f} {measured}")
             if m.event:
                 console.print(f"step {m.step}: {m.event}")
             move(
                 m.progress,
-                f"step {m.step}  {loss.value:.3f} bits/token  {speed.value:,.0f} tokens/s  {m.utilisation:.0%}",
+                f"step {m.step}  {loss.value:.3f} bits/{unit}  {speed.value:,.0f} tokens/s  {m.utilisation:.0%}",
             )
 
         move(trainer.progress, "compiling kernels")

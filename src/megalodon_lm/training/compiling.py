@@ -1,5 +1,8 @@
 """Compiling what a training step runs."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from ..data.batches import Batch
@@ -28,27 +31,41 @@ def compile_blocks(model: LanguageModel, device: torch.device) -> None:
         block.compile()
 
 
-def compile_kernels(model: LanguageModel, passes: Pass, device: torch.device, recipe: TrainingRecipe) -> None:
-    """Run the two kinds of batches once, with and without a document's start, so that a run's clock finds all compiled.
+def compile_kernels(
+    model: LanguageModel, passes: Pass, device: torch.device, trials: Sequence[Any], carry_state: bool
+) -> None:
+    """Run some batches once, so that a run's clock finds all compiled.
 
     Where a kernel of the backward pass cannot be compiled, the run takes portable operators, as a forward pass does by
     itself. Neither weights nor random numbers change, and no gradient is left.
+
+    Args:
+        model: to train.
+        passes: over it.
+        device: where it is.
+        trials: batches, of which some or other runs every kernel.
+        carry_state: from each to the next.
     """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
-            _run_once(passes, recipe)
+            _run_once(passes, trials, carry_state)
         except KernelError as error:
             give_up(device.type, error)
-            _run_once(passes, recipe)
+            _run_once(passes, trials, carry_state)
     model.zero_grad(set_to_none=True)
 
 
-def _run_once(passes: Pass, recipe: TrainingRecipe) -> None:
+def _run_once(passes: Pass, trials: Sequence[Any], carry_state: bool) -> None:
+    state = None
+    for batch in trials:
+        after = passes(batch, state, batch.num_learnt).state
+        state = after if carry_state else None
+
+
+def trial_batches(recipe: TrainingRecipe) -> list[Batch]:
+    """The two kinds of batches of a text, with and without a document's start."""
     length = min(recipe.length, 2 * recipe.segment or recipe.length)
     tokens = torch.zeros(recipe.batch_size, length, dtype=torch.int64)
     first = torch.zeros(tokens.shape, dtype=torch.bool)
     first[:, 0] = True
-    state = None
-    for starts in (first, None):
-        batch = Batch(tokens, tokens, starts, None, None)
-        state = passes(batch, state, batch.num_learnt).state if recipe.carry_state else None
+    return [Batch(tokens, tokens, starts, None, None) for starts in (first, None)]

@@ -1,11 +1,12 @@
 """What a recipe names beside its numbers, found and checked before a run writes anything."""
 
 from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import torch
 
 from ..architectures import build, load
-from ..data.batches import Batches, SequentialBatches, ShuffledBatches
+from ..data.batches import Batch, Batches, SequentialBatches, ShuffledBatches
 from ..data.corpus import Texts
 from ..data.mixture import load_mixture
 from ..data.shards import is_prepared
@@ -14,7 +15,61 @@ from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..errors import InputError
 from ..model.language_model import LanguageModel
 from ..ops.device import check_memory
+from .compiling import trial_batches
+from .passes import Forward, Pass
 from .recipe import Recipe
+from .segments import build_pass
+
+
+class Subject(Protocol):
+    """What a run learns, and how a batch of it becomes gradients."""
+
+    batches: Any
+    """Of a `begin`, a `read` and a `fingerprint`; see data.batches."""
+    of_chats: bool
+    """Whether it learns the answers of chats."""
+
+    def base(self) -> LanguageModel | None:
+        """The model to begin from, if there is one."""
+
+    def passes(self, model: LanguageModel, precision: Any, device: torch.device) -> Pass:
+        """From batches to gradients."""
+
+    def trials(self) -> list[Any]:
+        """Batches that run every kernel once."""
+
+    def save(self, folder: Path) -> None:
+        """Write what the model is used with, such as its tokenizer, into the folder of the run."""
+
+
+class Text:
+    """What a language model learns: see Subject.
+
+    Args:
+        recipe: of the run.
+        begun: see find_tokenizer.
+    """
+
+    def __init__(self, recipe: Recipe, begun: Path | None):
+        self.recipe, self.tokenizer = recipe, find_tokenizer(recipe, begun)
+        self.batches = open_text(recipe, self.tokenizer)
+        self.of_chats = any(s.of_chats for s in self.batches.mixture.sequences)
+
+    def base(self) -> LanguageModel | None:
+        """See load_base."""
+        return load_base(self.recipe, self.tokenizer)
+
+    def passes(self, model: LanguageModel, precision: Literal["bf16", "float32"], device: torch.device) -> Pass:
+        """See build_pass."""
+        return build_pass(Forward(model, precision, device), self.recipe.training)
+
+    def trials(self) -> list[Batch]:
+        """With a document's start, and without."""
+        return trial_batches(self.recipe.training)
+
+    def save(self, folder: Path) -> None:
+        """The tokenizer."""
+        self.tokenizer.save(folder)
 
 
 def check_size(recipe: Recipe, device: torch.device) -> None:

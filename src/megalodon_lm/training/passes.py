@@ -17,11 +17,11 @@ class Passed(NamedTuple):
 
     Attributes:
         loss: its share of the step's loss, in nats per target learnt in the step: shares add up.
-        state: after its last token, without a graph.
+        state: after its last token, without a graph; None where nothing is carried.
     """
 
     loss: float
-    state: State
+    state: State | None
 
 
 class Pass(Protocol):

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 import tomli_w
 
@@ -155,7 +155,7 @@ class Recipe:
     training: TrainingRecipe = field(default_factory=TrainingRecipe)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], begun: "Recipe | None" = None) -> "Recipe":
+    def from_dict(cls, values: dict[str, Any], begun: "Recipe | None" = None) -> Self:
         """From plain values; an unknown key is refused with the nearest known one.
 
         The table [model] may name a size, `size = "small"`, and change single choices of it; or ask for an architecture
@@ -186,7 +186,7 @@ class Recipe:
         return recipe
 
     @classmethod
-    def load(cls, path: str | Path, changes: Iterable[str] = (), begun: "Recipe | None" = None) -> "Recipe":
+    def load(cls, path: str | Path, changes: Iterable[str] = (), begun: "Recipe | None" = None) -> Self:
         """Read a TOML file, or a recipe of the package by its name.
 
         Args:
@@ -203,7 +203,7 @@ class Recipe:
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
 
-    def changed(self, change: str) -> "Recipe":
+    def changed(self, change: str) -> Self:
         """The recipe with one value changed.
 
         Args:
@@ -214,7 +214,7 @@ class Recipe:
         """
         values = self._values()
         _change(values, change, TABLES)
-        return Recipe.from_dict(values)
+        return self.from_dict(values)
 
     def _values(self) -> dict[str, Any]:
         return {"model": self.model.to_dict(), "data": vars(self.data).copy(), "training": vars(self.training).copy()}
@@ -231,6 +231,19 @@ class Recipe:
         """
         d, t = self.data, self.training
         _rule(d.order in ORDERS, "data.order", d.order, f"must be one of {', '.join(ORDERS)}")
+        self.check_values()
+        if d.order == "shuffled" and t.carry_state:
+            raise InputError('data.order = "shuffled" has no state to carry; set training.carry_state = false')
+        if d.weights:
+            same = len(d.weights) == len(d.train)
+            _rule(same, "data.weights", d.weights, f"must have one number for each of {d.train}")
+            positive = min(d.weights) > 0 and math.isfinite(sum(d.weights))
+            _rule(positive, "data.weights", d.weights, "must be positive, and their sum finite")
+        _rule(d.section >= 0, "data.section", d.section, "must not be negative")
+
+    def check_values(self) -> None:
+        """Those of the rules that do not depend on what is learnt."""
+        d, t = self.data, self.training
         self._require(lambda v: v in OPTIMIZERS, f"must be one of {', '.join(OPTIMIZERS)}", "optimizer")
         self._require(lambda v: v in SCHEDULES, f"must be one of {', '.join(SCHEDULES)}", "schedule")
         self._require(lambda v: v in BAD_STEPS, f"must be one of {', '.join(BAD_STEPS)}", "bad_step")
@@ -248,14 +261,6 @@ class Recipe:
                         _rule(math.isfinite(v) or unlimited, name, value, "must be finite")
                     else:
                         _rule(abs(v) <= _MOST, name, value, f"must be at most {_MOST}")
-        if d.order == "shuffled" and t.carry_state:
-            raise InputError('data.order = "shuffled" has no state to carry; set training.carry_state = false')
-        if d.weights:
-            same = len(d.weights) == len(d.train)
-            _rule(same, "data.weights", d.weights, f"must have one number for each of {d.train}")
-            positive = min(d.weights) > 0 and math.isfinite(sum(d.weights))
-            _rule(positive, "data.weights", d.weights, "must be positive, and their sum finite")
-        _rule(d.section >= 0, "data.section", d.section, "must not be negative")
         self._require(lambda v: v >= 1, "must be at least 1",
                       "length", "batch_size", "steps", "accumulate", "keep_checkpoints")  # fmt: skip
         self._require(lambda v: v <= _MOST_ROWS, f"must be at most {_MOST_ROWS}", "batch_size", "accumulate")

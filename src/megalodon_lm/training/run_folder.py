@@ -54,7 +54,7 @@ def find_run(path: Path, recipe: Recipe, resume: Resume) -> Run | None:
     lock = RunLock(path)
     try:
         run = Run(path, _identity(path / RUN_FILE), lock)
-        before = recorded_recipe(path)
+        before = recorded_recipe(path, type(recipe))
         if before is not None:
             _compare(before, recipe)
     except BaseException:
@@ -100,13 +100,17 @@ def learnt_chats(path: Path) -> bool | None:
     return told if isinstance(told, bool) else None
 
 
-def recorded_recipe(path: Path) -> Recipe | None:
+def recorded_recipe(path: Path, kind: type[Recipe] = Recipe) -> Recipe | None:
     """The recipe of the run in a folder; None where no run has begun, or one was killed while it did.
+
+    Args:
+        path: folder.
+        kind: of recipe.
 
     Raises:
         InputError: it is damaged.
     """
-    return Recipe.load(path / RECIPE_FILE) if (path / RUN_FILE).exists() and (path / RECIPE_FILE).exists() else None
+    return kind.load(path / RECIPE_FILE) if (path / RUN_FILE).exists() and (path / RECIPE_FILE).exists() else None
 
 
 def free_run_folder(path: str | Path) -> Path:

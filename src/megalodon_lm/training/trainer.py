@@ -11,6 +11,7 @@ import torch
 
 from ..architectures import build
 from ..data.batches import Batch, prefetched
+from ..data.tokenizer import Tokenizer
 from ..errors import InputError
 from ..files import write_atomically
 from ..model.language_model import LanguageModel
@@ -21,18 +22,16 @@ from .bad_steps import BadSteps
 from .checkpoint import Checkpoint, checkpoints, export, newest, step_of
 from .checkpoint_writer import CheckpointWriter
 from .compiling import compile_blocks, compile_kernels
-from .inputs import check_size, find_tokenizer, load_base, open_text
+from .inputs import Subject, Text, check_size
 from .interrupts import interruptible
 from .machine import product_rate
 from .memory import resident
 from .metrics import MetricsFile, StepMetrics
 from .optimizer import build_optimizer
-from .passes import Forward
 from .precision import choose_precision
 from .recipe import Recipe
 from .run_folder import RECIPE_FILE, Resume, begin_run, find_run, recorded_recipe
 from .schedule import accumulated, learning_rate
-from .segments import build_pass
 from .snapshot import capture, reinstate
 
 
@@ -45,6 +44,7 @@ class Trainer:
         device: where to train.
         resume: "no" needs a new or empty folder; "last" goes on from the newest checkpoint; "auto" does so where there
             is a run, passes over broken checkpoints, and begins where there is none.
+        subject: what is learnt; None for the text that the recipe names.
 
     The folder is locked until `train` ends, and made only when all else is in order.
 
@@ -53,7 +53,14 @@ class Trainer:
             vocabulary too small for the tokenizer.
     """
 
-    def __init__(self, recipe: Recipe, folder: str | Path, device: torch.device | str = "cpu", resume: Resume = "no"):
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: str | Path,
+        device: torch.device | str = "cpu",
+        resume: Resume = "no",
+        subject: Subject | None = None,
+    ):
         self.recipe, self.device = recipe, choose_device(device)
         t = recipe.training
         recipe.check()  # also what was changed since it was read
@@ -65,11 +72,11 @@ class Trainer:
             if run is not None:
                 undo.callback(run.lock.release)
                 checkpoint, self.notes = newest(run.folder, run.id, accept_older=resume == "auto")
-            begun = run is not None and recorded_recipe(run.folder) is not None
-            self.tokenizer = find_tokenizer(recipe, Path(folder) if begun else None)
-            self.batches = open_text(recipe, self.tokenizer)
+            begun = run is not None and recorded_recipe(run.folder, type(recipe)) is not None
+            self.subject = subject or Text(recipe, Path(folder) if begun else None)
+            self.batches = self.subject.batches
             self.cursor = self.batches.begin()
-            base = load_base(recipe, self.tokenizer) if checkpoint is None else None
+            base = self.subject.base() if checkpoint is None else None
             torch.manual_seed(t.seed)
             with self.device:
                 self.model = build(recipe.model, t.activation_checkpointing)
@@ -78,7 +85,7 @@ class Trainer:
             if t.compile:
                 compile_blocks(self.model, self.device)
             self.precision = choose_precision(t.precision, self.device)
-            self.passes = build_pass(Forward(self.model, self.precision, self.device), t)
+            self.passes = self.subject.passes(self.model, self.precision, self.device)
             self.optimizer = build_optimizer(self.model, t, self.precision)
             self.average = WeightAverage(self.model, t.average) if t.average else None
             self.bad_steps = BadSteps(t)
@@ -90,13 +97,19 @@ class Trainer:
             if checkpoint is not None:
                 self.restore(checkpoint)
             if run is None:  # nothing can go wrong any more but the folder itself
-                run = begin_run(Path(folder), any(s.of_chats for s in self.batches.mixture.sequences))
+                run = begin_run(Path(folder), self.subject.of_chats)
                 undo.callback(run.lock.release)
-            self.tokenizer.save(run.folder)
+            self.subject.save(run.folder)
             write_atomically(run.folder / RECIPE_FILE, recipe.to_toml())
             self.run, self.folder = run, run.folder
             self.notes += [run.lock.note] if run.lock.note else []
             undo.pop_all()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of a text."""
+        assert isinstance(self.subject, Text)
+        return self.subject.tokenizer
 
     @property
     def progress(self) -> float:
@@ -139,7 +152,7 @@ class Trainer:
         self.model.train()
         try:
             with interruptible() as interrupted, closing(prefetched(self.batches, self.cursor)) as batches:
-                compile_kernels(self.model, self.passes, self.device, t)
+                compile_kernels(self.model, self.passes, self.device, self.subject.trials(), t.carry_state)
                 while self.progress < 1 and not interrupted():
                     writer.check()
                     began = time.perf_counter()

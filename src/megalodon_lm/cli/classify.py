@@ -1,0 +1,214 @@
+"""megalodon classify"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import Positional, subcommand
+
+from ..errors import InputError
+from .options import Quiet
+
+if TYPE_CHECKING:
+    from ..data.examples import Form
+    from ..evaluation.classification import Confusion
+
+REPORT = "classification.md"
+
+
+@dataclass
+class ClassifyTrain(Quiet):
+    """Train an encoder from a recipe, as megalodon train does a language model.
+
+    The table [data] names the examples, see docs/modalities.md. The run folder gets classification.md at the end: how
+    many validation examples are right, and which classes are taken for which. Ctrl-C leaves a checkpoint.
+    """
+
+    recipe: Positional[Path]
+    """The recipe: a TOML file, or the name of one in the package, such as classify_listops."""
+    out: Path | None = None
+    """Run folder to create; the default is runs/ and the recipe's name."""
+    set: list[str] = field(default_factory=list)
+    """Changes to the recipe, such as training.steps=2000 model.num_layers=4; values as in TOML."""
+    resume: Literal["no", "last", "auto"] = "no"
+    """last: go on from the newest checkpoint in --out; auto: the same, from the newest one that is whole, or begin."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard into the run folder too."""
+    device: str = "cpu"
+    """Where to train: cpu or cuda."""
+
+    def run(self) -> None:
+        """Carry out the command."""
+        from ..evaluation.classification import ErrorRate, confusion
+        from ..files import write_atomically
+        from ..model.encoder import Encoder
+        from ..training.classification import Classification, ClassificationRecipe
+        from ..training.report import write_report
+        from ..training.run_folder import free_run_folder
+        from ..training.trainer import Trainer
+        from .training import train_with_progress
+
+        if self.resume != "no" and self.out is None:
+            raise InputError(f"--resume {self.resume} needs --out, the folder of the run to go on with")
+        recipe = ClassificationRecipe.load(self.recipe, self.set)
+        folder = self.out or free_run_folder(Path("runs") / self.recipe.stem)
+        examples = Classification(recipe)
+        trainer = Trainer(recipe, folder, self.device, self.resume, examples)
+        measure = ErrorRate(examples.validation, examples.form, trainer.precision)
+        try:
+            finished, _ = train_with_progress(
+                trainer, self.tensorboard, measure, "of the validation examples are wrong", "example"
+            )
+        finally:
+            write_report(folder, 0.0)
+        model = Encoder.load(folder, trainer.device).eval()
+        found = confusion(model, examples.validation, examples.form, trainer.precision)
+        write_atomically(folder / REPORT, "# Validation examples\n\n" + found.markdown())
+        print(f"{found.accuracy:.2%} of {len(examples.validation.raw):,} validation examples are right")
+        print(folder / REPORT)
+        if not finished:
+            sys.exit(130)
+
+
+@dataclass
+class ClassifyEvaluate(Quiet):
+    """How many examples a trained encoder gets right, and which classes it takes for which."""
+
+    model: Positional[Path]
+    """A run folder or a saved model."""
+    examples: Positional[list[str]]
+    """Sources of examples with their classes; see docs/modalities.md."""
+    label: str = ""
+    """Of folders: a regular expression whose first group is the class in a file's name; empty for class folders."""
+    json: Path | None = None
+    """Write the figures to this file."""
+    device: str = "cpu"
+    """cpu or cuda."""
+
+    def run(self) -> None:
+        """Carry out the command."""
+        from ..data.examples import joined, load_examples
+        from ..evaluation.classification import confusion
+        from ..training.precision import choose_precision
+
+        model, form = _load(self.model, self.device)
+        parts = [load_examples(source, self.label).with_classes(form.classes) for source in self.examples]
+        if any(part.kind != form.kind or part.rate != form.rate for part in parts):
+            raise InputError(f"{self.model} classifies {_described(form)}, and these are others")
+        found = confusion(model, joined(parts), form, choose_precision("auto", model.device))
+        print(found.markdown(), end="")
+        if self.json:
+            self._write(found)
+
+    def _write(self, found: "Confusion") -> None:
+        import json
+
+        from ..files import write_atomically
+
+        values: dict[str, Any] = {"accuracy": found.accuracy, "interval": found.interval, "loss": found.loss}
+        values |= {"classes": found.classes, "confusion": found.counts.tolist()}
+        write_atomically(self.json or Path(), json.dumps(values, indent=2) + "\n")
+
+
+@dataclass
+class ClassifyPredict(Quiet):
+    """The class of each file, and how probable it is.
+
+    A file that cannot be used gets one line on standard error, and the others follow; the exit status is then 1.
+    """
+
+    model: Positional[Path]
+    """A run folder or a saved model."""
+    files: Positional[list[str]]
+    """Sound or picture files, by what the model takes; of ListOps expressions themselves. With --stream, - is a WAV
+    file on standard input."""
+    stream: bool = False
+    """Of sound: a decision every so many milliseconds, on all that was heard so far; for models of
+    direction = "forward"."""
+    every: float = 100.0
+    """Milliseconds from one decision to the next."""
+    device: str = "cpu"
+    """cpu or cuda."""
+
+    def run(self) -> None:
+        """Carry out the command."""
+        from ..evaluation.classification import decisions, probabilities
+
+        model, form = _load(self.model, self.device)
+        if self.stream and form.kind != "sound":
+            raise InputError(f"{self.model} classifies {_described(form)}; --stream is for sound")
+        failed = False
+        for file in self.files:
+            try:
+                if not self.stream:
+                    self._show(file, form, probabilities(model, form, _read(file, form)))
+                    continue
+                size = max(1, round(form.rate * self.every / 1000 / form.patch)) * form.patch
+                for heard, found in decisions(model, form, _blocks(file, form, size)):
+                    self._show(f"{file} {heard / form.rate:.3f} s", form, found)
+            except InputError as error:
+                print(error, file=sys.stderr, flush=True)
+                failed = True
+        if failed:
+            sys.exit(1)
+
+    def _show(self, name: str, form: "Form", found: Any) -> None:
+        best = int(found.argmax())
+        print(f"{name}\t{form.classes[best]}\t{float(found[best]):.3f}", flush=True)
+
+
+@dataclass
+class Classify:
+    """Train encoders on examples with classes, measure them, and classify files."""
+
+    task: (
+        Annotated[ClassifyTrain, subcommand("train")]
+        | Annotated[ClassifyEvaluate, subcommand("evaluate")]
+        | Annotated[ClassifyPredict, subcommand("predict")]
+    )
+    """What to do."""
+
+    def run(self) -> None:
+        """Carry out the command."""
+        self.task.run()
+
+
+def _load(folder: Path, device: str) -> "tuple[Any, Form]":
+    from ..model.encoder import Encoder
+    from ..ops.device import choose_device
+    from ..training.classification import load_form
+
+    return Encoder.load(folder, choose_device(device)).eval(), load_form(folder)
+
+
+def _described(form: "Form") -> str:
+    what = {"listops": "expressions of ListOps", "picture": "pictures", "sound": f"sound of {form.rate} Hz"}
+    return what[form.kind]
+
+
+def _read(file: str, form: "Form") -> Any:
+    import numpy as np
+
+    from ..data import listops
+    from ..data.examples import read_picture
+    from ..data.sound import read_sound
+
+    if form.kind == "listops":
+        tokens = listops.parse(file)
+        listops.evaluate(tokens)  # refuses what is none
+        return np.array([listops.NUMBER_OF[token] for token in tokens], np.uint8)
+    if form.kind == "sound":
+        return read_sound(file, form.rate)
+    picture = read_picture(file)
+    if picture.shape[::-1] != form.size:
+        raise InputError(
+            f"{file} is {picture.shape[1]} x {picture.shape[0]} pixels, not {form.size[0]} x {form.size[1]}"
+        )
+    return picture
+
+
+def _blocks(file: str, form: "Form", size: int) -> Any:
+    from ..data.sound import sound_blocks, wav_blocks
+
+    return wav_blocks(sys.stdin.buffer, form.rate, size) if file == "-" else sound_blocks(file, form.rate, size)

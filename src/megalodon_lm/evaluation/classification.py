@@ -1,0 +1,121 @@
+"""How often an encoder is right, and where it is wrong."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..data.example_batches import in_order
+from ..data.examples import Examples, Form
+from ..errors import InputError
+from ..training.precision import autocast
+from .intervals import wilson
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Counts of examples, by their class and the one predicted.
+
+    Attributes:
+        counts: (classes, classes) int64, rows being what is true.
+        classes: their names.
+        loss: mean nats.
+    """
+
+    counts: NDArray[np.int64]
+    classes: tuple[str, ...]
+    loss: float
+
+    @property
+    def accuracy(self) -> float:
+        """Part that is right."""
+        return float(np.trace(self.counts) / self.counts.sum())
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Of the accuracy, Wilson's at 95 %."""
+        return wilson(int(np.trace(self.counts)), int(self.counts.sum()))
+
+    def markdown(self) -> str:
+        """A table of the counts under a line with the accuracy."""
+        low, high = self.interval
+        lines = [f"{self.accuracy:.2%} of {self.counts.sum():,} examples are right ({low:.2%} to {high:.2%}).", ""]
+        lines += ["| true \\ predicted | " + " | ".join(self.classes) + " |", "|---" * (len(self.classes) + 1) + "|"]
+        rows = zip(self.classes, self.counts.tolist(), strict=True)
+        return "\n".join([*lines, *(f"| {name} | " + " | ".join(map(str, row)) + " |" for name, row in rows)]) + "\n"
+
+
+@torch.inference_mode()
+def confusion(
+    model: Any, examples: Examples, form: Form, precision: Literal["bf16", "float32"], batch_size: int = 32
+) -> Confusion:
+    """Classify examples.
+
+    Args:
+        model: an Encoder in evaluation mode.
+        examples: with the classes of the form.
+        form: of what the model takes.
+        precision: of the products.
+        batch_size: examples at a time.
+    """
+    number, device = len(form.classes), model.device
+    counts, loss = np.zeros((number, number), np.int64), 0.0
+    for _, batch in in_order(examples, form, batch_size):
+        mask = None if batch.mask is None else batch.mask.to(device)
+        with autocast(precision, device):
+            logits, _ = model(batch.inputs.to(device), mask=mask)
+        loss += torch.nn.functional.cross_entropy(logits.cpu(), batch.targets, reduction="sum").item()
+        np.add.at(counts, (batch.targets.numpy(), logits.argmax(-1).cpu().numpy()), 1)
+    return Confusion(counts, form.classes, loss / len(examples.raw))
+
+
+@dataclass
+class ErrorRate:
+    """The part of validation examples that a model gets wrong, for the trainer to watch.
+
+    Args:
+        examples, form, precision: see confusion.
+    """
+
+    examples: Examples
+    form: Form
+    precision: Literal["bf16", "float32"]
+
+    def __call__(self, model: Any) -> float:
+        """From 0 to 1."""
+        return 1 - confusion(model, self.examples, self.form, self.precision).accuracy
+
+
+@torch.inference_mode()
+def decisions(model: Any, form: Form, blocks: Iterable[NDArray[Any]]) -> Iterator[tuple[int, Tensor]]:
+    """What a sound that comes in is, after each block of it: as the whole so far would be classified.
+
+    Args:
+        model: an Encoder in evaluation mode, of `direction = "forward"`.
+        form: of what it takes.
+        blocks: samples, of whole patches but for the last.
+
+    Yields:
+        The samples so far, and the probabilities of the classes.
+
+    Raises:
+        InputError: the model must see the whole sound at once.
+    """
+    if model.config.direction != "forward":
+        raise InputError('this model hears whole sounds alone; one of direction = "forward" decides while they come in')
+    state, heard = None, 0
+    for block in blocks:
+        heard += len(block)
+        logits, state = model(torch.from_numpy(form.steps(block))[None].to(model.device), state)
+        yield heard, logits[0].softmax(-1).cpu()
+
+
+@torch.inference_mode()
+def probabilities(model: Any, form: Form, raw: NDArray[Any]) -> Tensor:
+    """Those of the classes of one example; arguments as of decisions."""
+    logits, _ = model(torch.from_numpy(form.steps(raw))[None].to(model.device))
+    return logits[0].softmax(-1).cpu()

@@ -1,0 +1,274 @@
+"""Classifying from the command line: examples, runs that go on, decisions while a sound comes in, bad files."""
+
+import json
+import wave
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from megalodon_lm import Encoder, EncoderConfig
+from megalodon_lm.cli.commands import parse
+from megalodon_lm.data.example_batches import ExampleBatches, in_order
+from megalodon_lm.data.examples import Form, joined, load_examples
+from megalodon_lm.data.sound import read_sound, sound_blocks, wav_blocks
+from megalodon_lm.errors import InputError
+from megalodon_lm.evaluation.classification import confusion, decisions, probabilities
+from megalodon_lm.training.classification import Classification, ClassificationRecipe, load_form, save_form
+from megalodon_lm.training.trainer import Trainer
+
+RATE = 1000
+
+
+def write_wav(path, samples, rate=RATE, channels=1):
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(channels)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes((np.asarray(samples) * 32767).astype("<i2").tobytes())
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory):
+    """High and low tones of different lengths, the class in the name."""
+    folder, draw = tmp_path_factory.mktemp("sounds"), np.random.default_rng(0)
+    for i in range(24):
+        time = np.arange(int(draw.integers(40, 90))) / RATE
+        tone = np.sin(2 * np.pi * (200 if i % 2 else 30) * time) + 0.1 * draw.standard_normal(len(time))
+        write_wav(folder / f"{'high' if i % 2 else 'low'}_{i}.wav", 0.7 * tone)
+    return folder
+
+
+def recipe(sources, **choices):
+    model = {"size": "encoder_tiny", **choices.pop("model", {})}
+    training = {"steps": 6, "batch_size": 4, "warmup_steps": 1, "precision": "float32", **choices.pop("training", {})}
+    return ClassificationRecipe.from_dict({"model": model, "data": {"train": sources, **choices}, "training": training})
+
+
+def of_sounds(sounds, **choices):
+    return recipe([str(sounds)], label="(high|low)_", held_out=r"_[0-3]\.", **choices)
+
+
+def run(folder, made, resume="no", watch=lambda m: None):
+    trainer = Trainer(made, folder, "cpu", resume, Classification(made))
+    trainer.train(watch)
+    return trainer
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_last_bit(tmp_path, sounds):
+    choices = {"training": {"checkpoint_steps": 2, "seed": 3}, "model": {"dropout": 0.1}}
+    whole = run(tmp_path / "whole", of_sounds(sounds, **choices))
+
+    def stop(metrics):
+        if metrics.step == 5:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "parts", of_sounds(sounds, **choices), watch=stop)
+    again = run(tmp_path / "parts", of_sounds(sounds, **choices), "last")
+    assert again.step == whole.step == 6
+    assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True))
+    loaded = Encoder.load(tmp_path / "parts")
+    assert loaded.config.num_classes == 2
+    assert loaded.config.input == "numbers"
+    assert load_form(tmp_path / "parts") == again.subject.form
+    with pytest.raises(InputError, match=r"differs from that of the run in model\.num_layers"):
+        run(tmp_path / "parts", of_sounds(sounds, model={"num_layers": 3}, training=choices["training"]), "last")
+
+
+def test_commands(tmp_path, sounds, capsys):
+    settings = of_sounds(sounds, training={"steps": 30, "validate_steps": 15, "learning_rate": 1e-2}, patch=4)
+    (tmp_path / "recipe.toml").write_text(settings.to_toml())
+    parse(["classify", "train", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "run"), "--quiet"]).run()
+    assert "of 4 validation examples are right" in capsys.readouterr().out
+    assert "| true" in (tmp_path / "run" / "classification.md").read_text()
+    assert (tmp_path / "run" / "training.png").exists()
+    command = ["classify", "evaluate", str(tmp_path / "run"), str(sounds), "--label", "(high|low)_"]
+    parse([*command, "--json", str(tmp_path / "found.json")]).run()
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert np.sum(found["confusion"]) == 24
+    assert found["accuracy"] > 0.9
+    assert f"{found['accuracy']:.2%} of 24 examples are right" in capsys.readouterr().out
+    parse(["classify", "predict", str(tmp_path / "run"), str(sounds / "high_11.wav"), str(sounds / "low_8.wav")]).run()
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [line[1] for line in lines] == ["high", "low"]
+
+
+@pytest.fixture(scope="module")
+def hearing(tmp_path_factory):
+    """A model that decides while a sound comes in, and its form."""
+    torch.manual_seed(0)
+    choices = dict(direction="forward", chunk_size=16, input="patches", patch_dim=4, num_classes=3)
+    model, folder = Encoder(EncoderConfig.named("encoder_tiny", **choices)).eval(), tmp_path_factory.mktemp("hearing")
+    form = Form("sound", ("a", "b", "c"), RATE, patch=4, deviation=0.3)
+    model.save(folder)
+    save_form(form, folder)
+    return model, form, folder
+
+
+@settings(deadline=None, max_examples=15)
+@given(data=st.data(), length=st.integers(1, 200))
+def test_decisions_on_pieces_are_those_on_the_whole(hearing, data, length):
+    model, form, _ = hearing
+    sound = np.random.default_rng(length).standard_normal(length).astype(np.float32)
+    cuts = sorted(4 * c for c in data.draw(st.sets(st.integers(1, max(1, (length - 1) // 4)), max_size=5)))
+    blocks = np.split(sound, [c for c in cuts if c < length])
+    for heard, found in decisions(model, form, blocks):
+        torch.testing.assert_close(found, probabilities(model, form, sound[:heard]), rtol=1e-4, atol=1e-5)
+    assert heard == length
+
+
+def test_bad_files_get_one_line_each_and_the_others_follow(tmp_path, hearing, capsys):
+    tone = np.sin(np.arange(300) / 5)
+    write_wav(tmp_path / "good.wav", tone)
+    write_wav(tmp_path / "rate.wav", tone, rate=2000)
+    write_wav(tmp_path / "stereo.wav", tone, channels=2)
+    write_wav(tmp_path / "empty.wav", [])
+    (tmp_path / "text.wav").write_text("This is a letter and no sound.")
+    (tmp_path / "nothing.wav").write_bytes(b"")
+    whole = (tmp_path / "good.wav").read_bytes()
+    (tmp_path / "cut.wav").write_bytes(whole[:400])
+    (tmp_path / "header.wav").write_bytes(whole[:20])
+    bad = {
+        "rate": "has 2000 samples a second, not 1000", "stereo": "has 2 channels", "empty": "holds no samples",
+        "text": "cannot be read as sound", "nothing": "cannot be read as sound", "cut": "is truncated",
+        "header": "cannot be read as sound", "missing": "cannot be read as sound",
+    }  # fmt: skip
+    files = [str(tmp_path / f"{name}.wav") for name in [*bad, "good"]]
+    for stream in ([], ["--stream"]):
+        with pytest.raises(SystemExit):
+            parse(["classify", "predict", str(hearing[2]), *files, *stream]).run()
+        out, error = capsys.readouterr()
+        lines = error.splitlines()
+        assert len(lines) == len(bad), error
+        for line, (name, message) in zip(lines, bad.items(), strict=True):
+            assert message in line, (name, line)
+            assert f"{name}.wav" in line
+        assert f"{tmp_path / 'good.wav'}" in out.splitlines()[-1]
+    assert out.splitlines()[-1].startswith(f"{tmp_path / 'good.wav'} 0.300 s\t")
+
+
+def test_sound_on_standard_input(tmp_path, hearing):
+    tone = np.sin(np.arange(300) / 5)
+    write_wav(tmp_path / "x.wav", tone)
+    with open(tmp_path / "x.wav", "rb") as stream:
+        blocks = list(wav_blocks(stream, RATE, 64))
+    assert np.array_equal(np.concatenate(blocks), read_sound(tmp_path / "x.wav", RATE))
+    assert [len(b) for b in blocks] == [len(b) for b in sound_blocks(tmp_path / "x.wav", RATE, 64)]
+    with open(__file__, "rb") as stream, pytest.raises(InputError, match="no WAV"):
+        list(wav_blocks(stream, RATE, 64))
+
+
+def test_every_example_comes_once_in_an_epoch_whatever_was_asked_before(sounds):
+    examples = load_examples(str(sounds), "(high|low)_")
+    batches = ExampleBatches(examples, examples.form(), 5, seed=1)
+    cursor, seen, cursors = batches.begin(), [], []
+    while cursor[0] == 0:
+        cursors.append(cursor)
+        batch = batches.read(cursor)
+        rows = batch.inputs if batch.mask is None else [x[m] for x, m in zip(batch.inputs, batch.mask, strict=True)]
+        seen += [x.numpy().tobytes() for x in rows]
+        cursor = batch.cursor
+    form = examples.form()
+    known = {form.steps(raw).tobytes() for raw in examples.raw}
+    assert len(seen) == len(set(seen)) == 20
+    assert set(seen) <= known
+    other = ExampleBatches(examples, form, 5, seed=1)
+    assert torch.equal(other.read(cursors[2]).inputs, batches.read(cursors[2]).inputs)
+    assert other.fingerprint == batches.fingerprint != ExampleBatches(examples, form, 5, seed=2).fingerprint
+    second = [batches.read([1, i]).inputs for i in range(4)]
+    assert not all(torch.equal(a, batches.read([0, i]).inputs) for i, a in enumerate(second))
+    everything = sorted(i for which, _ in in_order(examples, form, 7) for i in which)
+    assert everything == list(range(24))
+
+
+def test_sources(tmp_path):
+    draw = np.random.default_rng(0)
+    images, labels = draw.integers(0, 256, (6, 4, 4), np.uint8), np.array([0, 1, 2, 0, 1, 2])
+    np.savez(tmp_path / "a.npz", images=images, labels=labels)
+    np.save(tmp_path / "train_x.0.npy", images)
+    np.save(tmp_path / "train_y.0.npy", labels)
+    for i, name in enumerate(["cat", "dog"]):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        Image.fromarray(images[i]).save(tmp_path / "pictures" / name / "1.png")
+    for source in ("a.npz", "train_x.0.npy"):
+        found = load_examples(str(tmp_path / source))
+        assert np.array_equal(np.stack(found.raw), images)
+        assert found.classes == ("0", "1", "2")
+    pictures = load_examples(str(tmp_path / "pictures"))
+    assert pictures.classes == ("cat", "dog")
+    assert np.array_equal(pictures.raw[1], images[1])
+    both = joined([load_examples("pathfinder:0:4"), load_examples("pathfinder:1:3:6")])
+    assert len(both.raw) == 7
+    assert both.form().size == (32, 32)
+    assert load_examples("pathx:0:1").raw[0].shape == (128, 128)
+    assert load_examples("listops:1:2").form().input == {"input": "tokens", "vocab_size": 15}
+    for wrong, message in {
+        "listops:x:2": "must be like", "listops:1:0": "must be like", str(tmp_path / "none"): "no examples in",
+        str(tmp_path / "b.npz"): "holds no pictures", str(tmp_path): "different kinds|class|pictures",
+    }.items():  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            load_examples(wrong, "(x)")
+    with pytest.raises(InputError, match="class 'cat'"):
+        pictures.with_classes(["dog", "cow"])
+
+
+def test_patches_of_pictures_are_squares_and_of_sound_stretches():
+    picture = np.arange(16, dtype=np.uint8).reshape(4, 4)
+    form = Form("picture", ("a", "b"), size=(4, 4), patch=2)
+    assert form.steps(picture).tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    assert form.input == {"input": "patches", "patch_dim": 4}
+    sound = Form("sound", ("a", "b"), rate=8, patch=2)
+    assert sound.steps(np.array([1, 2, 3], np.float32)).tolist() == [[1, 2], [3, 0]]
+
+
+def test_numbers_are_normalised_by_what_was_trained_on(sounds):
+    examples = load_examples(str(sounds), "(high|low)_")
+    numbers = np.concatenate([examples.form().steps(raw) for raw in examples.raw])
+    assert abs(numbers.mean()) < 1e-4
+    assert abs(numbers.std() - 1) < 1e-4
+
+
+def test_confusion_counts_what_is_taken_for_what(sounds):
+    examples = load_examples(str(sounds), "(high|low)_")
+
+    class Always:
+        device = torch.device("cpu")
+
+        def __call__(self, inputs, mask=None):
+            return torch.tensor([[1.0, 0.0]]).repeat(len(inputs), 1), None
+
+    found = confusion(Always(), examples, examples.form(), "float32")
+    assert found.counts.tolist() == [[12, 0], [12, 0]]
+    assert found.accuracy == 0.5
+    assert "| low | 12 | 0 |" in found.markdown()
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        (dict(training={"segment": 4}), "training.segment"),
+        (dict(training={"begin_from": "x"}), "training.begin_from"),
+        (dict(held_out_part=1.5), "held_out_part"),
+        (dict(patch=0), "data.patch"),
+        (dict(training={"steps": 0}), "steps"),
+        (dict(weights=[1.0]), "unknown key 'weights'"),
+    ],
+)
+def test_wrong_recipes_are_refused(choices, message):
+    with pytest.raises(InputError, match=message):
+        recipe(["listops:0:9"], **choices)
+    with pytest.raises(InputError, match="must name a source"):
+        recipe([])
+    with pytest.raises(InputError, match="would be held out"):
+        Classification(recipe(["listops:0:9"], held_out="never"))
+
+
+def test_a_language_model_s_commands_say_where_an_encoder_belongs(hearing):
+    from megalodon_lm.architectures import load
+
+    with pytest.raises(InputError, match="megalodon classify takes it"):
+        load(hearing[2])
