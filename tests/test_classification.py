@@ -1,5 +1,6 @@
 """Classifying from the command line: examples, runs that go on, decisions while a sound comes in, bad files."""
 
+import dataclasses
 import json
 import wave
 
@@ -18,6 +19,7 @@ from megalodon_lm.data.sound import read_sound, sound_blocks, wav_blocks
 from megalodon_lm.errors import InputError
 from megalodon_lm.evaluation.classification import confusion, decisions, probabilities
 from megalodon_lm.training.classification import Classification, ClassificationRecipe, load_form, save_form
+from megalodon_lm.training.recipe import bundled_recipes
 from megalodon_lm.training.trainer import Trainer
 
 RATE = 1000
@@ -139,7 +141,7 @@ def test_bad_files_get_one_line_each_and_the_others_follow(tmp_path, hearing, ca
     }  # fmt: skip
     files = [str(tmp_path / f"{name}.wav") for name in [*bad, "good"]]
     for stream in ([], ["--stream"]):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit, match="2"):
             parse(["classify", "predict", str(hearing[2]), *files, *stream]).run()
         out, error = capsys.readouterr()
         lines = error.splitlines()
@@ -245,6 +247,29 @@ def test_confusion_counts_what_is_taken_for_what(sounds):
     assert found.counts.tolist() == [[12, 0], [12, 0]]
     assert found.accuracy == 0.5
     assert "| low | 12 | 0 |" in found.markdown()
+
+
+SMALLER = {
+    "listops": (["listops:0:8"], []), "listops_short": (["listops:0:8"], []), "image": (["pathfinder:0:8"], []),
+    "pathfinder": (["pathfinder:0:8"], []), "pathfinder_small": (["pathfinder:0:8:6"], []),
+    "mnist": (["pathfinder:0:8"], []), "cifar": (["pathfinder:0:8"], []), "digits": None, "digits_stream": None,
+}  # fmt: skip
+
+
+def test_every_recipe_is_known_here():
+    assert {f"classify_{name}" for name in SMALLER} == {n for n in bundled_recipes() if n.startswith("classify_")}
+
+
+@pytest.mark.parametrize("name", SMALLER)
+def test_every_recipe_makes_a_step_when_shrunk(name, tmp_path, sounds):
+    made = ClassificationRecipe.load(f"classify_{name}", ["training.steps=1", "training.batch_size=2"])
+    small = {"num_layers": 1, "model_dim": 16, "z_dim": 8, "value_dim": 16, "ffn_hidden_dim": 16}
+    made.model = dataclasses.replace(made.model, **small)
+    sources = SMALLER[name] or ([str(sounds)], [])
+    made.data = dataclasses.replace(made.data, train=sources[0], validation=sources[1])
+    if SMALLER[name] is None:
+        made.data = dataclasses.replace(made.data, label="(high|low)_", held_out=r"_[0-3]\.")
+    assert run(tmp_path / "run", made).step == 1
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ class ClassifyEvaluate(Quiet):
 class ClassifyPredict(Quiet):
     """The class of each file, and how probable it is.
 
-    A file that cannot be used gets one line on standard error, and the others follow; the exit status is then 1.
+    A file that cannot be used gets one line on standard error, and the others follow; the exit code is then 2.
     """
 
     model: Positional[Path]
@@ -151,7 +151,7 @@ class ClassifyPredict(Quiet):
                 print(error, file=sys.stderr, flush=True)
                 failed = True
         if failed:
-            sys.exit(1)
+            sys.exit(2)
 
     def _show(self, name: str, form: "Form", found: Any) -> None:
         best = int(found.argmax())
