@@ -70,11 +70,9 @@ def _opened(folder: Path) -> "tuple[Any, Mapping[str, Tensor], Tokenizer | None]
     config: Any
     tensors: Mapping[str, Tensor]
     if _is_llama(folder):
-        from ..data.subword import SubwordTokenizer
         from ..hub.llama import open_llama
 
-        config, tensors, written = open_llama(folder)
-        return config, tensors, None if written is None else SubwordTokenizer(written.encode(), folder)
+        return open_llama(folder)
     if not is_official(folder):
         config, tensors = open_checked(folder)
         try:

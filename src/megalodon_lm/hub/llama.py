@@ -1,15 +1,20 @@
 """A Llama of transformers, or in a GGUF file, as the native `llama`: the same function under other names."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..baselines.llama import Llama, LlamaConfig
+from ..data.subword import SubwordTokenizer
+from ..data.tokenizer import Tokenizer
 from ..errors import InputError
 from ..model.identity import weights
 from ..model.stored_tensors import StoredTensors
+from .transformers_model import find_pretrained
 
 _BLOCK = {
     "norm": "input_layernorm", "mixer.wq": "self_attn.q_proj", "mixer.wk": "self_attn.k_proj",
@@ -19,8 +24,8 @@ _BLOCK = {
 _MODEL = {"embed": "model.embed_tokens", "output.final_norm": "model.norm", "output.output": "lm_head"}
 
 
-def open_llama(source: Path) -> tuple[LlamaConfig, StoredTensors, str | None]:
-    """The configuration, the weights in float32, and the tokenizer.json of a Llama.
+def open_llama(source: Path) -> tuple[LlamaConfig, StoredTensors, Tokenizer | None]:
+    """The configuration, the weights in float32, and the tokenizer of a Llama, if the library has it as ours do.
 
     Heads that share keys and values get copies of them, and a head tied to the embedding a copy of that: the native
     model has neither choice, and computes the same. Rows of queries and keys change from halves to adjacent pairs.
@@ -32,18 +37,16 @@ def open_llama(source: Path) -> tuple[LlamaConfig, StoredTensors, str | None]:
         InputError: not a Llama, or one with what the native model has not: biases, heads of another width, scaled
             positions.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    place = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name} if source.is_file() else {
-        "pretrained_model_name_or_path": source
-    }  # fmt: skip
-    given: Any = {**place, "local_files_only": True}
+    found, given = find_pretrained(source)
     try:
-        theirs = AutoConfig.from_pretrained(**given)
+        theirs = AutoConfig.from_pretrained(found, **given)
         config = _config(theirs, source)
-        stored = AutoModelForCausalLM.from_pretrained(**given, dtype=torch.float32).state_dict()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{source}: {error}") from None
+        stored = AutoModelForCausalLM.from_pretrained(found, **given, dtype=torch.float32).state_dict()
+    except InputError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{source} is no model that transformers can load: {first}") from None
     kept = getattr(theirs, "num_key_value_heads", None) or config.num_heads
 
     def read(name: str) -> Tensor:
@@ -57,10 +60,10 @@ def open_llama(source: Path) -> tuple[LlamaConfig, StoredTensors, str | None]:
 
     with torch.device("meta"):
         layout = weights(Llama(config))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(**given).backend_tokenizer.to_str()
-    except (OSError, ValueError, AttributeError):
-        tokenizer = None
+    tokenizer: Tokenizer | None = None
+    with suppress(OSError, ValueError, AttributeError):  # none there, or one of another kind
+        written = AutoTokenizer.from_pretrained(found, **given).backend_tokenizer.to_str()
+        tokenizer = SubwordTokenizer(written.encode(), source)
     return config, StoredTensors(layout, read), tokenizer
 
 

@@ -275,10 +275,8 @@ def load_transformers(
     Raises:
         InputError: nothing of the name, or nothing that the library can read.
     """
-    path, source = Path(name), str(name)
-    given: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": path.exists()}
-    if path.suffix == ".gguf":
-        source, given = str(path.parent), {**given, "gguf_file": path.name}
+    path, (source, given) = Path(name), find_pretrained(name)
+    given["trust_remote_code"] = trust_remote_code
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **given)
         model.to(device).eval()
@@ -292,6 +290,14 @@ def load_transformers(
         raise InputError(f"{name} is no model that transformers can load: {first}") from None
     wrapped: Any = model.native if isinstance(model, MegalodonForCausalLM) else TransformersModel(model)
     return wrapped, native_tokenizer(tokenizer, name)
+
+
+def find_pretrained(name: str | Path) -> tuple[str, dict[str, Any]]:
+    """What the library's `from_pretrained` takes for a folder, a file *.gguf or a name on the hub: name and options."""
+    path = Path(name)
+    if path.suffix == ".gguf":
+        return str(path.parent), {"local_files_only": path.exists(), "gguf_file": path.name}
+    return str(name), {"local_files_only": path.exists()}
 
 
 def native_tokenizer(tokenizer: Any, name: str | Path) -> Tokenizer:
