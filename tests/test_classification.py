@@ -87,7 +87,7 @@ def test_commands(tmp_path, sounds, capsys):
     parse(["classify", "train", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "run"), "--quiet"]).run()
     assert "of 4 validation examples are right" in capsys.readouterr().out
     assert "| true" in (tmp_path / "run" / "classification.md").read_text()
-    assert (tmp_path / "run" / "training.png").exists()
+    assert all((tmp_path / "run" / name).exists() for name in ("training.png", "classification.png"))
     command = ["classify", "evaluate", str(tmp_path / "run"), str(sounds), "--label", "(high|low)_"]
     parse([*command, "--json", str(tmp_path / "found.json")]).run()
     found = json.loads((tmp_path / "found.json").read_text())

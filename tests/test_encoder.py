@@ -234,6 +234,21 @@ def test_native_and_portable_paths_agree():
         torch.testing.assert_close(a.double(), e, rtol=2e-3, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    "choices",
+    ["tokens", pytest.param("laplace", marks=pytest.mark.slow), pytest.param("forward", marks=pytest.mark.slow)],
+)
+def test_one_graph_computes_what_the_model_does(choices):
+    torch.manual_seed(0)
+    model = Encoder(EncoderConfig.named("encoder_tiny", **{**CHOICES[choices], "num_layers": 1}))
+    inputs, mask = draw(model.config, 2, 9), torch.arange(9) < torch.tensor([9, 4])[:, None]
+    inputs = inputs.float() if inputs.is_floating_point() else inputs
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found, expected = compiled(inputs, mask=mask)[0], model(inputs, mask=mask)[0]
+    torch.compiler.reset()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_checkpointed_blocks_have_the_same_gradients():
     config = EncoderConfig.named("encoder_tiny")
     torch.manual_seed(0)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..data.examples import Form
     from ..evaluation.classification import Confusion
 
-REPORT = "classification.md"
+REPORT, PICTURE = "classification.md", "classification.png"
 
 
 @dataclass
@@ -40,7 +40,7 @@ class ClassifyTrain(Quiet):
 
     def run(self) -> None:
         """Carry out the command."""
-        from ..evaluation.classification import ErrorRate, confusion
+        from ..evaluation.classification import ErrorRate, confusion, draw_confusion
         from ..files import write_atomically
         from ..model.encoder import Encoder
         from ..training.classification import Classification, ClassificationRecipe
@@ -64,7 +64,8 @@ class ClassifyTrain(Quiet):
             write_report(folder, 0.0)
         model = Encoder.load(folder, trainer.device).eval()
         found = confusion(model, examples.validation, examples.form, trainer.precision)
-        write_atomically(folder / REPORT, "# Validation examples\n\n" + found.markdown())
+        draw_confusion(found, folder / PICTURE)
+        write_atomically(folder / REPORT, f"# Validation examples\n\n{found.markdown()}\n![]({PICTURE})\n")
         print(f"{found.accuracy:.2%} of {len(examples.validation.raw):,} validation examples are right")
         print(folder / REPORT)
         if not finished:

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -12,8 +14,11 @@ from torch import Tensor
 from ..data.example_batches import in_order
 from ..data.examples import Examples, Form
 from ..errors import InputError
+from ..plots import picture
 from ..training.precision import autocast
 from .intervals import wilson
+
+WRITTEN_CLASSES = 20  # most whose counts have room in a picture
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,24 @@ class Confusion:
         lines += ["| true \\ predicted | " + " | ".join(self.classes) + " |", "|---" * (len(self.classes) + 1) + "|"]
         rows = zip(self.classes, self.counts.tolist(), strict=True)
         return "\n".join([*lines, *(f"| {name} | " + " | ".join(map(str, row)) + " |" for name, row in rows)]) + "\n"
+
+
+def draw_confusion(found: Confusion, path: Path) -> None:
+    """A picture of which classes are taken for which: a row's parts of each class, the counts written in.
+
+    Raises:
+        InputError: the path cannot be written.
+    """
+    parts = found.counts / np.maximum(found.counts.sum(1, keepdims=True), 1)
+    with picture(path, [["counts"]], 5.0) as axes:
+        axis, numbers = axes["counts"], range(len(found.classes))
+        axis.imshow(parts, cmap="Blues", vmin=0, vmax=1)
+        axis.grid(False)
+        axis.set(xticks=numbers, yticks=numbers, xticklabels=found.classes, yticklabels=found.classes)
+        axis.set(xlabel="predicted", ylabel="true", title=f"{found.accuracy:.2%} right")
+        for row, column in product(numbers, numbers) if len(found.classes) <= WRITTEN_CLASSES else ():
+            colour = "white" if parts[row, column] > 0.5 else "black"
+            axis.text(column, row, f"{found.counts[row, column]}", ha="center", va="center", color=colour)
 
 
 @torch.inference_mode()

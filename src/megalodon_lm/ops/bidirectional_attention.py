@@ -84,7 +84,5 @@ def _tile(
             scores = scores.masked_fill(hidden[:, None, None], -math.inf)
         weights = scores.softmax(-1)
     else:
-        weights = laplace(scores / (k.shape[2] if counts is None else counts))
-        if valid is not None:
-            weights = weights.masked_fill(~valid[:, None, None], 0)
+        weights = laplace(scores / (k.shape[2] if counts is None else counts))  # of padding too, whose values are 0
     return F.dropout(weights.to(v.dtype), dropout) @ v
