@@ -7,6 +7,8 @@ A checkpoint is the folder `checkpoints/step-N` of a run:
     progress.json                    step, tokens, seconds, the place in the text, fingerprints
     manifest.json                    the run's id, size and SHA-256 of each file, and a checksum of itself
 
+or, of several ranks that write each their part, what sharded_checkpoint.py says.
+
 It is written under another name, flushed to disk and renamed: it is there whole, or not at all.
 """
 
@@ -33,6 +35,9 @@ from ..model.language_model import Config
 CHECKPOINTS = "checkpoints"
 TRAINING_FILE, PROGRESS_FILE, MANIFEST_FILE = "training.safetensors", "progress.json", "manifest.json"
 CONTENTS = (WEIGHTS_FILE, CONFIG_FILE, TRAINING_FILE, PROGRESS_FILE)
+SHARDS = "shards"
+SHARDED_CONTENTS = (f"{SHARDS}/.metadata", CONFIG_FILE, PROGRESS_FILE)
+"""Of a checkpoint that many ranks have written; their own files come to it."""
 
 
 @dataclass(frozen=True)
@@ -59,32 +64,18 @@ class Checkpoint:
         Raises:
             InputError: the disk is full or the folder not writable; older checkpoints stay as they are.
         """
-        target = run / CHECKPOINTS / _name(self.step)
-        unfinished = target.with_name(f".{target.name}")
+        folder = unfinished(run, self.step)
         try:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
-        except OSError as error:
-            raise InputError(f"cannot write the checkpoint {target}: {error.strerror}") from None
-        try:
-            save_file(dict(self.weights), unfinished / WEIGHTS_FILE, metadata(self.config, self.weights))
-            save_file(dict(self.training), unfinished / TRAINING_FILE)
-            (unfinished / CONFIG_FILE).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
-            (unfinished / PROGRESS_FILE).write_text(json.dumps({**self.progress, "step": self.step}, indent=2) + "\n")
-            manifest = {"run": run_id, "step": self.step, "files": {n: digest(unfinished / n) for n in CONTENTS}}
-            (unfinished / MANIFEST_FILE).write_text(json.dumps({**manifest, "checksum": _checksum(manifest)}))
-            for name in (*CONTENTS, MANIFEST_FILE, ""):
-                flush(unfinished / name)
-            if target.exists():  # a run that went back and came here again
-                _remove(target)
-            os.replace(unfinished, target)
-            flush(target.parent)
+            prepare(folder)
+            save_file(dict(self.weights), folder / WEIGHTS_FILE, metadata(self.config, self.weights))
+            save_file(dict(self.training), folder / TRAINING_FILE)
+            files = {name: digest(folder / name) for name in (WEIGHTS_FILE, TRAINING_FILE, *describe(folder, self))}
+            return finish(folder, run_id, self.step, files)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise InputError(f"cannot write the checkpoint {target}: {reason}") from None
+            raise InputError(f"cannot write the checkpoint {run / CHECKPOINTS / _name(self.step)}: {reason}") from None
         finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        return target
+            shutil.rmtree(folder, ignore_errors=True)
 
     @classmethod
     def read(cls, path: Path, run_id: str) -> "Checkpoint":
@@ -94,16 +85,68 @@ class Checkpoint:
             InputError: naming the file that is missing, truncated, altered, or of another run.
         """
         manifest = _manifest(path, run_id)
-        for name in CONTENTS:
+        for name in manifest["files"]:
             check(path / name, manifest["files"][name])
         try:
             progress = json.loads((path / PROGRESS_FILE).read_bytes())
             _check_progress(progress)
             config = load_config(path / CONFIG_FILE)
-            weights, training = load_file(path / WEIGHTS_FILE), load_file(path / TRAINING_FILE)
+            weights, training = _tensors(path, manifest["files"])
         except (OSError, ValueError, RecursionError, SafetensorError) as error:  # written so by another version
             raise InputError(f"the checkpoint {path} cannot be understood: {error}") from None
         return cls(progress["step"], config, weights, training, progress)
+
+
+def unfinished(run: Path, step: int) -> Path:
+    """The folder in which the checkpoint of a step is written, before it gets its name."""
+    return run / CHECKPOINTS / f".{_name(step)}"
+
+
+def prepare(folder: Path) -> None:
+    """Make an unfinished checkpoint's folder, empty."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def describe(folder: Path, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Write the files without tensors; gives their names."""
+    (folder / CONFIG_FILE).write_text(json.dumps(checkpoint.config.to_dict(), indent=2) + "\n")
+    progress = {**checkpoint.progress, "step": checkpoint.step}
+    (folder / PROGRESS_FILE).write_text(json.dumps(progress, indent=2) + "\n")
+    return CONFIG_FILE, PROGRESS_FILE
+
+
+def finish(folder: Path, run_id: str, step: int, files: Mapping[str, dict[str, Any]]) -> Path:
+    """Give an unfinished checkpoint its manifest, and once all of it is on disk its name.
+
+    Args:
+        folder: of the unfinished one.
+        run_id: of the run.
+        step: of the run.
+        files: size and checksum of each, by its name in the folder.
+
+    Returns:
+        The folder under its name.
+    """
+    manifest = {"run": run_id, "step": step, "files": files}
+    (folder / MANIFEST_FILE).write_text(json.dumps({**manifest, "checksum": _checksum(manifest)}))
+    for name in (*files, MANIFEST_FILE, ""):
+        flush(folder / name)
+    target = folder.with_name(_name(step))
+    if target.exists():  # a run that went back and came here again
+        _remove(target)
+    os.replace(folder, target)
+    flush(target.parent)
+    return target
+
+
+def _tensors(path: Path, files: Mapping[str, Any]) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """Weights and training tensors of a checkpoint whose files were checked."""
+    if WEIGHTS_FILE in files:
+        return load_file(path / WEIGHTS_FILE), load_file(path / TRAINING_FILE)
+    from .sharded_checkpoint import read_shards
+
+    return read_shards(path / SHARDS)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -122,7 +165,7 @@ def is_whole(path: Path, run_id: str) -> bool:
     """Whether a checkpoint is what was written by this run."""
     try:
         manifest = _manifest(path, run_id)
-        for name in CONTENTS:
+        for name in manifest["files"]:
             check(path / name, manifest["files"][name])
     except InputError:
         return False
@@ -226,7 +269,8 @@ def _manifest(path: Path, run_id: str) -> dict[str, Any]:
     if checksum is None or checksum != _checksum(manifest):
         raise InputError(f"{file} was altered: its checksum does not match")
     files = manifest.get("files")
-    if not isinstance(files, dict) or not all(isinstance(files.get(name), dict) for name in CONTENTS):
+    kinds = (CONTENTS, SHARDED_CONTENTS)
+    if not isinstance(files, dict) or not any(all(isinstance(files.get(name), dict) for name in k) for k in kinds):
         raise InputError(f"{file} does not list {', '.join(CONTENTS)}; it is of another version")
     if manifest.get("run") != run_id:
         raise InputError(f"{file} belongs to another run, {manifest.get('run')}")
@@ -270,4 +314,4 @@ def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whose names have the prefix, without it."""
-    return {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
+    return {name.removeprefix(f"{prefix}."): tensors[name] for name in tensors if name.startswith(f"{prefix}.")}
