@@ -107,13 +107,18 @@ class State:
         return State(tree_map(_filled_up, self.parts, self.spec), self.spec, self.model)
 
     @classmethod
-    def from_tensors(cls, stored: Mapping[str, Tensor], model: StatefulModel) -> "State":
+    def from_tensors(cls, stored: Mapping[str, Tensor], model: StatefulModel, spec: Tree | None = None) -> "State":
         """The state of a model from `tensors` or `used`.
+
+        Args:
+            stored: by name.
+            model: whose state it is.
+            spec: of the state, where it is not the model's as it is here.
 
         Raises:
             InputError: the tensors are those of another model.
         """
-        spec = model.state_spec
+        spec = model.state_spec if spec is None else spec
         whole = {name: _filled_up(stored[name], leaf) for name, leaf in named(spec) if name in stored}
         _check_rows({**stored, **whole}, spec)
         tensors = iter(whole.values())

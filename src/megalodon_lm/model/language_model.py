@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..ops.linear_cross_entropy import Reduction
 from ..state import State, StatefulModel
+from ..state_spec import Tree
 
 
 class Config(Protocol):
@@ -90,6 +91,9 @@ class LanguageModel(StatefulModel, Protocol):
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights."""
+
+    def declare_state(self) -> Tree:
+        """What it carries, whole; `state_spec` is that of this process, which may hold a part of the model."""
 
     def empty_state(
         self, batch: int = 1, device: torch.device | str | None = None, dtype: torch.dtype | None = None

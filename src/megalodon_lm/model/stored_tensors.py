@@ -29,6 +29,11 @@ class StoredTensors(Mapping[str, Tensor]):
     def __init__(self, layout: Mapping[str, Tensor], read: Callable[[str], Tensor]):
         self.layout, self._read = dict(layout), read
 
+    def under(self, prefix: str) -> "StoredTensors":
+        """Those whose names begin with something, without it."""
+        layout = {name.removeprefix(prefix): t for name, t in self.layout.items() if name.startswith(prefix)}
+        return StoredTensors(layout, lambda name: self._read(prefix + name))
+
     def __getitem__(self, name: str) -> Tensor:
         return self._read(name)
 

@@ -193,4 +193,4 @@ def held_as(t: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     assert isinstance(like, DTensor)
-    return distribute_tensor(t.to(like.device), like.device_mesh, like.placements)
+    return distribute_tensor(t.to(like.device), like.device_mesh, like.placements, src_data_rank=None)  # all have it

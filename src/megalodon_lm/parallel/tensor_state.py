@@ -1,12 +1,13 @@
 """States of a model that is cut over tensor ranks: each rank has its heads, channels and groups of every row."""
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from ..model.decoder import Decoder
 from ..state import State
-from ..state_spec import TensorSpec, tree_map
+from ..state_spec import TensorSpec, named, tree_map
 
 
 def gather_state(state: State, model: Decoder, mesh: DeviceMesh) -> State:
@@ -33,6 +34,31 @@ def share_state(state: State, model: Decoder, mesh: DeviceMesh) -> State:
         return t.narrow(dim, mesh.get_local_rank() * share.shape[dim - 1], share.shape[dim - 1]).clone()
 
     return State(tree_map(take, state.parts, model.state_spec, model.declare_state()), model.state_spec)
+
+
+def distributed_state(state: State, model: Decoder, mesh: DeviceMesh) -> dict[str, Tensor]:
+    """What ranks carry together, as DTensors by name: rows over `replicate` and `shard`, and shares over `tensor`.
+
+    Of caches, only what some row on some rank uses, as in State.used.
+
+    Args:
+        state: this rank's, of as many rows as every rank has.
+        model: on every rank.
+        mesh: of mesh.DIMENSIONS.
+    """
+    tensors = state.tensors()
+    found: dict[str, Tensor] = {}
+    whole = dict(named(model.declare_state()))
+    for name, share in named(model.state_spec):
+        t = tensors[name].detach()
+        if share.fill:
+            used = tensors[f"{name.rpartition('.')[0]}.{share.fill}"].amax().clone()
+            dist.all_reduce(used, dist.ReduceOp.MAX)
+            t = t[:, : int(used)]
+        dim = _cut(share, whole[name])
+        cut: list[Placement] = [Shard(0), Shard(0), Replicate(), Replicate() if dim is None else Shard(dim)]
+        found[name] = DTensor.from_local(t.contiguous(), mesh, cut, run_check=False)
+    return found
 
 
 def _cut(share: TensorSpec, whole: TensorSpec) -> int | None:

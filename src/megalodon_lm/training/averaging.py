@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..model.language_model import LanguageModel
+from ..parallel.ranks import held_as
 
 
 class WeightAverage:
@@ -45,4 +46,4 @@ def put(model: LanguageModel, weights: Mapping[str, Tensor]) -> None:
     """Copy weights into a model, by name."""
     parameters = dict(model.named_parameters())
     for name, weight in weights.items():
-        parameters[name].copy_(weight)
+        parameters[name].copy_(weight if hasattr(weight, "full_tensor") else held_as(weight, parameters[name]))

@@ -29,8 +29,9 @@ from torch import Tensor
 from ..architectures import load_config
 from ..errors import InputError
 from ..files import check, digest, flush
-from ..model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, metadata
+from ..model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, metadata, write_model
 from ..model.language_model import Config
+from ..model.stored_tensors import StoredTensors
 
 CHECKPOINTS = "checkpoints"
 TRAINING_FILE, PROGRESS_FILE, MANIFEST_FILE = "training.safetensors", "progress.json", "manifest.json"
@@ -240,9 +241,16 @@ def newest(run: Path, run_id: str, accept_older: bool) -> tuple[Checkpoint | Non
 def export(checkpoint: Path, folder: Path) -> None:
     """Put the model of a checkpoint into a folder, as hard links where the file system has them.
 
+    Of one that many ranks have written, the shards are put together, one tensor at a time.
+
     Raises:
         InputError: the folder cannot be written.
     """
+    if (checkpoint / SHARDS).is_dir():
+        from .sharded_checkpoint import read_shards
+
+        write_model(load_config(checkpoint / CONFIG_FILE), read_shards(checkpoint / SHARDS)[0], folder)
+        return
     for name in (WEIGHTS_FILE, CONFIG_FILE):
         link = folder / f".{name}.new"
         try:
@@ -312,6 +320,8 @@ def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, 
     yield from ((f"{prefix}.{name}", t) for name, t in tensors.items())
 
 
-def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names have the prefix, without it."""
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors whose names have the prefix, without it; those that are in files stay there."""
+    if isinstance(tensors, StoredTensors):
+        return tensors.under(f"{prefix}.")
     return {name.removeprefix(f"{prefix}."): tensors[name] for name in tensors if name.startswith(f"{prefix}.")}

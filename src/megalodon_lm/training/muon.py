@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..parallel.ranks import held_as, whole
+
 # Polynomials a x + b x^3 + c x^5, each the one that comes nearest to 1 on what those before it make of [0.01, 1]
 # (minimax, by linear programming; after Amsel et al. 2025, arXiv 2505.16932). Five of them taught no better than three.
 _STEPS = (
@@ -40,6 +42,7 @@ class Muon(torch.optim.AdamW):
 
     A matrix (fan_out, fan_in) takes a step of size lr * sqrt(max(1, fan_out / fan_in)) in every direction at once
     (Jordan et al. 2024, Muon; momentum as Nesterov's). Its decay is decoupled, as in AdamW.
+    A matrix of which ranks hold shares is gathered, and every rank orthogonalises the whole of it.
 
     Args:
         groups: of parameters, each with its lr and weight_decay; those of matrices with `momentum`.
@@ -79,6 +82,6 @@ class Muon(torch.optim.AdamW):
         if not state:
             state["momentum"] = torch.zeros_like(weight)
         momentum = state["momentum"].lerp_(gradient, 1 - group["momentum"])
-        direction = orthogonalized(gradient.lerp(momentum, group["momentum"]), self._dtype)
+        direction = orthogonalized(whole(gradient.lerp(momentum, group["momentum"])), self._dtype)
         size = group["lr"] * max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5
-        weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-size)
+        weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(held_as(direction, weight), alpha=-size)

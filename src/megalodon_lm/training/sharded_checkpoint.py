@@ -146,8 +146,5 @@ def read_shards(folder: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor
             dcp.load({name: tensor}, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
         return tensor
 
-    def part(prefix: str) -> StoredTensors:
-        names = {name.removeprefix(f"{prefix}."): name for name in layout if name.startswith(f"{prefix}.")}
-        return StoredTensors({short: layout[name] for short, name in names.items()}, lambda short: read(names[short]))
-
-    return part(WEIGHTS), part(TRAINING)
+    stored = StoredTensors(layout, read)
+    return stored.under(f"{WEIGHTS}."), stored.under(f"{TRAINING}.")
