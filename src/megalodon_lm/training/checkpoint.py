@@ -145,7 +145,7 @@ def _tensors(path: Path, files: Mapping[str, Any]) -> tuple[Mapping[str, Tensor]
     """Weights and training tensors of a checkpoint whose files were checked."""
     if WEIGHTS_FILE in files:
         return load_file(path / WEIGHTS_FILE), load_file(path / TRAINING_FILE)
-    from .sharded_checkpoint import read_shards
+    from .shards import read_shards
 
     return read_shards(path / SHARDS)
 
@@ -247,7 +247,7 @@ def export(checkpoint: Path, folder: Path) -> None:
         InputError: the folder cannot be written.
     """
     if (checkpoint / SHARDS).is_dir():
-        from .sharded_checkpoint import read_shards
+        from .shards import read_shards
 
         write_model(load_config(checkpoint / CONFIG_FILE), read_shards(checkpoint / SHARDS)[0], folder)
         return

@@ -10,16 +10,13 @@ All ranks write into a folder of another name; when all are done, the first one 
 disk that is full, leaves the checkpoint before as it was.
 """
 
-import pickle
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -27,11 +24,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ..errors import InputError
 from ..files import digest, flush
-from ..model.stored_tensors import StoredTensors
 from .checkpoint import SHARDS, Checkpoint, describe, finish, prefixed, prepare, unfinished
 
 T = TypeVar("T")
-WEIGHTS, TRAINING = "weights", "training"
 
 
 @dataclass(frozen=True)
@@ -68,7 +63,7 @@ class ShardedCheckpoint(Checkpoint):
 
     def _save(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         writer = dcp.FileSystemWriter(folder, sync_files=True)
-        with _one_process_is_fine():
+        with one_process_is_fine():
             dcp.save(tensors, storage_writer=writer, process_group=self.group, no_dist=not dist.is_initialized())
 
     def _digests(self, folder: Path, first: bool) -> dict[str, dict[str, Any]]:
@@ -115,36 +110,3 @@ class ShardedCheckpoint(Checkpoint):
 
 def _reason(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or error)
-
-
-@contextmanager
-def _one_process_is_fine() -> Iterator[None]:
-    """PyTorch warns where there is no process group."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        yield
-
-
-def read_shards(folder: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-    """The weights and the training tensors of a sharded checkpoint, whole, each read when it is asked for.
-
-    Args:
-        folder: with the shards, whose checksums were checked.
-
-    Raises:
-        ValueError: written by another version.
-    """
-    try:
-        about: Any = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    except (pickle.UnpicklingError, AttributeError, EOFError, ImportError) as error:
-        raise ValueError(f"{folder / '.metadata'}: {error}") from None
-    layout = {n: torch.empty(a.size, dtype=a.properties.dtype, device="meta") for n, a in about.items()}
-
-    def read(name: str) -> Tensor:
-        tensor = torch.empty_like(layout[name], device="cpu")
-        with _one_process_is_fine():
-            dcp.load({name: tensor}, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
-        return tensor
-
-    stored = StoredTensors(layout, read)
-    return stored.under(f"{WEIGHTS}."), stored.under(f"{TRAINING}.")
