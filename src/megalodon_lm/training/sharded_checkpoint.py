@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ..errors import InputError
 from ..files import digest, flush
 from .checkpoint import SHARDS, Checkpoint, describe, finish, prefixed, prepare, unfinished
+from .shards import TRAINING, WEIGHTS, one_process_is_fine
 
 T = TypeVar("T")
 
