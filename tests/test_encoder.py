@@ -234,10 +234,8 @@ def test_native_and_portable_paths_agree():
         torch.testing.assert_close(a.double(), e, rtol=2e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-    "choices",
-    ["tokens", pytest.param("laplace", marks=pytest.mark.slow), pytest.param("forward", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("choices", ["tokens", "laplace", "forward"])
 def test_one_graph_computes_what_the_model_does(choices):
     torch.manual_seed(0)
     model = Encoder(EncoderConfig.named("encoder_tiny", **{**CHOICES[choices], "num_layers": 1}))
