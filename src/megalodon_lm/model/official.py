@@ -119,16 +119,20 @@ def write_official(
     if dtype not in names:
         raise InputError(f"weights of {dtype} have no name in the authors' format; it knows {', '.join(_DTYPES)}")
     for rank, path in enumerate(_part_files(folder, parts)):
-        part = {n: _cut(n, tensors[n].detach().cpu(), parts, rank).to(dtype) for n in tensors}
-        part |= {n: _cut(n, t, parts, rank) for n, t in _buffers(config, dtype).items()}
-        if config.share_emb:
-            part["output.output.weight"] = part["embed.weight"]
         with replacing(path) as file:
-            torch.save(part, file)
+            torch.save(_part(config, tensors, parts, rank), file)
     tokenizer = {"path": str((folder / TOKENIZER_FILE).resolve()), "additional_vocab_size": unnamed_tokens}
     of_parts = {"model_parallel_size": parts, "dtype": names[dtype]}
     write_atomically(folder / CONFIG_FILE, json.dumps({"model": values, "tokenizer": tokenizer}, indent=2) + "\n")
     write_atomically(folder / PARTS_FILE, json.dumps(of_parts) + "\n")  # last: it makes the folder a checkpoint
+
+
+def _part(config: ModelConfig, tensors: Mapping[str, Tensor], parts: int, rank: int) -> dict[str, Tensor]:
+    """The state dict of one part."""
+    dtype = tensors["embed.weight"].dtype
+    made = {n: _cut(n, tensors[n].detach().cpu(), parts, rank).to(dtype) for n in tensors}
+    made |= {n: _cut(n, t, parts, rank) for n, t in _buffers(config, dtype).items()}
+    return made | ({"output.output.weight": made["embed.weight"]} if config.share_emb else {})
 
 
 def _part_files(folder: Path, parts: int) -> list[Path]:
