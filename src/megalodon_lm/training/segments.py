@@ -35,7 +35,7 @@ class SegmentedPass:
 
     def __call__(self, batch: Batch, state: State | None, learnt: int) -> Passed:
         """See Pass."""
-        return self.through(list(_cut(batch, self.length)), state, learnt)
+        return self.through(list(cut(batch, self.length)), state, learnt)
 
     def through(self, segments: Sequence[Batch], state: State | None, learnt: int) -> Passed:
         """As one batch, segments that follow each other.
@@ -122,7 +122,7 @@ def build_pass(forward: Forward, recipe: TrainingRecipe) -> Pass:
     return SegmentedPass(forward, recipe.segment) if recipe.segment else OnePass(forward)
 
 
-def _cut(batch: Batch, length: int) -> Iterator[Batch]:
+def cut(batch: Batch, length: int) -> Iterator[Batch]:
     """A batch in segments."""
     for at in range(0, batch.inputs.shape[1], length):
         some = slice(at, at + length)
