@@ -8,6 +8,7 @@ each with the State of the one before it, detached, in turns; the cost is time o
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -32,6 +33,7 @@ from megalodon_lm.training.passes import Forward, OnePass
 from megalodon_lm.training.precision import choose_precision
 from megalodon_lm.training.segments import SegmentedPass, cut
 
+GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # of glibc
 CPU = torch.device("cpu")
 
 
@@ -49,6 +51,8 @@ class LongGradients:
     """Of the documents."""
     rounds: int = 2
     """In which plain segments and whole documents take turns; 0 for memory alone."""
+    keep: bool = False
+    """Keep the memory of freed tensors, as trainings do: faster, with gaps. Otherwise it goes back at once."""
     json: Path | None = None
     """File for the figures."""
     only: int = 0
@@ -57,7 +61,8 @@ class LongGradients:
 
 def step(settings: LongGradients, length: int) -> dict[str, Any]:
     """One document: bytes beyond what was there before, and seconds of the processor by the token of both ways."""
-    keep_freed_memory()
+    if settings.keep:
+        keep_freed_memory()
     changes = dict(change.split("=", 1) for change in settings.set)
     config = ModelConfig.named(settings.size, **{k: parse_value(v, k) for k, v in changes.items()})
     torch.manual_seed(0)
@@ -98,7 +103,9 @@ def main(settings: LongGradients) -> None:
         command = [sys.executable, __file__, "--only", str(length), "--size", settings.size]
         command += ["--segment", str(settings.segment), "--rounds", str(settings.rounds)]
         command += ["--set", *settings.set] if settings.set else []
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        command += ["--keep"] if settings.keep else []
+        environment = os.environ | ({} if settings.keep else GIVING_BACK)
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
         found.append(json.loads(done.stdout.splitlines()[-1]))
     table = Table(
         "tokens", "peak beyond the model", "us a token, plain segments", "whole", "ratio",

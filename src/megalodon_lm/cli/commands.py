@@ -17,6 +17,7 @@ from .evaluate import Evaluate
 from .generate import Generate
 from .info import Info
 from .options import Quiet, joined, options_of_many
+from .plan import PlanCommand
 from .prepare import Prepare
 from .quickstart import Quickstart
 from .read import Read
@@ -38,6 +39,7 @@ Command = (
     | Annotated[Classify, subcommand("classify")]
     | Annotated[Bench, subcommand("bench")]
     | Annotated[Info, subcommand("info")]
+    | Annotated[PlanCommand, subcommand("plan")]
     | Annotated[Convert, subcommand("convert")]
 )
 COMMANDS = {get_args(choice)[1].name: choice for choice in get_args(Command)}
