@@ -102,7 +102,7 @@ def test_a_text_of_any_length_is_scored_whole():
     assert found == pytest.approx(-losses.sum().item(), rel=1e-5)
     assert nothing == 0
     assert lm.reader.work.computed == lm.reader.work.anew == 5000
-    assert lm.out_of_sight.requests == 0
+    assert lm.cut.requests == 0
     first = lm.loglikelihood(requests((text, "a")))
     assert first != lm.loglikelihood(requests(("b" + text[1:], "a")))  # even its first letter counts
 
@@ -132,12 +132,30 @@ def test_a_chat_is_one_as_in_training():
     ]  # fmt: skip
 
 
-def test_what_a_window_hides_is_said():
+def test_what_a_window_has_no_room_for_is_cut_and_said():
     small = build(replace(made("llama").config, window=64)).eval()
     lm = HarnessModel(small, BYTES, "float32")
-    lm.loglikelihood(requests((TEXT[:50], "abc"), (TEXT[:100], "abc")))
-    lm.generate_until(requests((TEXT[:80], {"max_gen_toks": 1})))
-    assert (lm.out_of_sight.requests, lm.out_of_sight.tokens) == (2, 1 + 100 + 3 - 64 + 1 + 80 - 64)
+    long, short = lm.loglikelihood(requests((TEXT[:100], "abc"), (TEXT[:50], "abc")))
+    assert (lm.cut.requests, lm.cut.tokens) == (1, 101 + 2 - 64)
+    with torch.no_grad():
+        logits, _ = small(torch.from_numpy(BYTES.encode(TEXT[:100] + "abc")[-65:-1])[None])
+    expected = logits[0, -3:].log_softmax(-1)[torch.arange(3), torch.tensor(list(b"abc"))].sum().item()
+    assert long[0] == pytest.approx(expected, abs=1e-4)
+    assert short != long
+    lm.generate_until(requests((TEXT[:80], {"max_gen_toks": 4})))
+    assert (lm.cut.requests, lm.cut.tokens) == (2, 39 + 21)
+    with pytest.raises(InputError, match="a window of 64 tokens has no room for 256 behind a context"):
+        lm.generate_until(requests((TEXT[:80], {})))
+    (rolled,) = lm.loglikelihood_rolling(requests((TEXT[:150],)))
+    tokens = torch.from_numpy(BYTES.encode(TEXT[:150], begin=True))
+    nats = 0.0
+    for at in (0, 64, 128):
+        row = tokens[None, at : at + 65]
+        with torch.no_grad():
+            losses, _ = small(row[:, :-1], targets=row[:, 1:], reduction="none")
+        nats += losses.sum().item()
+    assert rolled == pytest.approx(-nats, rel=1e-5)
+    assert (lm.cut.requests, lm.cut.tokens) == (3, 39 + 21 + 86)
 
 
 def test_tasks_give_results():

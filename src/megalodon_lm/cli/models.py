@@ -43,3 +43,36 @@ def load_trained(folder: Path, device: str) -> "tuple[LanguageModel, Tokenizer]"
             "put the tokenizer.json or tokenizer.model of the model into the folder"
         )
     return model, tokenizer
+
+
+def load_readable(name: Path, device: str) -> "tuple[LanguageModel, Tokenizer]":
+    """As load_trained, also from a folder of transformers or a GGUF file.
+
+    Raises:
+        InputError: as load_trained, or what transformers cannot load, or it is not installed.
+    """
+    from ..model.checkpoint import config_values
+    from ..ops.device import choose_device
+
+    if name.suffix != ".gguf" and not (name / "config.json").is_file():
+        return load_trained(name, device)
+    if name.suffix != ".gguf" and "model_type" not in config_values(name):
+        return load_trained(name, device)
+    try:
+        from ..hub.transformers_model import load_transformers
+    except ImportError:
+        raise InputError(f"{name} is a model of transformers; pip install 'megalodon-lm[hf]'") from None
+    import torch
+
+    return load_transformers(name, choose_device(device), torch.float32 if device == "cpu" else "auto")
+
+
+def begins(model: "LanguageModel", tokenizer: "Tokenizer") -> bool:
+    """Whether the begin token stood before every text in training: yes, but where a tokenizer of others puts none."""
+    if model.config.architecture != "transformers":
+        return True
+    import tokenizers
+
+    content = getattr(tokenizer, "content", None)
+    assert content is not None
+    return tokenizers.Tokenizer.from_buffer(content).encode("a").ids[:1] == [tokenizer.begin]

@@ -28,7 +28,7 @@ class Tasks(Quiet):
     """Names with commas between them: mmlu, boolq, hellaswag, piqa, siqa, winogrande, arc_easy, arc_challenge, nq_open
     and triviaqa, for all of which paper stands, lambada, and whatever else the harness knows."""
     model: Positional[Path]
-    """A run folder or a saved model."""
+    """A run folder, a saved model, a folder of transformers, or a GGUF file."""
     shots: int | None = None
     """Solved examples in each prompt; nothing for 5 in mmlu, nq_open and triviaqa, as the paper's table has it, and 0
     elsewhere."""
@@ -42,6 +42,9 @@ class Tasks(Quiet):
     """Of the model in tables; nothing for that of its folder."""
     chat: bool = False
     """Put each question as a turn of a chat."""
+    begin: bool | None = None
+    """Put the begin token before every prompt; nothing for as the model was trained: a native one with it, one of
+    transformers as its tokenizer does."""
     seed: int = 1234
     """Of the solved examples that are drawn."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
@@ -69,31 +72,34 @@ class Tasks(Quiet):
         from ..evaluation.task_definitions import Definitions
         from ..files import RESULTS, check_writable
         from ..training.precision import choose_precision
-        from .models import load_trained
+        from .models import begins, load_readable
         from .progress import console, progress_bar, results
 
         if self.out is not None:
             check_writable(self.out, RESULTS)
         definitions = Definitions([name for name in self.tasks.split(",") if name], self.data)
-        model, tokenizer = load_trained(self.model, self.device)
+        model, tokenizer = load_readable(self.model, self.device)
         precision = choose_precision(self.precision, torch.device(self.device))
-        settings = {"seed": self.seed, "limit": self.limit, "precision": precision, "chat": self.chat}
+        begin = begins(model, tokenizer) if self.begin is None else self.begin
+        settings = {
+            "seed": self.seed, "limit": self.limit, "precision": precision, "chat": self.chat, "begin": begin,
+        }  # fmt: skip
         made = Results(self.name or self.model.resolve().name, identify(model, tokenizer), settings, [])
         with progress_bar("tasks", len(definitions.names)) as move:
 
             def watch(done: int, total: int) -> None:
                 move(len(made.tasks) + done / total, f"{done:,} of {total:,} requests")
 
-            lm = HarnessModel(model, tokenizer, precision, watch=watch)
+            lm = HarnessModel(model, tokenizer, precision, begin, watch)
             for found in ask(lm, definitions, self.shots, self.limit, self.seed, self.chat):
                 made.tasks.append(found)
                 move(len(made.tasks), found.task)
                 if left := found.notes.get("left out"):
                     console.print(f"{found.task}: {len(left)} parts have no local copy and are left out")
-                if beyond := found.notes.get("beyond the window"):
+                if cut := found.notes.get("cut at the window"):
                     console.print(
-                        f"{found.task}: in {beyond['requests']:,} requests {beyond['tokens']:,} tokens were beyond the "
-                        "model's window"
+                        f"{found.task}: {cut['tokens']:,} tokens of {cut['requests']:,} requests had no room in the "
+                        "model's window and were left out"
                     )
                 if self.out is not None:
                     made.save(self.out)

@@ -26,8 +26,8 @@ _END = "\ue0e0"  # stands for the end token in a chat, which no text can spell; 
 
 
 @dataclass
-class OutOfSight:
-    """What a model with a window no longer saw of what it was asked after."""
+class Cut:
+    """What a model with a window was not given of what it was asked."""
 
     requests: int = 0
     tokens: int = 0
@@ -54,7 +54,7 @@ class HarnessModel(TemplateLM):
     ):
         super().__init__()
         self.reader = Reader(model, tokenizer, precision)
-        self.out_of_sight = OutOfSight()
+        self.cut = Cut()
         self._window = window_of(model)
         self._tokenizer, self._begin, self._watch = tokenizer, begin, watch
 
@@ -101,31 +101,40 @@ class HarnessModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         done = 0
-        for numbers, context in self._read([context for _, context, _ in requests]):
+        for numbers, context in self._read([self._fitted(before, len(behind) - 1) for _, before, behind in requests]):
             for together in _parts(numbers, TOGETHER):
                 continuations = [np.array(requests[n][2], np.int64) for n in together]
                 for number, score in zip(together, self.reader.score(context, continuations), strict=True):
                     found[number] = score.log_likelihood, score.greedy
                     self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
-                self._note([context.position + len(c) for c in continuations])
             done += len(numbers)
             self._watch(done, len(requests))
         return found
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-        """See LM.loglikelihood_rolling; every token is seen with all that came before it, in constant memory."""
+        """See LM.loglikelihood_rolling; every token with all that came before it, in constant memory."""
         found = []
         for done, request in enumerate(requests, 1):
             (text,) = request.args
-            tokens = np.array([self.prefix_token_id, *self.tok_encode(text, add_special_tokens=False)], np.int64)
-            context, scored = self.reader.read(tokens), len(tokens) - 1
-            found.append(-(context.loss() or 0.0) * scored)
-            self.reader.work.computed += context.waiting - 1
-            self.reader.work.anew += scored
-            self._note([len(tokens)])
+            found.append(self._rolling(self.tok_encode(text, add_special_tokens=False)))
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, found[-1])
             self._watch(done, len(requests))
         return found
+
+    def _rolling(self, tokens: list[int]) -> float:
+        """Log-likelihood of a text; by windows, each behind the last token of the one before, where there is one."""
+        whole = np.array([self.prefix_token_id, *tokens], np.int64)
+        if self._window is not None and len(tokens) > self._window:
+            self.cut.requests += 1
+            self.cut.tokens += len(tokens) - self._window
+            places = range(0, len(tokens), self._window)
+            contexts = [self.reader.read(whole[at : at + 1]) for at in places]
+            behind = [whole[at + 1 : at + 1 + self._window] for at in places]
+            return sum(self.reader.score(c, [b])[0].log_likelihood for c, b in zip(contexts, behind, strict=True))
+        context = self.reader.read(whole)
+        self.reader.work.computed += context.waiting - 1
+        self.reader.work.anew += len(tokens)
+        return -(context.loss() or 0.0) * len(tokens)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         """See LM.generate_until: the likeliest token each time.
@@ -139,11 +148,11 @@ class HarnessModel(TemplateLM):
             wanted.setdefault(_settings(request.args[1]), []).append(number)
         done = 0
         for (stop, most), asked in wanted.items():
-            contexts = self._read([self.tok_encode(requests[n].args[0]) or [self.prefix_token_id] for n in asked])
+            prompts = [self.tok_encode(requests[n].args[0]) or [self.prefix_token_id] for n in asked]
+            contexts = self._read([self._fitted(prompt, most) for prompt in prompts])
             pairs = ((asked[place], context) for places, context in contexts for place in places)
             for together in _parts(pairs, WRITTEN_TOGETHER):
                 texts = self.reader.write([context for _, context in together], most, stop)
-                self._note([context.position for _, context in together])
                 for (number, _), text in zip(together, texts, strict=True):
                     found[number] = text
                     self.cache_hook.add_partial("generate_until", requests[number].args, text)
@@ -161,11 +170,18 @@ class HarnessModel(TemplateLM):
         for which, context in self.reader.each([arrays[same[0]] for same in distinct]):
             yield distinct[which], context
 
-    def _note(self, lengths: Iterable[int]) -> None:
-        """Count what is beyond the window of a model that has one."""
-        beyond = [n - self._window for n in lengths if self._window is not None and n > self._window]
-        self.out_of_sight.requests += len(beyond)
-        self.out_of_sight.tokens += sum(beyond)
+    def _fitted(self, context: list[int], room: int) -> list[int]:
+        """A context, or its end, that leaves room for so many tokens in the model's window, if it has one.
+
+        Raises:
+            InputError: not one token of it has room.
+        """
+        over = 0 if self._window is None else max(0, len(context) + room - self._window)
+        if over >= len(context):
+            raise InputError(f"a window of {self._window:,} tokens has no room for {room:,} behind a context")
+        self.cut.requests += over > 0
+        self.cut.tokens += over
+        return context[over:]
 
 
 def _settings(given: dict[str, Any]) -> tuple[tuple[str, ...], int]:

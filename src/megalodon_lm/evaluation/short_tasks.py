@@ -11,7 +11,7 @@ import torch
 from lm_eval.evaluator import evaluate
 
 from ..errors import InputError
-from .harness import HarnessModel, OutOfSight
+from .harness import Cut, HarnessModel
 from .read_once import Work
 from .results import Score, TaskResult
 from .results_table import published
@@ -53,14 +53,14 @@ def ask(
         alone = [(one, {"tasks": {one: task}}) for one, task in loaded["tasks"].items()]
         for part, tasks in [(name, loaded)] if loaded.get("groups") else alone:
             began = time.perf_counter()
-            lm.reader.work, lm.out_of_sight = Work(), OutOfSight()
+            lm.reader.work, lm.cut = Work(), Cut()
             found = evaluate(
                 lm, tasks, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=False, apply_chat_template=chat,
                 fewshot_as_multiturn=chat,
             )  # fmt: skip
             assert found is not None
-            beyond = asdict(lm.out_of_sight) if lm.out_of_sight.requests else None
-            notes = {"left out": definitions.left_out.get(name), "beyond the window": beyond}
+            cut = asdict(lm.cut) if lm.cut.requests else None
+            notes = {"left out": definitions.left_out.get(name), "cut at the window": cut}
             yield _result(part, found, time.perf_counter() - began, lm.reader.work, notes)
 
 
