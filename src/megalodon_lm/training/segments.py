@@ -6,7 +6,7 @@ segment after it has handed on, go back together, to the weights and to the entr
 the State, so the sum over segments is the gradient of one pass; documents packed into a row part by themselves.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,11 +44,12 @@ class SegmentedPass:
             segments: of any lengths.
             state, learnt: see Pass.
         """
-        entries, numbers = [state], [_RandomNumbers.now(self.forward.device)]
+        entries, shelf = [state], _Shelf(len(segments))
+        numbers = [_RandomNumbers.now(self.forward.device).map(shelf.put)]
         with torch.no_grad():
             for segment in segments[:-1]:
-                entries.append(self.forward.state(segment, _whole(entries[-1])).compacted())
-                numbers.append(_RandomNumbers.now(self.forward.device))
+                entries.append(self.forward.state(segment, _whole(entries[-1])).compacted().map(shelf.put))
+                numbers.append(_RandomNumbers.now(self.forward.device).map(shelf.put))
         loss, gradients = 0.0, Gradients()
         for at in reversed(range(len(segments))):
             numbers[at].put_back()
@@ -93,6 +94,26 @@ class SegmentedPass:
         return loss.item() * share, after.detach(), {n: t.grad for n, t in before.items() if t.grad is not None}
 
 
+class _Shelf:
+    """Small tensors that come once for each segment, side by side: each by itself would lie where activations do, which
+    then find gaps too small for them in a process that keeps freed memory.
+
+    Args:
+        count: of segments.
+    """
+
+    def __init__(self, count: int):
+        self.count = count
+        self._free: dict[tuple[torch.dtype, torch.device, torch.Size], list[Tensor]] = {}
+
+    def put(self, t: Tensor) -> Tensor:
+        """A copy in its place."""
+        kind = (t.dtype, t.device, t.shape)
+        if not self._free.get(kind):
+            self._free[kind] = list(t.new_empty(self.count, *t.shape).unbind())
+        return self._free[kind].pop().copy_(t)
+
+
 @dataclass(frozen=True)
 class _RandomNumbers:
     """Where the random numbers of the CPU and of a device are, so that dropout can be drawn once more."""
@@ -106,10 +127,13 @@ class _RandomNumbers:
         cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return cls(device, torch.get_rng_state(), cuda)
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> "_RandomNumbers":
+        return _RandomNumbers(self.device, change(self.cpu), None if self.cuda is None else change(self.cuda))
+
     def put_back(self) -> None:
-        torch.set_rng_state(self.cpu)
+        torch.set_rng_state(self.cpu.clone())  # which takes no part of a larger tensor
         if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda, self.device)
+            torch.cuda.set_rng_state(self.cuda.clone(), self.device)
 
 
 def build_pass(forward: Forward, recipe: TrainingRecipe) -> Pass:
