@@ -67,9 +67,12 @@ def bidirectional_attention(
     return joined
 
 
-def laplace(scores: Tensor) -> Tensor:
-    """0.5 (1 + erf((s - mean) / (deviation sqrt(2)))): the distribution function of a normal one that fits relu^2."""
-    return 0.5 * (1 + torch.erf((scores - LAPLACE_MEAN) / (LAPLACE_DEVIATION * math.sqrt(2))))
+def laplace(scores: Tensor, counts: Tensor | int) -> Tensor:
+    """0.5 (1 + erf((s / counts - mean) / (deviation sqrt(2)))): the distribution of a normal one that fits relu^2."""
+    width = LAPLACE_DEVIATION * math.sqrt(2)
+    shift, half = (torch.full((), c, dtype=scores.dtype, device=scores.device) for c in (-LAPLACE_MEAN / width, 0.5))
+    factor = torch.full((), 1 / width, dtype=scores.dtype, device=scores.device) / counts
+    return torch.add(half, torch.erf(torch.addcmul(shift, scores, factor)), alpha=0.5)  # as few passes as can be
 
 
 def _tile(
@@ -84,5 +87,5 @@ def _tile(
             scores = scores.masked_fill(hidden[:, None, None], -math.inf)
         weights = scores.softmax(-1)
     else:
-        weights = laplace(scores / (k.shape[2] if counts is None else counts))  # of padding too, whose values are 0
+        weights = laplace(scores, k.shape[2] if counts is None else counts)  # of padding too, whose values are 0
     return F.dropout(weights.to(v.dtype), dropout) @ v
