@@ -62,11 +62,11 @@ class Ranks:
         """Until all are here."""
 
     def all_rows(self, state: State | None) -> State | None:
-        """The State of all rows of a batch, on every rank."""
+        """The State of all rows of a batch and of the whole model, on every rank."""
         return state
 
     def own_rows(self, state: State | None) -> State | None:
-        """Of the State of all rows, that of this rank's."""
+        """Of the State of all rows, that of this rank's, as its part of the model has it."""
         return None if state is None else state.select(list(self.rows(state.batch_size)))
 
     @contextlib.contextmanager
@@ -109,6 +109,7 @@ class Together(Ranks):
         from .chunk import ChunkParallel
 
         parallelize(model, self.mesh, compile_blocks)
+        self.model: Any = model
         chunk = self.mesh["chunk"]
         if chunk.size() == 1:
             return model
@@ -143,13 +144,27 @@ class Together(Ranks):
         self.dist.barrier()
 
     def all_rows(self, state: State | None) -> State | None:
-        if state is None or self.mesh["replicate"].size() * self.mesh["shard"].size() == 1:
+        if state is None:
+            return None
+        if self.mesh["tensor"].size() > 1:
+            from .tensor_state import gather_state
+
+            state = gather_state(state, self.model, self.mesh["tensor"])
+        if self.mesh["replicate"].size() * self.mesh["shard"].size() == 1:
             return state
         for name in ("shard", "replicate"):  # neighbours first: rows are counted so
             states: list[Any] = [None] * self.mesh[name].size()
             self.dist.all_gather_object(states, state.detach().to("cpu"), group=self.mesh[name].get_group())
             state = State.cat(states)
         return state
+
+    def own_rows(self, state: State | None) -> State | None:
+        state = super().own_rows(state)
+        if state is None or self.mesh["tensor"].size() == 1:
+            return state
+        from .tensor_state import share_state
+
+        return share_state(state, self.model, self.mesh["tensor"])
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
