@@ -22,6 +22,7 @@ from megalodon_lm.training.recipe import TrainingRecipe
 from megalodon_lm.training.sharded_checkpoint import ShardedCheckpoint
 from megalodon_lm.training.snapshot import capture_shares, reinstate
 
+from .processes import megalodon
 from .ranks import run_ranks
 from .test_cut_invariant import CHUNK, build
 
@@ -189,6 +190,13 @@ def test_its_model_is_consolidated_into_a_folder_like_any_other(run, tmp_path):
     training.losses(3)
     for name, weight in training.average.weights.items():
         torch.testing.assert_close(model.get_parameter(name).detach(), weight, rtol=1e-10, atol=1e-12)
+
+
+def test_the_command_converts_it(run, tmp_path):
+    path = run / "checkpoints" / "step-00000003"
+    assert megalodon("convert", path, "--to", "native", "--out", tmp_path / "model").returncode == 0
+    export(path, tmp_path)
+    assert Megalodon.load(tmp_path / "model").fingerprint() == Megalodon.load(tmp_path).fingerprint()
 
 
 def lost(rank, run, at):

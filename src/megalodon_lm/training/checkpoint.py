@@ -79,8 +79,12 @@ class Checkpoint:
             shutil.rmtree(folder, ignore_errors=True)
 
     @classmethod
-    def read(cls, path: Path, run_id: str) -> "Checkpoint":
+    def read(cls, path: Path, run_id: str | None) -> "Checkpoint":
         """Read and check a checkpoint.
+
+        Args:
+            path: its folder.
+            run_id: of its run; None for any.
 
         Raises:
             InputError: naming the file that is missing, truncated, altered, or of another run.
@@ -148,6 +152,21 @@ def _tensors(path: Path, files: Mapping[str, Any]) -> tuple[Mapping[str, Tensor]
     from .shards import read_shards
 
     return read_shards(path / SHARDS)
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether a folder is a checkpoint that many ranks have written."""
+    return (path / SHARDS).is_dir() and (path / MANIFEST_FILE).is_file()
+
+
+def open_sharded(path: Path) -> tuple[Config, Mapping[str, Tensor]]:
+    """The configuration and the weights of such a checkpoint, of whatever run, put together when they are asked for.
+
+    Raises:
+        InputError: naming the file that is missing, truncated or altered.
+    """
+    checkpoint = Checkpoint.read(path, None)
+    return checkpoint.config, checkpoint.weights
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -265,7 +284,7 @@ def export(checkpoint: Path, folder: Path) -> None:
             raise InputError(f"cannot write {folder / name}: {error.strerror}") from None
 
 
-def _manifest(path: Path, run_id: str) -> dict[str, Any]:
+def _manifest(path: Path, run_id: str | None) -> dict[str, Any]:
     file = path / MANIFEST_FILE
     try:
         manifest = json.loads(file.read_bytes())
@@ -280,7 +299,7 @@ def _manifest(path: Path, run_id: str) -> dict[str, Any]:
     kinds = (CONTENTS, SHARDED_CONTENTS)
     if not isinstance(files, dict) or not any(all(isinstance(files.get(name), dict) for name in k) for k in kinds):
         raise InputError(f"{file} does not list {', '.join(CONTENTS)}; it is of another version")
-    if manifest.get("run") != run_id:
+    if run_id is not None and manifest.get("run") != run_id:
         raise InputError(f"{file} belongs to another run, {manifest.get('run')}")
     if path.name != _name(manifest.get("step")):
         raise InputError(f"{file} belongs to step {manifest.get('step')}")
