@@ -101,7 +101,7 @@ def test_computed_tokens_are_counted(monkeypatch):
     st.lists(st.lists(st.integers(0, 1), max_size=5), min_size=1, max_size=5),
     st.integers(0, 1),
 )
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_every_text_is_read_once_whatever_they_share(branches, shared_pieces):
     """Texts of a tree that branches at random, some the same, some the beginning of others."""
     stems = [BYTES.encode(TEXT[at : at + 300]) for at in (0, 1000)]
@@ -118,6 +118,17 @@ def test_every_text_is_read_once_whatever_they_share(branches, shared_pieces):
     assert seen == set(range(len(texts)))
     pieces = {t[:end].tobytes() for t in texts for end in range(512, len(t), 512)}
     assert small.work.computed == 512 * len(pieces)
+
+
+def test_texts_that_part_at_several_places():
+    """One at the end of what another two share, and one before that: what all share is read once."""
+    begin = BYTES.encode(TEXT[:2000], begin=True)
+    small = reader("llama")
+    found = [
+        c.position for _, c in small.each([np.append(begin, BYTES.encode(end)) for end in ("aab", "aac", "ad", "b")])
+    ]
+    assert found == [2004, 2004, 2003, 2002]
+    assert small.work.computed == 512 * 3
 
 
 def test_a_window_is_known():

@@ -108,14 +108,15 @@ class Reader:
         order = sorted(range(len(texts)), key=keys.__getitem__)
         common = [_common(texts[a], texts[b]) for a, b in pairwise(order)]
         trunks: list[tuple[int, Context | None]] = [(0, after)]  # each read so far, the beginning of the next
-        for number, before, behind in zip(order, [0, *common], [*common, 0], strict=True):
-            while trunks[-1][0] > before:
+        for place, number in enumerate(order):
+            while place and trunks[-1][0] > common[place - 1]:
                 trunks.pop()
             begun, trunk = trunks[-1]
-            if behind > begun:
-                trunk = self.read(texts[number][begun:behind], trunk)
-                trunks.append((behind, trunk))
-            yield number, self.read(texts[number][max(begun, behind) :], trunk)
+            for fork in _forks(common[place:], begun):
+                trunk = self.read(texts[number][begun:fork], trunk)
+                trunks.append((fork, trunk))
+                begun = fork
+            yield number, self.read(texts[number][begun:], trunk)
 
     @torch.no_grad()
     def score(self, context: Context, continuations: Sequence[np.ndarray]) -> list[Score]:
@@ -176,6 +177,22 @@ class Reader:
         """What was computed for continuations, of which nobody reads the last token."""
         self.work.computed += finished + steps
         self.work.anew += sum(c.position + n - 1 for c, n in zip(contexts, lengths, strict=True))
+
+
+def _forks(common: Sequence[int], beyond: int) -> list[int]:
+    """Where later texts part from the one at hand, in ascending order.
+
+    Args:
+        common: with how many tokens each later text begins as the one before it does.
+        beyond: what has no interest, since it was read.
+    """
+    found: list[int] = []
+    for length in common:
+        if length <= beyond:
+            break
+        if not found or length < found[-1]:
+            found.append(length)
+    return found[::-1]
 
 
 def _common(one: np.ndarray, other: np.ndarray) -> int:
