@@ -9,6 +9,7 @@ from tyro.conf import Positional, subcommand
 
 from ..errors import InputError
 from .documents import Documents
+from .long_prompts import Long
 from .options import Quiet
 from .recall import Recall
 from .tasks import Report, Tasks
@@ -152,6 +153,7 @@ class Evaluate:
         | Annotated[Tasks, subcommand("tasks")]
         | Annotated[Report, subcommand("report")]
         | Annotated[Documents, subcommand("documents")]
+        | Annotated[Long, subcommand("long")]
     )
     """What to measure."""
 

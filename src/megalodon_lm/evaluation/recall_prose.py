@@ -40,17 +40,17 @@ PASSKEY = Wording(
     ("pass key",), " The {} is", "What is the {}?", "The pass key is",
     tuple(f" {number}" for number in range(10_007, 100_000, 89)),
 )  # fmt: skip
-_THINGS = (
+THINGS = (
     "violin", "telescope", "umbrella", "cradle", "drum", "flute", "helmet", "necklace", "piano", "portrait", "vase",
     "banner", "dagger", "guitar", "pitcher", "sceptre",
 )  # fmt: skip
-_PLACES = (
+PLACES = (
     "orchard", "barracks", "gallery", "pantry", "cloister", "monastery", "pavilion", "tavern", "treasury", "warehouse",
     "palace", "barn", "garret", "parsonage", "dungeon", "summerhouse", "vineyard", "infirmary", "hermitage", "workshop",
 )  # fmt: skip
 HIDDEN = Wording(
-    _THINGS, " The {} is hidden in the", "Where is the {} hidden?", "It is hidden in the",
-    tuple(f" {place}" for place in _PLACES),
+    THINGS, " The {} is hidden in the", "Where is the {} hidden?", "It is hidden in the",
+    tuple(f" {place}" for place in PLACES),
 )  # fmt: skip
 PROSE_TASKS = {"passkey": PASSKEY, "needle": HIDDEN, "needles": HIDDEN}
 
@@ -68,6 +68,11 @@ class Prose:
         sentences = [tokenizer.encode(s) for text in texts for s in re.split(rb"(?<=[.!?])(?=\s)", text) if s]
         self.tokens = np.concatenate(sentences)
         self.starts = np.cumsum([0, *map(len, sentences)])
+
+    @cached_property
+    def words(self) -> list[str]:
+        """Those of five to nine letters, in lower case wherever they stand."""
+        return sorted(set(re.findall(r"\b[a-z]{5,9}\b", self.tokenizer.decode(self.tokens))))
 
     def sentence(self, before: int, after: int, random: np.random.Generator) -> int:
         """Where a sentence begins that has so many tokens before and after its beginning.
@@ -88,8 +93,30 @@ class Prose:
         low, high = np.searchsorted(self.starts, [begin, end + 1])
         places = self.starts[low:high] if high > low else np.array([end])
         cuts = np.sort(random.choice(places, len(needles)))
-        parts = np.split(self.tokens[begin:end], cuts - begin)
-        return np.concatenate([parts[0], *(t for pair in zip(needles, parts[1:], strict=True) for t in pair)])
+        return spliced(self.tokens[begin:end], cuts - begin, needles)
+
+    def stretch(self, length: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """So many tokens from the beginning of a sentence on, and where in them sentences begin.
+
+        Where the text ends before, it goes on from its beginning, as often as need be.
+        """
+        begin = int(self.starts[random.integers(len(self.starts) - 1)])
+        rounds = np.arange(-(-(begin + length) // len(self.tokens)))[:, None] * len(self.tokens)
+        starts = (self.starts[:-1] + rounds).flatten() - begin
+        tokens = np.tile(self.tokens, len(rounds))[begin : begin + length]
+        return tokens, starts[(starts >= 0) & (starts < length)]
+
+
+def spliced(tokens: np.ndarray, cuts: np.ndarray, inserts: Sequence[np.ndarray]) -> np.ndarray:
+    """Tokens with others put in before some of them.
+
+    Args:
+        tokens: (L,).
+        cuts: in ascending order, one for each insert.
+        inserts: (l,) each.
+    """
+    parts = np.split(tokens, cuts)
+    return np.concatenate([parts[0], *(t for pair in zip(inserts, parts[1:], strict=True) for t in pair)])
 
 
 @dataclass(frozen=True)
