@@ -6,10 +6,12 @@ either loads into the other.
 """
 
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
@@ -111,12 +113,30 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         self.gradient_checkpointing = self._native.activation_checkpointing = enable
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, *args: Any, push_to_hub: bool = False, **kwargs: Any
+        self,
+        save_directory: str | os.PathLike,
+        *args: Any,
+        push_to_hub: bool = False,
+        remote_code: bool = False,
+        **kwargs: Any,
     ) -> None:
         """As in transformers; `megalodon_lm.architectures.load` reads the folder too.
 
         One file of weights carries its configuration and fingerprint, as that of `Megalodon.save` does.
+
+        Args:
+            save_directory: the folder.
+            args: as in transformers.
+            push_to_hub: as in transformers.
+            remote_code: add the code of the model, so that `trust_remote_code=True` loads the folder where this
+                package is not installed; from then on whenever the model is saved, or pushed.
+            kwargs: as in transformers.
         """
+        if (remote_code or getattr(self.config, "auto_map", None)) and not self.is_remote_code():
+            code = import_module(".remote_code", __package__)  # which such a folder has not
+            self.config.auto_map = dict(code.AUTO_MAP)
+            os.makedirs(save_directory, exist_ok=True)
+            code.write_code(save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)
         folder = Path(save_directory)
         if (folder / WEIGHTS_FILE).is_file() and not getattr(self, "_hf_peft_config_loaded", False):
@@ -288,6 +308,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = None
         if labels is not None:
+            labels = _learnt(labels, attention_mask)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, cache=read.cache, hidden_states=read.hidden)
 
@@ -325,6 +346,14 @@ def _mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | No
         )
     mask = attention_mask[:, -length:].bool()
     return None if bool(mask.all()) else mask
+
+
+def _learnt(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Labels (B, L) with -100 at padding and at the first token behind it, which nothing before it foretells."""
+    mask = _mask(attention_mask, *labels.shape)
+    if mask is None:
+        return labels
+    return labels.masked_fill(~(mask & F.pad(mask[:, :-1], (1, 0), value=True)), -100)
 
 
 def _document_starts(position_ids: Tensor | None, mask: Tensor | None, batch: int, length: int) -> Tensor | None:
