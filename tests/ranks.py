@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
+HANGS = 900  # seconds that nothing here takes, on however slow a machine
 ROOT = Path(__file__).parent.parent
 
 _NURSERY = """
-import importlib, json, os, signal, sys, time, traceback
+import faulthandler, importlib, json, os, signal, sys, time, traceback
 sys.path.insert(0, os.getcwd())
 import torch, torch.distributed as dist, torch.distributed.fsdp, torch.distributed.device_mesh
 import megalodon_lm.model.megalodon, megalodon_lm.training.trainer
@@ -31,6 +32,7 @@ def rank_of(request, function, rank):
     code = 1
     try:
         sys.stdout = sys.stderr = open(f"{request['folder']}/log{rank}", "w", buffering=1)
+        faulthandler.dump_traceback_later(0.9 * request["timeout"], file=sys.stderr)
         torch.set_num_threads(1)
         count = request["count"]
         dist.init_process_group(
@@ -90,7 +92,7 @@ def _end(started):
     started.kill()
 
 
-def run_ranks(function, count: int, *arguments, timeout: float = 240, check: bool = True) -> list[Any]:
+def run_ranks(function, count: int, *arguments, timeout: float = HANGS, check: bool = True) -> list[Any]:
     """What a function gives on each of so many ranks.
 
     Args:

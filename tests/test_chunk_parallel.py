@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megalodon_lm.evaluation.perplexity import score
+from megalodon_lm.generation.context import Context
 from megalodon_lm.parallel.chunk import ChunkParallel
 
 from .ranks import run_ranks
@@ -74,13 +76,14 @@ MODELS = {
 }
 
 
-def compare(rank, dtype, models, kinds, exchanges):
+def compare(rank, dtype, models, kinds, exchanges, recompute=False):
     """The largest difference of each case."""
     found = {}
     for name in models:
         model = MODELS[name](dtype)
         for exchange in exchanges:
             reader = ChunkParallel(MODELS[name](dtype), dist.group.WORLD, exchange)
+            reader.model.activation_checkpointing = recompute
             for kind in kinds:
                 own = everything(reader.model, reader, kind)
                 found[name, exchange, kind] = worst(own, everything(model, model, kind))
@@ -89,6 +92,78 @@ def compare(rank, dtype, models, kinds, exchanges):
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_everything_is_as_in_one_process(ranks):
+    """Loss, exit state, and all gradients, also of the State before and through the one after, in float64."""
     for found in run_ranks(compare, ranks, torch.float64, list(MODELS), KINDS, EXCHANGES):
         for case, (name, difference) in found.items():
             assert difference < 1e-10, (case, name, difference)
+
+
+def other_cases(rank):
+    """Other types of numbers, recomputed activations, bytes, and reading without gradients."""
+    return {
+        "float32": compare(rank, torch.float32, ["megalodon"], KINDS[-2:-1], EXCHANGES),
+        "bf16": compare(rank, torch.bfloat16, ["megalodon"], KINDS[-2:-1], EXCHANGES),
+        "recomputed": compare(rank, torch.float64, list(MODELS), KINDS[-2:-1], EXCHANGES, recompute=True),
+        "bytes": {exchange: bytes_sent(exchange) for exchange in EXCHANGES},
+        "reading": reading(),
+    }
+
+
+def bytes_sent(exchange):
+    """By this rank, forward and back, of sequences of whole chunks of two lengths."""
+    reader = ChunkParallel(build(torch.float32, num_layers=2), dist.group.WORLD, exchange)
+    found = []
+    for length in (4 * CHUNK, 16 * CHUNK):
+        before = reader.bytes_sent
+        loss, _ = reader(torch.zeros(3, length, dtype=torch.int64), targets=torch.ones(3, length, dtype=torch.int64))
+        forward = reader.bytes_sent
+        loss.backward()
+        found.append((forward - before, reader.bytes_sent - forward))
+    return found
+
+
+def reading():
+    """A document in pieces, and kept, by all ranks and alone: losses and the State at the end."""
+    tokens = torch.randint(0, 30, (700,), generator=torch.Generator().manual_seed(0)).numpy()
+    model = build(torch.float32, num_layers=2).eval()
+    reader = ChunkParallel(build(torch.float32, num_layers=2).eval(), dist.group.WORLD)
+    found = []
+    for read_by in (model, reader):
+        context = Context(read_by, "float32")
+        context.read(tokens)
+        losses = score(read_by, [tokens], 0)
+        last = read_by(torch.from_numpy(tokens)[None], logits_to_keep=2)[0].detach()
+        found.append((losses.mean, context.loss(), context.finish()[0], last, read_by(torch.zeros(2, 9).long())[0]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def others():
+    return run_ranks(other_cases, 2)
+
+
+@pytest.mark.parametrize(("case", "tolerance"), [("float32", 1e-3), ("bf16", 0.2), ("recomputed", 1e-10)])
+def test_other_numbers_and_recomputed_activations(others, case, tolerance):
+    """In float32 and bf16, gradients of one process differ as much from those in float64."""
+    for found in others:
+        for of, (name, difference) in found[case].items():
+            assert difference < tolerance, (of, name, difference)
+
+
+def test_bytes_between_ranks_are_those_of_the_formula_whatever_the_length(others):
+    config = build().config
+    layer = 16 * config.norm_num_groups + 8 * config.model_dim * config.cema_ndim  # float64 statistics, float32 states
+    count, final = 8, 16 * config.norm_num_groups
+    for exchange in EXCHANGES:
+        first, last = (found["bytes"][exchange] for found in others)
+        assert first[0] == first[1]
+        assert last[0] == last[1]
+        assert first[0][0] == 3 * (2 * (layer + count) + final + count)
+    assert others[1]["bytes"]["chain"][0][1] == 3 * (2 * layer + final)
+    assert others[0]["bytes"]["chain"][0][1] == 0
+
+
+def test_reading_without_gradients(others):
+    for found in others:
+        for alone, together in zip(*found["reading"], strict=True):
+            torch.testing.assert_close(together, alone, atol=2e-4, rtol=1e-4)

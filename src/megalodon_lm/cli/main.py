@@ -83,6 +83,8 @@ def _end(error: BaseException) -> None:
                 line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
             print("megalodon:", line, file=sys.stderr)
         _flush(sys.stderr)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        os._exit(code)  # threads that talk to other ranks, which may be gone, hold up the interpreter's own end
     sys.exit(code)
 
 

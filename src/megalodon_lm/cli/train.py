@@ -3,12 +3,16 @@
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
 from ..errors import InputError
 from .options import Quiet
+
+if TYPE_CHECKING:
+    from ..parallel.ranks import Ranks
+    from ..training.recipe import Recipe
 
 
 @dataclass
@@ -16,7 +20,8 @@ class Train(Quiet):
     """Train a model from a recipe.
 
     A recipe is a TOML file with the tables [model], [data] and [training]; docs/recipes.md explains every key. Ctrl-C
-    ends the run after the current step and leaves a checkpoint, from which --resume last goes on.
+    ends the run after the current step and leaves a checkpoint, from which --resume last goes on. With --ranks, or
+    under torchrun, several processes train together, in the mesh of the recipe's table [mesh]; see docs/distributed.md.
     """
 
     recipe: Positional[Path]
@@ -31,31 +36,68 @@ class Train(Quiet):
     """Write event files for TensorBoard into the run folder too."""
     device: str = "cpu"
     """Where to train: cpu or cuda."""
+    ranks: int = 1
+    """Processes of this machine that train together; torchrun starts those of several machines."""
+    restarts: int = 0
+    """How often all are started again, from the last checkpoint, when one of them is lost."""
 
     def run(self) -> None:
         """Carry out the command."""
+        from ..ops.device import choose_device
+        from ..parallel.launch import restarted
+        from ..parallel.mesh import started_ranks
+        from ..parallel.ranks import join
         from ..training.recipe import Recipe
-        from ..training.report import REPORT_MARKDOWN, bytes_per_token, write_report
         from ..training.run_folder import free_run_folder, recorded_recipe
         from ..training.tensorboard import summary_writer
-        from ..training.trainer import Trainer
-        from .training import train_with_progress
 
+        if restarted():
+            self.resume = "auto"
         if self.resume != "no" and self.out is None:
             raise InputError(f"--resume {self.resume} needs --out, the folder of the run to go on with")
         begun = recorded_recipe(self.out) if self.out and self.resume != "no" else None
         recipe = Recipe.load(self.recipe, self.set, begun)
         if self.tensorboard:
             summary_writer()
+        if started_ranks() > 1 and self.out is None:
+            raise InputError("several ranks need --out, the folder of the run that they share")
         folder = self.out or free_run_folder(Path("runs") / self.recipe.stem)
-        trainer = Trainer(recipe, folder, self.device, self.resume)
-        per_token = bytes_per_token(trainer.batches, trainer.tokenizer)
-        try:
-            finished, _ = train_with_progress(trainer, self.tensorboard)
-        except InputError:  # what happened until then is worth a report too
-            write_report(folder, per_token)
-            raise
-        write_report(folder, per_token)
-        print(folder / REPORT_MARKDOWN)
+        if self.ranks > 1 and started_ranks() == 1:
+            return self._launch(recipe, folder)
+        ranks = join(recipe.mesh, choose_device(self.device))
+        with ranks.together():
+            finished = self._train(recipe, folder, ranks)
+            ranks.leave(0 if finished else 130)
         if not finished:
             sys.exit(130)
+
+    def _launch(self, recipe: "Recipe", folder: Path) -> None:
+        """The same command as several processes."""
+        from ..parallel.launch import launch
+
+        recipe.mesh.over(self.ranks)
+        options = ["--out", str(folder), "--resume", self.resume, "--device", self.device]
+        options += [flag for flag, given in (("--quiet", self.quiet), ("--tensorboard", self.tensorboard)) if given]
+        options += ["--set", *self.set] if self.set else []
+        launch(["train", str(self.recipe), *options], self.ranks, self.restarts)
+
+    def _train(self, recipe: "Recipe", folder: Path, ranks: "Ranks") -> bool:
+        """One process's share of the run; whether it reached its end."""
+        from ..training.report import REPORT_MARKDOWN, bytes_per_token, write_report
+        from ..training.trainer import Trainer
+        from .progress import console
+        from .training import train_with_progress
+
+        console.quiet = console.quiet or not ranks.is_first
+        trainer = Trainer(recipe, folder, self.device, self.resume, ranks)
+        per_token = bytes_per_token(trainer.batches, trainer.tokenizer)
+        try:
+            finished, _ = train_with_progress(trainer, self.tensorboard and ranks.is_first)
+        except InputError:  # what happened until then is worth a report too
+            if ranks.is_first:
+                write_report(folder, per_token)
+            raise
+        if ranks.is_first:
+            write_report(folder, per_token)
+            print(folder / REPORT_MARKDOWN)
+        return finished

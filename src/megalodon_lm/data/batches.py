@@ -34,6 +34,14 @@ class Batch(NamedTuple):
     cursor: Any
     mask: Tensor | None = None
 
+    def of_rows(self, rows: range) -> "Batch":
+        """Those rows of it alone."""
+        if len(rows) == len(self.inputs):
+            return self
+        some = slice(rows.start, rows.stop)
+        parts = (None if t is None else t[some] for t in (self.inputs, self.targets, self.starts, self.learnt))
+        return Batch(*parts, self.cursor, None if self.mask is None else self.mask[some])  # type: ignore[arg-type]
+
     @property
     def num_learnt(self) -> int:
         """Targets that count in the loss."""

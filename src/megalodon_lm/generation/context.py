@@ -53,7 +53,8 @@ class Context:
         self.model = model
         self.device = model.device
         self.precision = choose_precision(precision, self.device)
-        self.unit, self.piece = unit_length(model.config), piece_length(model.config)
+        readers = getattr(model, "ranks", 1)  # that share a piece
+        self.unit, self.piece = readers * unit_length(model.config), readers * piece_length(model.config)
         self.scored, self.nats = 0, 0.0
         self._waiting = np.zeros(0, np.int64)
         self._begin_at(model.empty_state(dtype=self._cache_dtype))

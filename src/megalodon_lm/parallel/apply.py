@@ -57,6 +57,7 @@ def shard(model: Any, mesh: DeviceMesh, precision: MixedPrecisionPolicy) -> None
     for part in model.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)  # gloo knows no sum that divides
 
 
 def sum_gradients(model: LanguageModel, mesh: DeviceMesh) -> None:

@@ -1,5 +1,6 @@
 """What stands in the place of an entry state until its block or layer is reached, and sends on what leaves it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -174,16 +175,11 @@ class BlockEntry:
     def enter(self, block: nn.Module, x: Tensor, boundaries: Any = None) -> tuple[Tensor, Tree]:
         """x, and the state that the block is given: in it, entries stand for those of its layers."""
         line = self.piece.line
-        rest: Tree = None
-        if line.is_first:
-            rest = self.given
-            if self.layers and rest is not None:
-                rest = {name: rest[name] for name in self.rest}
-        elif self.travels(line.place):
-            rest = self._received()
+        travels = not line.is_first and self.travels(line.place)
         if self.layers:
-            return x, {**self.entries, **(rest or {})}
-        return x, rest
+            rest = {n: self.given[n] for n in self.rest} if line.is_first and self.given is not None else {}
+            return x, _Arriving({**self.entries, **rest}, self._received if travels else None)
+        return x, self.given if line.is_first else self._received() if travels else None
 
     def _received(self) -> Tree:
         piece = self.piece
@@ -211,6 +207,27 @@ class BlockEntry:
             self.forms_sent = forms_told(header, [leaf for _, leaf in named(self.rest)], self.piece.rows)
             line.send(header.to(x.device), 1, self.tag)
         return SendOn.apply(line, self.tag, self.forms_sent, fresh, x, *tensors)
+
+
+class _Arriving(dict[str, Tree]):
+    """Parts of a state by name, of which some come from the rank before, once one of them is asked for.
+
+    That rank sends them at the end of its block, and may wait for this one before, where layers are combined.
+
+    Args:
+        parts: those that are here.
+        receive: gives the others; None where there are none.
+    """
+
+    def __init__(self, parts: dict[str, Tree], receive: Callable[[], dict[str, Tree]] | None):
+        super().__init__(parts)
+        self._receive = receive
+
+    def get(self, name: str, default: Any = None) -> Any:
+        if name not in self and self._receive is not None:
+            self.update(self._receive())
+            self._receive = None
+        return super().get(name, default)
 
 
 def _only_caches(spec: Tree) -> bool:

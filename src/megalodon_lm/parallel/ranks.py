@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -58,6 +59,9 @@ class Ranks:
         """Whether it is so on some rank."""
         return flag
 
+    def own_random_numbers(self, seed: int) -> None:
+        """Let dropout differ from rank to rank, but for those that share layers; the first one changes nothing."""
+
     def wait(self) -> None:
         """Until all are here."""
 
@@ -74,8 +78,11 @@ class Ranks:
         """Around what needs the others: the loss of one of them ends it with a line that says so."""
         yield
 
-    def leave(self) -> None:
-        """When all is done."""
+    def leave(self, code: int = 0) -> None:
+        """When all is done: one of several ends its process here, with this exit code.
+
+        What a mesh or FSDP2 still holds has threads, and to take those apart can abort a process at its end.
+        """
 
 
 class Together(Ranks):
@@ -93,12 +100,13 @@ class Together(Ranks):
         import torch.distributed as dist
 
         self.dist, self.sizes = dist, sizes
-        sizes.over(started_ranks())
         seconds = float(os.environ.get("MEGALODON_RANK_TIMEOUT", TIMEOUT))
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "cpu:gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
+        if not dist.is_initialized():
+            sizes.over(started_ranks())
+            dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.is_first = self.rank == 0
         self.device = device
@@ -140,6 +148,10 @@ class Together(Ranks):
         self.dist.all_reduce(found, op=self.dist.ReduceOp.MAX)
         return bool(found.item())
 
+    def own_random_numbers(self, seed: int) -> None:
+        if place := self.rank // self.mesh["tensor"].size():
+            torch.manual_seed(seed + (place << 32))
+
     def wait(self) -> None:
         self.dist.barrier()
 
@@ -179,9 +191,12 @@ class Together(Ranks):
                 "--resume last goes on from the last checkpoint, with as many ranks as there are then"
             ) from None
 
-    def leave(self) -> None:
+    def leave(self, code: int = 0) -> None:
         self.dist.barrier()
         self.dist.destroy_process_group()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
 
 
 def _is_of_the_others(error: BaseException) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..data.batches import Batch
 from ..model.language_model import LanguageModel
+from ..parallel.ranks import Ranks
 from ..state import State
 from .precision import autocast
 
@@ -85,3 +86,21 @@ class OnePass:
         loss, after = self.forward.loss(batch, state)
         (loss * share).backward()
         return Passed(loss.item() * share, after.detach())
+
+
+@dataclass(frozen=True)
+class SharedPass:
+    """A pass over this rank's rows of a batch; all ranks together make that of the whole.
+
+    Args:
+        own: over any rows.
+        ranks: that share the batch.
+    """
+
+    own: Pass
+    ranks: Ranks
+
+    def __call__(self, batch: Batch, state: State | None, learnt: int) -> Passed:
+        """See Pass; the State is that of this rank's rows."""
+        loss, after = self.own(batch.of_rows(self.ranks.rows(len(batch.inputs))), state, learnt)
+        return Passed(self.ranks.total(loss), after)

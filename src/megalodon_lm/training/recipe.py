@@ -13,10 +13,11 @@ from ..architectures import config_of, is_complete, load_config
 from ..config import ModelConfig
 from ..errors import InputError, nearest
 from ..model.language_model import Config
+from ..parallel.mesh import MeshSizes
 from ..tables import parse_value, read_table
 from .precision import Precision
 
-TABLES = ("model", "data", "training")
+TABLES = ("model", "data", "training", "mesh")
 """Of a recipe."""
 _BUNDLED = Path(__file__).parent.parent / "recipes"
 _MOST = 1 << 53  # of every whole number: beyond it neither JSON nor a float is exact
@@ -153,6 +154,7 @@ class Recipe:
     model: Config
     data: DataRecipe = field(default_factory=DataRecipe)
     training: TrainingRecipe = field(default_factory=TrainingRecipe)
+    mesh: MeshSizes = field(default_factory=MeshSizes)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], begun: "Recipe | None" = None) -> Self:
@@ -181,7 +183,7 @@ class Recipe:
         if training.begin_from and "tokenizer" not in _table(values, "data"):
             data.tokenizer = training.begin_from
         config = config_of(model) if size is None else ModelConfig.named(size, **model)
-        recipe = cls(config, data, training)
+        recipe = cls(config, data, training, fill(MeshSizes, "mesh", _table(values, "mesh")))
         recipe.check()
         return recipe
 
@@ -217,7 +219,8 @@ class Recipe:
         return self.from_dict(values)
 
     def _values(self) -> dict[str, Any]:
-        return {"model": self.model.to_dict(), "data": vars(self.data).copy(), "training": vars(self.training).copy()}
+        parts = {name: vars(getattr(self, name)).copy() for name in ("data", "training", "mesh")}
+        return {"model": self.model.to_dict(), **parts}
 
     def to_toml(self) -> str:
         """The whole recipe, defaults included, as TOML."""
@@ -230,6 +233,7 @@ class Recipe:
             InputError: naming the key, the value and the rule.
         """
         d, t = self.data, self.training
+        self.mesh.check()
         _rule(d.order in ORDERS, "data.order", d.order, f"must be one of {', '.join(ORDERS)}")
         self.check_values()
         if d.order == "shuffled" and t.carry_state:

@@ -12,7 +12,7 @@ from .. import __version__
 from ..errors import InputError
 from ..files import is_unfinished, write_atomically
 from .recipe import Recipe
-from .run_lock import LOCK_FILE, RunLock
+from .run_lock import LOCK_FILE, NoLock, RunLock
 
 RECIPE_FILE, RUN_FILE = "recipe.toml", "run.json"
 Resume = Literal["no", "last", "auto"]
@@ -26,16 +26,17 @@ class Run:
 
     folder: Path
     id: str
-    lock: RunLock
+    lock: RunLock | NoLock
 
 
-def find_run(path: Path, recipe: Recipe, resume: Resume) -> Run | None:
+def find_run(path: Path, recipe: Recipe, resume: Resume, writes: bool = True) -> Run | None:
     """The run to go on with.
 
     Args:
         path: folder.
         recipe: of the run; one that goes on may change what FIXED does not name.
         resume: "no" begins in an empty folder, "last" goes on, "auto" does either.
+        writes: whether this process is the one that will write into it, and locks it.
 
     Returns:
         It, or None where a new one is to begin; nothing is written then.
@@ -51,7 +52,7 @@ def find_run(path: Path, recipe: Recipe, resume: Resume) -> Run | None:
             raise InputError(f"there is no run to go on with in {path}: it has no {RUN_FILE}")
         _check_free(path)
         return None
-    lock = RunLock(path)
+    lock = RunLock(path) if writes else NoLock()
     try:
         run = Run(path, _identity(path / RUN_FILE), lock)
         before = recorded_recipe(path, type(recipe))

@@ -46,6 +46,15 @@ class RunLock:
             self.note = f"{folder} cannot be locked ({error.strerror}); start no second training in it"
 
 
+class NoLock:
+    """Of a process that writes nothing into the folder: another one holds the lock for all of them."""
+
+    note = ""
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+
 def _lock(descriptor: int) -> None:
     """Lock an open file without waiting; BlockingIOError or PermissionError if another one has."""
     if sys.platform == "win32":

@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..files import write_atomically
 from ..model.language_model import LanguageModel
 from ..ops.device import choose_device
+from ..parallel.ranks import Ranks, whole
 from ..state import State
 from .averaging import WeightAverage
 from .bad_steps import BadSteps
@@ -28,11 +29,17 @@ from .machine import product_rate
 from .memory import resident
 from .metrics import MetricsFile, StepMetrics
 from .optimizer import build_optimizer
+<<<<<<< HEAD
+=======
+from .passes import Forward, SharedPass
+>>>>>>> fd5fc6c (Training by several ranks: --ranks or torchrun, one mesh a recipe, checkpoints of any number for any number; launch examples)
 from .precision import choose_precision
 from .recipe import Recipe
-from .run_folder import RECIPE_FILE, Resume, begin_run, find_run, recorded_recipe
+from .run_folder import RECIPE_FILE, Resume, Run, begin_run, find_run, recorded_recipe
+from .run_lock import NoLock
 from .schedule import accumulated, learning_rate
 from .snapshot import capture, reinstate
+from .unwritten import Unwritten
 
 
 class Trainer:
@@ -44,7 +51,11 @@ class Trainer:
         device: where to train.
         resume: "no" needs a new or empty folder; "last" goes on from the newest checkpoint; "auto" does so where there
             is a run, passes over broken checkpoints, and begins where there is none.
+<<<<<<< HEAD
         subject: what is learnt; None for the text that the recipe names.
+=======
+        ranks: that train together, each with a Trainer of the same recipe and folder; the first one writes.
+>>>>>>> fd5fc6c (Training by several ranks: --ranks or torchrun, one mesh a recipe, checkpoints of any number for any number; launch examples)
 
     The folder is locked until `train` ends, and made only when all else is in order.
 
@@ -59,14 +70,20 @@ class Trainer:
         folder: str | Path,
         device: torch.device | str = "cpu",
         resume: Resume = "no",
+<<<<<<< HEAD
         subject: Subject | None = None,
+=======
+        ranks: Ranks | None = None,
+>>>>>>> fd5fc6c (Training by several ranks: --ranks or torchrun, one mesh a recipe, checkpoints of any number for any number; launch examples)
     ):
         self.recipe, self.device = recipe, choose_device(device)
+        self.ranks = ranks or Ranks()
+        self.ranks.rows(recipe.training.batch_size)  # are there enough for all?
         t = recipe.training
         recipe.check()  # also what was changed since it was read
         check_size(recipe, self.device)
         with ExitStack() as undo:
-            run = find_run(Path(folder), recipe, resume)
+            run = find_run(Path(folder), recipe, resume, self.ranks.is_first)
             checkpoint: Checkpoint | None = None
             self.notes: list[str] = []
             if run is not None:
@@ -82,10 +99,14 @@ class Trainer:
                 self.model = build(recipe.model, t.activation_checkpointing)
             if base is not None:
                 self.model.load_state_dict(base.state_dict())
-            if t.compile:
-                compile_blocks(self.model, self.device)
+            compiling = (lambda model: compile_blocks(model, self.device)) if t.compile else None
+            self.reader = self.ranks.apply(self.model, compiling)
             self.precision = choose_precision(t.precision, self.device)
+<<<<<<< HEAD
             self.passes = self.subject.passes(self.model, self.precision, self.device)
+=======
+            self.passes = SharedPass(build_pass(Forward(self.reader, self.precision, self.device), t), self.ranks)
+>>>>>>> fd5fc6c (Training by several ranks: --ranks or torchrun, one mesh a recipe, checkpoints of any number for any number; launch examples)
             self.optimizer = build_optimizer(self.model, t, self.precision)
             self.average = WeightAverage(self.model, t.average) if t.average else None
             self.bad_steps = BadSteps(t)
@@ -96,6 +117,7 @@ class Trainer:
             self.best: tuple[float, int] | None = None
             if checkpoint is not None:
                 self.restore(checkpoint)
+<<<<<<< HEAD
             if run is None:  # nothing can go wrong any more but the folder itself
                 run = begin_run(Path(folder), self.subject.of_chats)
                 undo.callback(run.lock.release)
@@ -103,7 +125,23 @@ class Trainer:
             write_atomically(run.folder / RECIPE_FILE, recipe.to_toml())
             self.run, self.folder = run, run.folder
             self.notes += [run.lock.note] if run.lock.note else []
+=======
+            self.ranks.own_random_numbers(t.seed + self.step)
+            self.ranks.wait()  # until all have looked at the folder
+            self.run = self._opened(run, Path(folder), undo) if self.ranks.is_first else Run(Path(folder), "", NoLock())
+            self.folder = self.run.folder
+            self.notes += [self.run.lock.note] if self.run.lock.note else []
+>>>>>>> fd5fc6c (Training by several ranks: --ranks or torchrun, one mesh a recipe, checkpoints of any number for any number; launch examples)
             undo.pop_all()
+
+    def _opened(self, run: Run | None, folder: Path, undo: ExitStack) -> Run:
+        """The run, begun if there is none; nothing can go wrong any more but the folder itself."""
+        if run is None:
+            run = begin_run(folder, any(s.of_chats for s in self.batches.mixture.sequences))
+            undo.callback(run.lock.release)
+        self.tokenizer.save(run.folder)
+        write_atomically(run.folder / RECIPE_FILE, self.recipe.to_toml())
+        return run
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -144,22 +182,28 @@ class Trainer:
             KeyboardInterrupt: interrupted in the last step; the run is whole.
         """
         t = self.recipe.training
-        metrics = MetricsFile(self.folder)
+        first = self.ranks.is_first
+        metrics = MetricsFile(self.folder) if first else Unwritten()
         metrics.cut(self.step)
-        writer = CheckpointWriter(self.folder, self.run.id, t.keep_checkpoints)
+        writer = CheckpointWriter(self.folder, self.run.id, t.keep_checkpoints) if first else Unwritten()
         operations = self.recipe.model.flops_per_token(backward=True) / product_rate(self.precision, self.device)
-        saved, event = time.perf_counter(), ""
+        (saved,), event = self.ranks.agreed([time.perf_counter()]), ""
         self.model.train()
         try:
             with interruptible() as interrupted, closing(prefetched(self.batches, self.cursor)) as batches:
+<<<<<<< HEAD
                 compile_kernels(self.model, self.passes, self.device, self.subject.trials(), t.carry_state)
                 while self.progress < 1 and not interrupted():
+=======
+                compile_kernels(self.model, self.passes, self.device, t)
+                while self.progress < 1 and not self.ranks.any(interrupted()):
+>>>>>>> fd5fc6c (Training by several ranks: --ranks or torchrun, one mesh a recipe, checkpoints of any number for any number; launch examples)
                     writer.check()
                     began = time.perf_counter()
                     tokens = self.tokens
                     rate = self.learning_rate
                     trouble, loss, norm = self._step(batches, rate)
-                    took = time.perf_counter() - began
+                    took, now = self.ranks.agreed([time.perf_counter() - began, time.perf_counter()])
                     self.step += 1
                     self.seconds += took
                     if self.step == t.warmup_steps:
@@ -179,7 +223,6 @@ class Trainer:
                     metrics.write(asdict(record))
                     watch(record)
                     event = ""
-                    now = time.perf_counter()
                     due = t.checkpoint_steps and self.step % t.checkpoint_steps == 0
                     if due or now - saved > 60 * t.checkpoint_minutes or self._is_best():
                         self._save(writer, metrics)
@@ -187,7 +230,9 @@ class Trainer:
             self._save(writer, metrics)
             writer.wait()
             for path in checkpoints(self.folder):
-                if step_of(path) == self.step:  # a process may have been killed after it wrote this, before it exported
+                if (
+                    first and step_of(path) == self.step
+                ):  # a process may have been killed after it wrote this, before it exported
                     export(path, self.folder)
         finally:
             writer.close()
@@ -210,7 +255,8 @@ class Trainer:
             self.state = state if t.carry_state else None
             total += loss
             self.tokens += batch.inputs.numel()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.clip).item()
+        self.ranks.sum_gradients(self.model)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.clip)).item()
         if trouble := self.bad_steps.judge(self.step, total, norm):
             return trouble, total, norm
         for group in self.optimizer.param_groups:
@@ -220,13 +266,13 @@ class Trainer:
             self.average.update(self.model)
         return "", total, norm
 
-    def _save(self, writer: CheckpointWriter, metrics: MetricsFile) -> None:
+    def _save(self, writer: CheckpointWriter | Unwritten, metrics: MetricsFile | Unwritten) -> None:
         if self.saved_step != self.step:
             metrics.flush()
             writer.submit(self.checkpoint(), self.best and self.best[1])
             self.saved_step = self.step
 
-    def _recover(self, trouble: str, writer: CheckpointWriter, metrics: MetricsFile) -> str:
+    def _recover(self, trouble: str, writer: CheckpointWriter | Unwritten, metrics: MetricsFile | Unwritten) -> str:
         """Do with a bad step what the recipe says; the step itself changed no weight.
 
         Returns:
@@ -236,6 +282,7 @@ class Trainer:
         if self.recipe.training.bad_step != "rewind":
             return self.bad_steps.pass_over(trouble, self.step)
         writer.wait()
+        self.ranks.wait()  # until it is on disk
         checkpoint, _ = newest(self.folder, self.run.id, accept_older=True)
         event = self.bad_steps.go_back(trouble, self.step, None if checkpoint is None else checkpoint.step)
         assert checkpoint is not None
@@ -249,7 +296,7 @@ class Trainer:
     def _validate(self, validate: Callable[[LanguageModel], float]) -> float:
         with self.averaged():
             self.model.eval()
-            result = validate(self.model)
+            (result,) = self.ranks.agreed([validate(self.reader)])
             self.model.train()
         if self.best is None or result < self.best[0]:
             self.best = (result, self.step)
@@ -264,7 +311,7 @@ class Trainer:
 
     def checkpoint(self) -> Checkpoint:
         """Everything the run is now, copied."""
-        weights, training = capture(self.model, self.optimizer, self.average, self.state)
+        weights, training = capture(self.model, self.optimizer, self.average, self.ranks.all_rows(self.state))
         usual_loss = self.bad_steps.usual_loss
         progress = {
             "tokens": self.tokens,
@@ -288,7 +335,7 @@ class Trainer:
         if progress["data"] != self.batches.fingerprint:
             raise InputError("the training text is not the one the run was begun with; restore it, or begin a new run")
         carried = reinstate(checkpoint, self.model, self.optimizer, self.average)
-        self.state = carried if self.recipe.training.carry_state else None
+        self.state = self.ranks.own_rows(carried) if self.recipe.training.carry_state else None
         self.step = self.saved_step = checkpoint.step
         self.tokens, self.seconds = progress["tokens"], progress["seconds"]
         self.warmup_seconds = progress.get("warmup_seconds", 0.0)  # these two: not yet known to the first checkpoints

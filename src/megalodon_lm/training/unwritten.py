@@ -1,0 +1,12 @@
+"""In the place of the files of a run, on all ranks but the one that writes them."""
+
+from typing import Any
+
+
+class Unwritten:
+    """Takes what MetricsFile and CheckpointWriter take, and keeps nothing."""
+
+    def nothing(self, *_: Any) -> None:
+        """Do nothing."""
+
+    write = cut = flush = close = submit = check = wait = nothing

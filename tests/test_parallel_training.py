@@ -1,0 +1,104 @@
+"""Runs of several ranks: the same losses on every mesh, checkpoints that any number of ranks goes on with."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+from megalodon_lm.errors import InputError
+from megalodon_lm.parallel.mesh import MeshSizes
+from megalodon_lm.parallel.ranks import Together
+from megalodon_lm.training.checkpoint import checkpoints
+from megalodon_lm.training.trainer import Trainer
+
+from .ranks import run_ranks
+from .runs import metrics, recipe
+
+STEPS = 20
+CHOICES = {
+    "length": 64, "batch_size": 4, "steps": STEPS, "warmup_steps": 2, "checkpoint_steps": 10, "accumulate": 2,
+    "learning_rate": 1e-3,
+}  # fmt: skip
+MODEL = {"dropout": 0.0, "chunk_size": 16, "num_layers": 2}
+MESHES = {
+    2: [
+        {"replicate": 2}, {"shard": 2, "replicate": 1}, {"chunk": 2}, {"chunk": 2, "exchange": "parallel"},
+    ],
+    4: [
+        {"replicate": 2, "chunk": 2}, {"replicate": 1, "shard": 2, "chunk": 2}, {"replicate": 2, "shard": 2},
+        {"chunk": 4}, {"replicate": 1, "shard": 2, "chunk": 2, "exchange": "parallel"},
+    ],
+}  # fmt: skip
+
+
+def train(rank, folder, runs):
+    """Runs, or what is left of them: the sizes of the mesh of each, its folder, and whether it goes on."""
+    torch.set_num_threads(1)
+    for sizes, name, resume in runs:
+        ranks = Together(MeshSizes(**sizes), torch.device("cpu"))
+        Trainer(of_run(folder), folder / name, ranks=ranks, resume=resume).train()
+
+
+def of_run(folder):
+    return recipe(folder, MODEL, {"section": 150}, **CHOICES)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A folder with the run of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    Trainer(of_run(folder), folder / "run").train()
+    return folder
+
+
+def follows(run, alone):
+    """Its losses are those of one process, and it stopped at the same place."""
+    losses = [[m["bits_per_token"] for m in metrics(folder)] for folder in (run, alone / "run")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5), run
+    places = [json.loads((checkpoints(f)[0] / "progress.json").read_bytes())["place"] for f in (run, alone / "run")]
+    assert places[0] == places[1], run
+    return True
+
+
+@pytest.mark.parametrize("ranks", MESHES)
+def test_steps_on_each_mesh_follow_those_of_one_process(alone, ranks):
+    runs = [(sizes, f"{ranks} ranks, {number}", "no") for number, sizes in enumerate(MESHES[ranks])]
+    run_ranks(train, ranks, alone, runs)
+    assert all(follows(alone / name, alone) for _, name, _ in runs)
+
+
+def half(run, folder):
+    """A copy of a run as it was in the middle."""
+    shutil.copytree(run, folder)
+    shutil.rmtree(checkpoints(folder)[0])
+
+
+def test_any_number_of_ranks_goes_on_with_a_checkpoint(alone):
+    """Of one process on two ranks, by each mesh, and of two that share weights on one."""
+    runs = [(sizes, f"on {number}", "last") for number, sizes in enumerate(MESHES[2])]
+    for _, name, _ in runs:
+        half(alone / "run", alone / name)
+    run_ranks(train, 2, alone, runs)
+    assert all(follows(alone / name, alone) for _, name, _ in runs)
+    half(alone / "on 1", alone / "back")
+    Trainer(of_run(alone), alone / "back", resume="last").train()
+    assert follows(alone / "back", alone)
+
+
+def lose(rank, folder):
+    """A run whose second rank ends in mid-step; what the other one says."""
+    ranks = Together(MeshSizes(chunk=2), torch.device("cpu"))
+    trainer = Trainer(of_run(folder), folder / "lost", ranks=ranks)
+    if rank == 1:
+        trainer.ranks.sum_gradients = lambda model: os._exit(9)
+    with pytest.raises(InputError) as raised, ranks.together():
+        trainer.train()
+    return str(raised.value)
+
+
+def test_a_lost_rank_ends_the_others_with_a_line(alone):
+    said, _ = run_ranks(lose, 2, alone, check=False)
+    assert said.startswith("rank 0 of 2: another rank was lost")
+    assert "--resume last" in said
