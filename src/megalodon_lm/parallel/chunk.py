@@ -18,7 +18,7 @@ from ..state import State
 from ..state_spec import Sealed, named, tree_map
 from .associative import ASSOCIATIVE
 from .entries import BlockEntry, LayerEntry, Piece, used_of_caches
-from .exchange import Broadcast, Connect, Line, forms_told, header_of, widened
+from .exchange import Broadcast, Connect, Line, forms_told, header_of, settle, widened
 from .mesh import Exchange
 
 
@@ -70,6 +70,7 @@ class ChunkParallel:
         mask: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """See Decoder.forward."""
+        settle()
         batch, length = tokens.shape
         valid = torch.ones(batch, length, dtype=torch.bool) if mask is None else mask.cpu()
         if not valid.any():

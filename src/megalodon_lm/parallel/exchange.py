@@ -35,6 +35,16 @@ class Form(NamedTuple):
         return self.dtype.is_floating_point
 
 
+_on_the_way: list[tuple[Any, Tensor]] = []
+"""Messages that may not have been taken yet: dropped, they would never arrive."""
+
+
+def settle() -> None:
+    """Wait until all that was sent has been taken."""
+    while _on_the_way:
+        _on_the_way.pop(0)[0].wait()
+
+
 class Line:
     """The ranks that hold parts of a sequence, in its order.
 
@@ -51,7 +61,6 @@ class Line:
         self.rank = dist.get_rank(group)
         self.place = self.members.index(self.rank) if self.rank in self.members else -1
         self.sent = 0
-        self._on_the_way: list[tuple[Any, Tensor]] = []
 
     @property
     def is_first(self) -> bool:
@@ -67,9 +76,8 @@ class Line:
         """To the rank so many places further; returns at once."""
         if not message.numel():
             return
-        self._on_the_way = [kept for kept in self._on_the_way if not kept[0].is_completed()]
         work = dist.isend(message, group=self.group, group_dst=self.members[self.place + step], tag=tag)
-        self._on_the_way.append((work, message))  # whose memory must stay until it is gone
+        _on_the_way.append((work, message))
         self.sent += message.numel()
 
     def receive(self, nbytes: int, step: int, tag: int, device: torch.device) -> Tensor:
