@@ -89,7 +89,7 @@ class Train(Quiet):
         from .training import train_with_progress
 
         console.quiet = console.quiet or not ranks.is_first
-        trainer = Trainer(recipe, folder, self.device, self.resume, ranks)
+        trainer = Trainer(recipe, folder, self.device, self.resume, ranks=ranks)
         per_token = bytes_per_token(trainer.batches, trainer.tokenizer)
         try:
             finished, _ = train_with_progress(trainer, self.tensorboard and ranks.is_first)

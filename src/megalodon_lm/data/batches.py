@@ -39,8 +39,8 @@ class Batch(NamedTuple):
         if len(rows) == len(self.inputs):
             return self
         some = slice(rows.start, rows.stop)
-        parts = (None if t is None else t[some] for t in (self.inputs, self.targets, self.starts, self.learnt))
-        return Batch(*parts, self.cursor, None if self.mask is None else self.mask[some])  # type: ignore[arg-type]
+        starts, learnt, mask = (None if t is None else t[some] for t in (self.starts, self.learnt, self.mask))
+        return Batch(self.inputs[some], self.targets[some], starts, learnt, self.cursor, mask)
 
     @property
     def num_learnt(self) -> int:

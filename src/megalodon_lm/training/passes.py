@@ -104,3 +104,8 @@ class SharedPass:
         """See Pass; the State is that of this rank's rows."""
         loss, after = self.own(batch.of_rows(self.ranks.rows(len(batch.inputs))), state, learnt)
         return Passed(self.ranks.total(loss), after)
+
+
+def shared(own: Pass, ranks: Ranks) -> Pass:
+    """A pass over whole batches, of one over any rows."""
+    return own if ranks.ranks == 1 else SharedPass(own, ranks)

@@ -29,10 +29,7 @@ from .machine import product_rate
 from .memory import resident
 from .metrics import MetricsFile, StepMetrics
 from .optimizer import build_optimizer
-<<<<<<< HEAD
-=======
-from .passes import Forward, SharedPass
->>>>>>> fd5fc6c (Training by several ranks: --ranks or torchrun, one mesh a recipe, checkpoints of any number for any number; launch examples)
+from .passes import shared
 from .precision import choose_precision
 from .recipe import Recipe
 from .run_folder import RECIPE_FILE, Resume, Run, begin_run, find_run, recorded_recipe
@@ -51,11 +48,8 @@ class Trainer:
         device: where to train.
         resume: "no" needs a new or empty folder; "last" goes on from the newest checkpoint; "auto" does so where there
             is a run, passes over broken checkpoints, and begins where there is none.
-<<<<<<< HEAD
         subject: what is learnt; None for the text that the recipe names.
-=======
         ranks: that train together, each with a Trainer of the same recipe and folder; the first one writes.
->>>>>>> fd5fc6c (Training by several ranks: --ranks or torchrun, one mesh a recipe, checkpoints of any number for any number; launch examples)
 
     The folder is locked until `train` ends, and made only when all else is in order.
 
@@ -70,11 +64,8 @@ class Trainer:
         folder: str | Path,
         device: torch.device | str = "cpu",
         resume: Resume = "no",
-<<<<<<< HEAD
         subject: Subject | None = None,
-=======
         ranks: Ranks | None = None,
->>>>>>> fd5fc6c (Training by several ranks: --ranks or torchrun, one mesh a recipe, checkpoints of any number for any number; launch examples)
     ):
         self.recipe, self.device = recipe, choose_device(device)
         self.ranks = ranks or Ranks()
@@ -102,11 +93,8 @@ class Trainer:
             compiling = (lambda model: compile_blocks(model, self.device)) if t.compile else None
             self.reader = self.ranks.apply(self.model, compiling)
             self.precision = choose_precision(t.precision, self.device)
-<<<<<<< HEAD
-            self.passes = self.subject.passes(self.model, self.precision, self.device)
-=======
-            self.passes = SharedPass(build_pass(Forward(self.reader, self.precision, self.device), t), self.ranks)
->>>>>>> fd5fc6c (Training by several ranks: --ranks or torchrun, one mesh a recipe, checkpoints of any number for any number; launch examples)
+            own = self.subject.passes(self.reader, self.precision, self.device)
+            self.passes = shared(own, self.ranks)
             self.optimizer = build_optimizer(self.model, t, self.precision)
             self.average = WeightAverage(self.model, t.average) if t.average else None
             self.bad_steps = BadSteps(t)
@@ -117,29 +105,19 @@ class Trainer:
             self.best: tuple[float, int] | None = None
             if checkpoint is not None:
                 self.restore(checkpoint)
-<<<<<<< HEAD
-            if run is None:  # nothing can go wrong any more but the folder itself
-                run = begin_run(Path(folder), self.subject.of_chats)
-                undo.callback(run.lock.release)
-            self.subject.save(run.folder)
-            write_atomically(run.folder / RECIPE_FILE, recipe.to_toml())
-            self.run, self.folder = run, run.folder
-            self.notes += [run.lock.note] if run.lock.note else []
-=======
             self.ranks.own_random_numbers(t.seed + self.step)
             self.ranks.wait()  # until all have looked at the folder
             self.run = self._opened(run, Path(folder), undo) if self.ranks.is_first else Run(Path(folder), "", NoLock())
             self.folder = self.run.folder
             self.notes += [self.run.lock.note] if self.run.lock.note else []
->>>>>>> fd5fc6c (Training by several ranks: --ranks or torchrun, one mesh a recipe, checkpoints of any number for any number; launch examples)
             undo.pop_all()
 
     def _opened(self, run: Run | None, folder: Path, undo: ExitStack) -> Run:
         """The run, begun if there is none; nothing can go wrong any more but the folder itself."""
         if run is None:
-            run = begin_run(folder, any(s.of_chats for s in self.batches.mixture.sequences))
+            run = begin_run(folder, self.subject.of_chats)
             undo.callback(run.lock.release)
-        self.tokenizer.save(run.folder)
+        self.subject.save(run.folder)
         write_atomically(run.folder / RECIPE_FILE, self.recipe.to_toml())
         return run
 
@@ -191,13 +169,8 @@ class Trainer:
         self.model.train()
         try:
             with interruptible() as interrupted, closing(prefetched(self.batches, self.cursor)) as batches:
-<<<<<<< HEAD
                 compile_kernels(self.model, self.passes, self.device, self.subject.trials(), t.carry_state)
-                while self.progress < 1 and not interrupted():
-=======
-                compile_kernels(self.model, self.passes, self.device, t)
                 while self.progress < 1 and not self.ranks.any(interrupted()):
->>>>>>> fd5fc6c (Training by several ranks: --ranks or torchrun, one mesh a recipe, checkpoints of any number for any number; launch examples)
                     writer.check()
                     began = time.perf_counter()
                     tokens = self.tokens
