@@ -52,8 +52,10 @@ def shard(model: Any, mesh: DeviceMesh, precision: MixedPrecisionPolicy) -> None
     if mesh["replicate"].size() > 1:
         name = "owner" if mesh["chunk"].size() > 1 else "shard"
         owners = mesh["replicate", name]
+    # With parts of sequences to wait for, no rank may also wait for weights in mid-backward: they stay until then.
+    reshard = mesh["chunk"].size() == 1
     for part in (*model.layers, model):
-        fully_shard(part, mesh=owners, mp_policy=precision)
+        fully_shard(part, mesh=owners, mp_policy=precision, reshard_after_forward=reshard)
     for part in model.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
