@@ -1,5 +1,8 @@
 """What was read once gives each question what reading everything anew gives it, to the last bit."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -129,6 +132,15 @@ def test_texts_that_part_at_several_places():
     ]
     assert found == [2004, 2004, 2003, 2002]
     assert small.work.computed == 512 * 3
+
+
+def test_the_example_of_the_documentation(tiny, capsys):
+    page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    [code] = [c for c in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "Reader(model" in c]
+    names = {"model": tiny, "tokenizer": BYTES, "text": TEXT[:600], "questions": [b"Who?", b"Why?"], "answers": [b"He"]}
+    exec(code, names)
+    computed, anew = map(int, capsys.readouterr().out.split())
+    assert computed < anew
 
 
 def test_a_window_is_known():

@@ -29,7 +29,7 @@ class Documents(Quiet):
     """Names with commas between them: narrativeqa, qasper, qmsum, govreport, summscreen, quality, contractnli, and
     fairytaleqa, which is none of SCROLLS."""
     model: Positional[Path]
-    """A run folder or a saved model."""
+    """A run folder, a saved model, or whatever megalodon evaluate tasks reads."""
     data: Path | None = None
     """Folder of local copies, docs/evaluation.md says how they may lie in it; nothing is asked of the network then."""
     shots: int | None = None
@@ -64,7 +64,7 @@ class Documents(Quiet):
         from ..evaluation.results import Results, identify
         from ..files import ANSWERS, RESULTS, check_writable, write_atomically
         from ..training.precision import choose_precision
-        from .models import load_trained
+        from .models import load_readable
         from .progress import progress_bar, results
 
         for option, value, least in (("--shots", self.shots, 0), ("--limit", self.limit, 1)):
@@ -78,7 +78,7 @@ class Documents(Quiet):
         for task in tasks:
             shots = task.shots if self.shots is None else self.shots
             found.append((task, load(task, self.data, self.limit), solved_examples(task, self.data, shots)))
-        model, tokenizer = load_trained(self.model, self.device)
+        model, tokenizer = load_readable(self.model, self.device)
         precision = choose_precision(self.precision, torch.device(self.device))
         settings = {"limit": self.limit, "precision": precision, "anew": self.anew}
         made = Results(self.name or self.model.resolve().name, identify(model, tokenizer), settings, [])

@@ -27,7 +27,7 @@ class Long(Quiet):
     """
 
     model: Positional[Path]
-    """A run folder or a saved model."""
+    """A run folder, a saved model, or whatever megalodon evaluate tasks reads."""
     tasks: list[str] = field(
         default_factory=lambda: [
             "needle", "multi-key", "multi-value", "multi-query", "variables", "common-words", "frequent-words",
@@ -69,12 +69,12 @@ class Long(Quiet):
         from ..evaluation.results import Results, identify
         from ..files import RESULTS, check_writable
         from ..training.precision import choose_precision
-        from .models import load_trained
+        from .models import load_readable
         from .progress import progress_bar, results
 
         if self.out is not None:
             check_writable(self.out, RESULTS)
-        model, tokenizer = load_trained(self.model, self.device)
+        model, tokenizer = load_readable(self.model, self.device)
         prose = Prose((b"".join(blocks) for blocks in texts_of(Texts(self.text, "once"))), tokenizer)
         runs = [
             LongRun(task, prose, length, tuple(self.depths), self.samples, self.seed, question)
