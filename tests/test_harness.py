@@ -1,6 +1,7 @@
 """The harness asks any model: exactly, at any length, and what prompts share is read once."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -218,3 +219,31 @@ def test_a_command_evaluates_offline_and_another_compares(saved, tmp_path):
     ).stdout
     assert shown.count("mine") == 2
     assert "Megalodon-7B, published" in shown
+
+
+def test_the_example_of_the_docs_runs(capsys):
+    page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    example = page.split("### From Python\n\n```python\n")[1].split("```")[0]
+    exec(example, {"model": made("llama", torch.float32), "tokenizer": BYTES, "folder": FOLDER})
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["winogrande", "mmlu"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "MEGALODON_SMOLLM2" not in os.environ, reason="MEGALODON_SMOLLM2 names the GGUF file of a real model"
+)
+@pytest.mark.parametrize("name", ["winogrande", "mmlu_marketing"])
+def test_a_real_model_scores_what_it_scores_in_the_harness(name):
+    """In float64, where no rounding hides a difference: through this class, and through the harness's own."""
+    from lm_eval.models.huggingface import HFLM
+
+    from megalodon_lm.cli.models import begins
+    from megalodon_lm.hub.transformers_model import load_transformers
+
+    file = Path(os.environ["MEGALODON_SMOLLM2"])
+    model, tokenizer = load_transformers(file, dtype=torch.float64)
+    asked = [request for question in questions(name) for request in question][:8]
+    own = HarnessModel(model, tokenizer, "float32", begins(model, tokenizer)).loglikelihood(asked)
+    theirs = HFLM(pretrained=str(file.parent), gguf_file=file.name, dtype="float64", device="cpu", batch_size=4)
+    for found, expected in zip(own, theirs.loglikelihood(asked, disable_tqdm=True), strict=True):
+        assert found == pytest.approx(expected, abs=1e-6)
