@@ -377,13 +377,17 @@ def test_a_kill_while_a_model_replaces_another_leaves_one_of_them(tiny, tmp_path
     other = Megalodon(ModelConfig.named("tiny", chunk_size=32))
     written = []
 
-    def killed(path, data):
-        if len(written) == ["before", "between", "after"].index(at):
-            raise KeyboardInterrupt
-        written.append(path)
-        path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    def until_killed(write):
+        def killed(path, *what):
+            if len(written) == ["before", "between", "after"].index(at):
+                raise KeyboardInterrupt
+            written.append(path)
+            write(path, *what)
 
-    monkeypatch.setattr(checkpoint, "write_atomically", killed)
+        return killed
+
+    for name in ("write_tensors", "write_atomically"):
+        monkeypatch.setattr(checkpoint, name, until_killed(getattr(checkpoint, name)))
     with contextlib.suppress(KeyboardInterrupt):
         other.save(tmp_path)
     expected = tiny if at == "before" else other

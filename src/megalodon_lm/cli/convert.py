@@ -36,6 +36,7 @@ class Convert:
 
     def run(self) -> None:
         """Carry out the command."""
+        from ..config import ModelConfig
         from ..files import make_folder
         from ..model.checkpoint import write_model
         from ..model.official import write_official
@@ -45,7 +46,7 @@ class Convert:
         if self.out.is_dir() and any(self.out.iterdir()):
             raise InputError(f"--out {self.out} is not empty; name another folder")
         config, tensors, tokenizer = _opened(self.model)
-        if self.to != "native" and config.architecture != "megalodon":
+        if self.to != "native" and not isinstance(config, ModelConfig):
             raise InputError(f"a {config.architecture} has no form but the native one; --to {self.to} is for Megalodon")
         make_folder(self.out)
         if self.to == "official":
