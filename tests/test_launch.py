@@ -75,7 +75,7 @@ def start(folder, out, *options):
     """A run of a recipe with a mesh, begun."""
     path = folder / "recipe.toml"
     path.write_text(recipe(folder, {"dropout": 0.0, "chunk_size": 16, "num_layers": 2}, **CHOICES).to_toml())
-    command = [sys.executable, "-m", "megalodon_lm", "train", path, "--out", out, "--quiet", *options]
+    command = [sys.executable, "-m", "megalodon_lm", "train", path, "--out", out, "--quiet", *map(str, options)]
     settings = {**os.environ, "OMP_NUM_THREADS": "1", "MEGALODON_RANK_TIMEOUT": "120"}
     return subprocess.Popen(command, env=settings, stderr=subprocess.PIPE, text=True, cwd=folder)
 
