@@ -106,7 +106,11 @@ class Together(Ranks):
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "cpu:gloo"
         if not dist.is_initialized():
             sizes.over(started_ranks())
-            dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
+            wait = timedelta(seconds=seconds)
+            store, rank, ranks = next(dist.rendezvous("env://", timeout=wait))
+            # torchrun's agent keeps one store over restarts, and in it the addresses of ranks that are gone
+            store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=wait)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.is_first = self.rank == 0
         self.device = device
