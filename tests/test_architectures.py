@@ -1,6 +1,7 @@
 """What holds for every architecture of the registry, and for one that is brought along from outside."""
 
 import ast
+import math
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 import megalodon_lm
 from megalodon_lm import ModelConfig, State
-from megalodon_lm.architectures import ARCHITECTURES, Architecture, build, config_of, load, load_config
+from megalodon_lm.architectures import ARCHITECTURES, Architecture, build, config_class, config_of, load, load_config
 from megalodon_lm.config import GECKO
 from megalodon_lm.errors import InputError
 
@@ -238,6 +239,13 @@ def test_a_megalodon_is_what_has_no_name():
 def test_what_cannot_be_had_is_refused(given, message):
     with pytest.raises(InputError, match=message):
         config_of(given)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+@pytest.mark.parametrize("name", [name for name in EVERY if hasattr(config_class(name), "norm_eps")])
+def test_an_epsilon_that_no_norm_can_add_is_refused(name, value):
+    with pytest.raises(InputError, match=r"norm_eps = .* must be positive and finite"):
+        config_of(values(name, norm_eps=value))
 
 
 def asks(source):

@@ -292,7 +292,7 @@ def test_wrong_inputs_are_refused():
         model(tokens, targets=torch.zeros(3, dtype=torch.int64))
     with pytest.raises(InputError, match="takes no state"):
         model(tokens, build(**CHOICES["forward_real"])(tokens)[1])
-    with pytest.raises(InputError, match="known: listops"):
+    with pytest.raises(InputError, match="known sizes: listops"):
         EncoderConfig.named("imagenet")
 
 

@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("lm_eval")
-
 from megalodon_lm import ByteTokenizer, Generator
 from megalodon_lm.architectures import build
 from megalodon_lm.data.chat import Message, encode_chat

@@ -4,13 +4,10 @@ import csv
 import json
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("lm_eval")
-
 import datasets
 import pyarrow
 import pyarrow.parquet
+import pytest
 
 from megalodon_lm.errors import InputError
 from megalodon_lm.evaluation.task_data import FOUNDRY, LocalCopies

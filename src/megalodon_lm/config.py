@@ -5,8 +5,15 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
-from .configuration import Configuration, check_sizes, check_type, require
-from .errors import InputError, nearest
+from .configuration import (
+    Configuration,
+    check_positive,
+    check_probabilities,
+    check_sizes,
+    check_type,
+    find_size,
+    require,
+)
 from .sizing import nearest_size, usual_depth
 
 _MOST_LAYERS = 10_000
@@ -110,12 +117,8 @@ class ModelConfig(Configuration):
         require(head % 2 == 0, "z_dim", self.z_dim, rule)
         heads, rule = self.heads_without_rope, f"must be from 0 to num_heads = {self.num_heads}"
         require(0 <= heads <= self.num_heads, "heads_without_rope", heads, rule)
-        for field in ("dropout", "hidden_dropout", "attention_dropout"):
-            value = getattr(self, field)
-            require(0 <= value < 1, field, value, "is a probability and must be at least 0 and below 1")
-        for field in ("norm_eps", "rope_base"):
-            value = getattr(self, field)
-            require(value > 0 and math.isfinite(value), field, value, "must be positive and finite")
+        check_probabilities(self, "dropout", "hidden_dropout", "attention_dropout")
+        check_positive(self, "norm_eps", "rope_base")
 
     @classmethod
     def named(cls, name: str, **changes: Any) -> "ModelConfig":
@@ -124,9 +127,7 @@ class ModelConfig(Configuration):
         Raises:
             InputError: unknown name; the message lists the known ones.
         """
-        if not isinstance(name, str) or name not in SIZES:
-            raise InputError(f"unknown size {name!r}{nearest(name, SIZES)}; known sizes: {', '.join(SIZES)}")
-        return cls.from_dict({**SIZES[name], **changes})
+        return cls.from_dict({**find_size(name, SIZES), **changes})
 
     @classmethod
     def sized(cls, parameters: int, vocab_size: int, **choices: Any) -> Self:

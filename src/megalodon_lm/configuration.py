@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
@@ -149,3 +151,36 @@ def check_sizes(config: Configuration, *fields: str) -> None:
         value = getattr(config, field)
         require(value >= 1, field, value, "must be at least 1")
         require(value <= LARGEST, field, value, f"must be at most {LARGEST:,}")
+
+
+def check_positive(config: Configuration, *fields: str) -> None:
+    """Refuse numbers that are not above 0 and finite.
+
+    Raises:
+        InputError: naming the first.
+    """
+    for field in fields:
+        value = getattr(config, field)
+        require(0 < value < math.inf, field, value, "must be positive and finite")
+
+
+def check_probabilities(config: Configuration, *fields: str) -> None:
+    """Refuse parts to drop that are below 0, or all.
+
+    Raises:
+        InputError: naming the first.
+    """
+    for field in fields:
+        value = getattr(config, field)
+        require(0 <= value < 1, field, value, "is a probability and must be at least 0 and below 1")
+
+
+def find_size(name: str, sizes: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The values of a named size.
+
+    Raises:
+        InputError: unknown name; the message lists the known ones.
+    """
+    if not isinstance(name, str) or name not in sizes:
+        raise InputError(f"unknown size {name!r}{nearest(name, sizes)}; known sizes: {', '.join(sizes)}")
+    return sizes[name]

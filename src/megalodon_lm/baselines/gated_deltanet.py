@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..configuration import Configuration, check_sizes, require
+from ..configuration import Configuration, check_positive, check_sizes, require
 from ..layers.embedding import Embedding
 from ..layers.feed_forward import FeedForward
 from ..layers.initialization import init_bert, init_time_step
@@ -67,7 +67,7 @@ class GatedDeltaNetConfig(Configuration):
             self, "vocab_size", "num_layers", "model_dim", "num_heads", "head_dim", "value_head_dim", "ffn_hidden_dim",
         )  # fmt: skip
         require(self.num_taps >= 2, "num_taps", self.num_taps, "must be at least 2")
-        require(0 < self.norm_eps < math.inf, "norm_eps", self.norm_eps, "must be positive and finite")
+        check_positive(self, "norm_eps")
 
     @classmethod
     def sized(cls, parameters: int, vocab_size: int, **choices: Any) -> Self:

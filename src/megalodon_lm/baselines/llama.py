@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import InitMode
-from ..configuration import Configuration, check_sizes, require
+from ..configuration import Configuration, check_positive, check_sizes, require
 from ..layers.embedding import Embedding
 from ..layers.feed_forward import FeedForward
 from ..layers.initialization import INITIALISERS
@@ -69,7 +69,7 @@ class LlamaConfig(Configuration):
         require(self.window >= 2, "window", self.window, "must be at least 2")
         heads, dim = self.num_heads, self.model_dim
         require(dim % (2 * heads) == 0, "num_heads", heads, f"must cut model_dim = {dim} into heads of even width")
-        require(0 < self.norm_eps < math.inf, "norm_eps", self.norm_eps, "must be positive and finite")
+        check_positive(self, "norm_eps")
         require(1 < self.rope_base < math.inf, "rope_base", self.rope_base, "must be above 1, and finite")
         require(1 <= self.rope_factor < math.inf, "rope_factor", self.rope_factor, "must be at least 1, and finite")
         rule = 'must be 1 without rope_scaling; take "linear", "ntk" or "yarn"'

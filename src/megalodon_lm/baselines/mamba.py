@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..configuration import Configuration, check_sizes, require
+from ..configuration import Configuration, check_positive, check_sizes, require
 from ..layers.embedding import Embedding
 from ..layers.initialization import init_bert, init_time_step, init_uniform
 from ..layers.linear import Linear
@@ -54,6 +54,7 @@ class MambaConfig(Configuration):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_sizes(self, "vocab_size", "num_layers", "model_dim", "inner_dim", "state_dim", "num_taps")
+        check_positive(self, "norm_eps")
 
     @classmethod
     def sized(cls, parameters: int, vocab_size: int, **choices: Any) -> Self:

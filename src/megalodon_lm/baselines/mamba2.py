@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..configuration import Configuration, check_sizes, require
+from ..configuration import Configuration, check_positive, check_sizes, require
 from ..layers.embedding import Embedding
 from ..layers.initialization import init_bert, init_time_step, init_uniform
 from ..layers.linear import Linear
@@ -69,7 +69,7 @@ class Mamba2Config(Configuration):
         rule = f"must divide the {self.num_heads} heads"
         require(self.num_heads % self.num_groups == 0, "num_groups", self.num_groups, rule)
         require(self.num_taps >= 2, "num_taps", self.num_taps, "must be at least 2")
-        require(0 < self.norm_eps < math.inf, "norm_eps", self.norm_eps, "must be positive and finite")
+        check_positive(self, "norm_eps")
 
     @property
     def inner_dim(self) -> int:

@@ -4,7 +4,6 @@ Source: Ma et al. 2022 (arXiv 2209.10655) and the authors' code, from which the 
 says what differs.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..configuration import Configuration, check_sizes, require
+from ..configuration import Configuration, check_positive, check_sizes, require
 from ..layers.chunk_attention import ChunkAttention
 from ..layers.complex_ema import ComplexEMA
 from ..layers.embedding import Embedding
@@ -64,9 +63,7 @@ class MegaConfig(Configuration):
         super().__post_init__()
         check_sizes(self, "vocab_size", "num_layers", *_WIDTHS, "ema_ndim", "chunk_size")
         require(self.z_dim % 2 == 0, "z_dim", self.z_dim, f"must be even for rotary positions; use {self.z_dim + 1}")
-        for field in ("norm_eps", "rope_base"):
-            value = getattr(self, field)
-            require(value > 0 and math.isfinite(value), field, value, "must be positive and finite")
+        check_positive(self, "norm_eps", "rope_base")
 
     @classmethod
     def sized(cls, parameters: int, vocab_size: int, **choices: Any) -> Self:

@@ -5,8 +5,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 from ..config import CemaKind, InitMode
-from ..configuration import Configuration, check_sizes, check_type, require
-from ..errors import InputError, nearest
+from ..configuration import (
+    Configuration,
+    check_positive,
+    check_probabilities,
+    check_sizes,
+    check_type,
+    find_size,
+    require,
+)
 from ..ops.bidirectional_attention import AttentionKind
 from ..sizing import nearest_size, usual_depth
 
@@ -95,12 +102,8 @@ class EncoderConfig(Configuration):
             require(self.attention == "softmax", "attention", self.attention, 'needs direction = "both"')
             rule = 'needs at least 1 with direction = "forward": what is carried is a chunk'
             require(self.chunk_size >= 1, "chunk_size", self.chunk_size, rule)
-        for field in ("dropout", "hidden_dropout", "attention_dropout"):
-            value = getattr(self, field)
-            require(0 <= value < 1, field, value, "is a probability and must be at least 0 and below 1")
-        for field in ("norm_eps", "rope_base"):
-            value = getattr(self, field)
-            require(value > 0 and math.isfinite(value), field, value, "must be positive and finite")
+        check_probabilities(self, "dropout", "hidden_dropout", "attention_dropout")
+        check_positive(self, "norm_eps", "rope_base")
 
     @property
     def groups(self) -> int:
@@ -114,9 +117,7 @@ class EncoderConfig(Configuration):
         Raises:
             InputError: unknown name; the message lists the known ones.
         """
-        if not isinstance(name, str) or name not in ENCODER_SIZES:
-            raise InputError(f"unknown size {name!r}{nearest(name, ENCODER_SIZES)}; known: {', '.join(ENCODER_SIZES)}")
-        return cls.from_dict({**ENCODER_SIZES[name], **changes})
+        return cls.from_dict({**find_size(name, ENCODER_SIZES), **changes})
 
     @classmethod
     def sized(cls, parameters: int, vocab_size: int, **choices: Any) -> Self:
