@@ -290,7 +290,7 @@ def test_the_command_goes_there_and_back(tmp_path, run):  # noqa: F811
 
 
 def test_the_command_goes_to_transformers_and_on(tmp_path, run):  # noqa: F811
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import megalodon_lm.hub  # noqa: F401  # registers
 
@@ -303,7 +303,9 @@ def test_the_command_goes_to_transformers_and_on(tmp_path, run):  # noqa: F811
     assert stored[0] == stored[1]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "transformers")
     assert (model.dtype, model.config.bos_token_id, model.config.eos_token_id) == (torch.float32, 256, 257)
-    tokens = torch.randint(259, (1, 20), generator=torch.Generator().manual_seed(0))
+    text = "Naïve tests"
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "transformers")(text, return_tensors="pt")["input_ids"]
+    assert tokens[0].tolist() == ByteTokenizer().encode(text, begin=True).tolist()
     assert torch.equal(model(tokens).logits, Megalodon.load(tmp_path / "native")(tokens)[0])
     assert torch.equal(
         loaded(tmp_path / "official")[0]["embed.weight"][:, :16], loaded(tmp_path / "theirs")[0]["embed.weight"]

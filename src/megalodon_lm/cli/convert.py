@@ -56,7 +56,7 @@ class Convert:
             write_model(config, tensors, self.out)
         if self.to == "transformers":
             _describe(config, tensors, tokenizer, self.out)
-        if tokenizer is not None:
+        elif tokenizer is not None:
             tokenizer.save(self.out)
         print(f"{self.out}: {config.num_parameters:,} parameters, {self.to}, tokenizer: {_name(tokenizer)}")
 
@@ -97,10 +97,18 @@ def _is_llama(source: Path) -> bool:
 
 
 def _describe(config: Any, tensors: "Mapping[str, Tensor]", tokenizer: "Tokenizer | None", folder: Path) -> None:
-    """Put the config.json of transformers in the place of ours; the weights are the same file."""
+    """Put the config.json of transformers in the place of ours, and its tokenizer; the weights are the same file."""
+    from ..data.subword import SentencePieceTokenizer
     from ..hub import MegalodonConfig, MegalodonForCausalLM
+    from ..hub.tokenization import save_tokenizer, special_tokens
 
-    tokens = {} if tokenizer is None else {"bos_token_id": tokenizer.begin, "eos_token_id": tokenizer.end}
+    tokens: dict[str, int] = {}
+    if isinstance(tokenizer, SentencePieceTokenizer):  # which cannot be one of transformers
+        tokens = {"bos_token_id": tokenizer.begin, "eos_token_id": tokenizer.end}
+        tokenizer.save(folder)
+    elif tokenizer is not None:
+        tokens = special_tokens(tokenizer)
+        save_tokenizer(tokenizer, folder)
     dtype = str(tensors["embed.weight"].dtype).removeprefix("torch.")
     named = {"architectures": [MegalodonForCausalLM.__name__], "dtype": dtype}
     MegalodonConfig.of(config, **named, **tokens).save_pretrained(folder)
