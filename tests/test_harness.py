@@ -237,8 +237,8 @@ def test_the_example_of_the_docs_runs(capsys):
 @pytest.mark.skipif(
     "MEGALODON_SMOLLM2" not in os.environ, reason="MEGALODON_SMOLLM2 names the GGUF file of a real model"
 )
-@pytest.mark.parametrize("name", ["winogrande", "mmlu_marketing"])
-def test_a_real_model_scores_what_it_scores_in_the_harness(name):
+@pytest.mark.parametrize(("name", "shots"), [("winogrande", 0), ("mmlu_marketing", 5)])
+def test_a_real_model_scores_what_it_scores_in_the_harness(name, shots):
     """In float64, where no rounding hides a difference: through this class, and through the harness's own."""
     from lm_eval.models.huggingface import HFLM
 
@@ -247,7 +247,7 @@ def test_a_real_model_scores_what_it_scores_in_the_harness(name):
 
     file = Path(os.environ["MEGALODON_SMOLLM2"])
     model, tokenizer = load_transformers(file, dtype=torch.float64)
-    asked = [request for question in questions(name) for request in question][:8]
+    asked = [request for question in questions(name, shots) for request in question][:8]
     own = HarnessModel(model, tokenizer, "float32", begins(model, tokenizer)).loglikelihood(asked)
     theirs = HFLM(pretrained=str(file.parent), gguf_file=file.name, dtype="float64", device="cpu", batch_size=4)
     for found, expected in zip(own, theirs.loglikelihood(asked, disable_tqdm=True), strict=True):

@@ -171,7 +171,7 @@ def test_the_published_files_give_back_their_own_prompts():
     copies = LocalCopies(folder)
     for (dataset, part), (pattern, _) in FOUNDRY.items():
         (path,) = folder.glob(pattern)
-        rows = [json.loads(line) for line in path.open()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         found = copies.find({"dataset_path": dataset, "dataset_name": part, "test_split": "test"})["test"]
         assert len(found) == len(rows) > 500
         for row, made in zip(rows, found, strict=True):
