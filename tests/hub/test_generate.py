@@ -108,6 +108,16 @@ def test_turns_of_a_chat_go_on_from_the_cache(model, tokens):
     assert torch.equal(again[:, new.shape[1] :], expected[:, -NEW:])
 
 
+def test_rows_that_were_read_once_go_on_several_ways(model, tokens):
+    ways = torch.tensor([[3], [5], [7], [2]])
+    cache = model(tokens).cache
+    cache.batch_repeat_interleave(2)
+    logits = model(ways, cache=cache).logits
+    for row, way in enumerate(ways):
+        alone = model(way[None], cache=model(tokens[row // 2 : row // 2 + 1]).cache).logits
+        assert torch.allclose(logits[row], alone[0], atol=1e-5)
+
+
 def test_an_embedded_prompt(model, tokens):
     embedded = model.get_input_embeddings()(tokens).detach()
     written = model.generate(inputs_embeds=embedded, max_new_tokens=NEW, do_sample=False)
