@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import wave
 
 import numpy as np
@@ -84,8 +85,15 @@ def test_a_run_that_was_stopped_goes_on_to_the_last_bit(tmp_path, sounds):
 def test_commands(tmp_path, sounds, capsys):
     settings = of_sounds(sounds, training={"steps": 30, "validate_steps": 15, "learning_rate": 1e-2}, patch=4)
     (tmp_path / "recipe.toml").write_text(settings.to_toml())
-    parse(["classify", "train", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "run"), "--quiet"]).run()
-    assert "of 4 validation examples are right" in capsys.readouterr().out
+    parse(["classify", "train", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "run")]).run()
+    shown = capsys.readouterr()
+    assert "of 4 validation examples are right" in shown.out
+    assert re.search(r"step 15: \d+\.\d\d% right on the validation set", shown.err)
+    assert re.search(r"bits/example  \d+\.\d\d% right  [\d,]+ inputs/s", shown.err)
+    page = (tmp_path / "run" / "training.md").read_text()
+    assert "bits per example |" in page
+    assert re.search(r"best validation \| \d+\.\d\d% right, at step", page)
+    assert not re.search("token|byte", shown.err + page)
     assert "| true" in (tmp_path / "run" / "classification.md").read_text()
     assert all((tmp_path / "run" / name).exists() for name in ("training.png", "classification.png"))
     command = ["classify", "evaluate", str(tmp_path / "run"), str(sounds), "--label", "(high|low)_"]

@@ -44,6 +44,7 @@ class ClassifyTrain(Quiet):
         from ..files import write_atomically
         from ..model.encoder import Encoder
         from ..training.classification import Classification, ClassificationRecipe
+        from ..training.metrics import EXAMPLES
         from ..training.report import write_report
         from ..training.run_folder import free_run_folder
         from ..training.trainer import Trainer
@@ -57,11 +58,9 @@ class ClassifyTrain(Quiet):
         trainer = Trainer(recipe, folder, self.device, self.resume, examples)
         measure = ErrorRate(examples.validation, examples.form, trainer.precision)
         try:
-            finished, _ = train_with_progress(
-                trainer, self.tensorboard, measure, "of the validation examples are wrong", "example"
-            )
+            finished, _ = train_with_progress(trainer, self.tensorboard, measure, EXAMPLES)
         finally:
-            write_report(folder, 0.0)
+            write_report(folder, 0.0, EXAMPLES)
         model = Encoder.load(folder, trainer.device).eval()
         found = confusion(model, examples.validation, examples.form, trainer.precision)
         draw_confusion(found, folder / PICTURE)

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..evaluation.validation import Validation
 from ..training.memory import keep_freed_memory
-from ..training.metrics import StepMetrics
+from ..training.metrics import TEXT, StepMetrics, Units
 from ..training.tensorboard import TensorBoard
 from ..training.trainer import Trainer
 from .progress import console, progress_bar
@@ -32,8 +32,7 @@ def train_with_progress(
     trainer: Trainer,
     tensorboard: bool = False,
     validation: Callable[[Any], float] | None = None,
-    measured: str = "bits per byte on the validation text",
-    unit: str = "token",
+    units: Units = TEXT,
 ) -> tuple[bool, list[tuple[int, float]]]:
     """Train to the end with a bar.
 
@@ -41,11 +40,10 @@ def train_with_progress(
         trainer: of the run.
         tensorboard: write event files too.
         validation: see Trainer.train; None for the text that the recipe names.
-        measured: what it measures.
-        unit: what has a loss.
+        units: of its numbers.
 
     Returns:
-        Whether the end was reached, and the curve (tokens read, bits per token smoothed over steps).
+        Whether the end was reached, and the curve (what was read, bits of what has a loss, smoothed over steps).
     """
     keep_freed_memory()
     config = trainer.recipe.model
@@ -55,7 +53,7 @@ def train_with_progress(
     for note in trainer.notes:
         console.print(note)
     if trainer.step:
-        console.print(f"going on after step {trainer.step:,}, {trainer.tokens:,} tokens")
+        console.print(f"going on after step {trainer.step:,}, {trainer.tokens:,} {units.read}")
     data = trainer.recipe.data
     if trainer.recipe.training.validate_steps and validation is None:
         validation = Validation(
@@ -64,23 +62,27 @@ def train_with_progress(
         )  # fmt: skip
     board = TensorBoard(trainer.folder, trainer.step) if tensorboard else None
     curve: list[tuple[int, float]] = []
-    loss, speed = RunningMean(), RunningMean()
+    loss, speed, found = RunningMean(), RunningMean(), ""
 
     with progress_bar("train", 1.0) as move:
 
         def watch(m: StepMetrics) -> None:
+            nonlocal found
             speed.add(m.tokens_per_second)
             if math.isfinite(loss.add(m.bits_per_token)):
                 curve.append((m.tokens, loss.value))
             if board:
                 board.write(m)
             if m.validation is not None:
-                console.print(f"step {m.step}: {m.validation:.4f} {measured}")
+                measured = units.validated(m.validation)
+                console.print(f"step {m.step}: {measured} on the validation {'set' if units.of_classes else 'text'}")
+                found = f"  {measured}" if units.of_classes else ""
             if m.event:
                 console.print(f"step {m.step}: {m.event}")
             move(
                 m.progress,
-                f"step {m.step}  {loss.value:.3f} bits/{unit}  {speed.value:,.0f} tokens/s  {m.utilisation:.0%}",
+                f"step {m.step}  {loss.value:.3f} bits/{units.learnt}{found}  {speed.value:,.0f} {units.read}/s  "
+                f"{m.utilisation:.0%}",
             )
 
         move(trainer.progress, "compiling kernels")
@@ -89,7 +91,7 @@ def train_with_progress(
         board.close()
     if not finished:
         console.print(
-            f"interrupted after {trainer.tokens:,} tokens; the weights are saved in {trainer.folder}; "
+            f"interrupted after {trainer.tokens:,} {units.read}; the weights are saved in {trainer.folder}; "
             "--resume last goes on"
         )
     return finished, curve

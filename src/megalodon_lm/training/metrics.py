@@ -35,6 +35,28 @@ class StepMetrics:
     event: str = ""
 
 
+@dataclass(frozen=True)
+class Units:
+    """What the numbers of a run are of.
+
+    Attributes:
+        learnt: what has a loss: `bits_per_token` are bits of one.
+        read: what comes in: `tokens` are so many.
+        of_classes: validation is the part of the examples that is wrong, instead of bits per byte.
+    """
+
+    learnt: str = "token"
+    read: str = "tokens"
+    of_classes: bool = False
+
+    def validated(self, value: float) -> str:
+        """What a validation found, in words."""
+        return f"{1 - value:.2%} right" if self.of_classes else f"{value:.4f} bits per byte"
+
+
+TEXT, EXAMPLES = Units(), Units("example", "inputs", True)
+
+
 class MetricsFile:
     """One JSON object a line, flushed as it is written.
 

@@ -12,7 +12,7 @@ from ..data.batches import Batches
 from ..data.tokenizer import Tokenizer
 from ..files import write_atomically
 from ..plots import amount_axis, finite, log_axis, picture
-from .metrics import read_metrics
+from .metrics import TEXT, Units, read_metrics
 
 REPORT_MARKDOWN, PICTURE = "training.md", "training.png"
 SMOOTHED = 50  # steps
@@ -31,12 +31,13 @@ def bytes_per_token(batches: Batches, tokenizer: Tokenizer) -> float:
     return size / tokens
 
 
-def write_report(folder: Path, bytes_per_token: float) -> None:
+def write_report(folder: Path, bytes_per_token: float, units: Units = TEXT) -> None:
     """Write training.md and training.png into a run folder with at least one step.
 
     Args:
         folder: of the run.
         bytes_per_token: of what it learns from; 0 where that is not known.
+        units: of its numbers.
 
     Raises:
         InputError: the folder cannot be written.
@@ -44,11 +45,11 @@ def write_report(folder: Path, bytes_per_token: float) -> None:
     records = read_metrics(folder)
     if not records:
         return
-    write_atomically(folder / REPORT_MARKDOWN, _markdown(records, bytes_per_token))
-    _draw(folder / PICTURE, records, bytes_per_token)
+    write_atomically(folder / REPORT_MARKDOWN, _markdown(records, bytes_per_token, units))
+    _draw(folder / PICTURE, records, bytes_per_token, units)
 
 
-def _markdown(records: list[dict[str, Any]], bytes_per_token: float) -> str:
+def _markdown(records: list[dict[str, Any]], bytes_per_token: float, units: Units) -> str:
     last = records[-1]
     best = _best(records)
     events = [f"- step {r['step']}: {r['event']}" for r in records if r["event"]]
@@ -56,15 +57,15 @@ def _markdown(records: list[dict[str, Any]], bytes_per_token: float) -> str:
     per_byte = f", {loss / bytes_per_token:.4f} bits per byte" if bytes_per_token else ""
     rows = {
         "steps": f"{last['step']:,}",
-        "tokens": f"{last['tokens']:,}",
+        units.read: f"{last['tokens']:,}",
         "time in steps": f"{last['seconds']:,.0f} s",
-        "loss at the end, smoothed": f"{loss:.4f} bits per token{per_byte}" if loss == loss else "not finite",
-        "tokens per second, median": f"{_median(records, 'tokens_per_second'):,.0f}",
+        "loss at the end, smoothed": f"{loss:.4f} bits per {units.learnt}{per_byte}" if loss == loss else "not finite",
+        f"{units.read} per second, median": f"{_median(records, 'tokens_per_second'):,.0f}",
         "operations, of the machine's matrix product rate": f"{_median(records, 'utilisation'):.0%}",
         "memory": f"{max(r['memory'] or 0 for r in records) / 1e6:,.0f} MB",
     }
     if best is not None:
-        rows["best validation"] = f"{best['validation']:.4f} bits per byte, at step {best['step']:,}"
+        rows["best validation"] = f"{units.validated(best['validation'])}, at step {best['step']:,}"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     happened = "\n".join(["\n## What happened\n", *events, ""]) if events else ""
     return f"# Training\n\n| | |\n|---|---|\n{table}\n\n![loss, rate and gradient]({PICTURE})\n{happened}"
@@ -94,16 +95,19 @@ def _smooth(records: Sequence[dict[str, Any]]) -> np.ndarray:
     return np.where(counts > 0, sums / np.maximum(counts, 1), math.nan)
 
 
-def _draw(path: Path, records: list[dict[str, Any]], bytes_per_token: float) -> None:
+def _draw(path: Path, records: list[dict[str, Any]], bytes_per_token: float, units: Units) -> None:
     tokens = [r["tokens"] for r in records]
     marker = "." if len(records) < SMOOTHED else ""
-    panels = [["loss", "learning_rate"], ["loss", "gradient_norm"], ["loss", "tokens_per_second"]]
+    below = "right" if units.of_classes and _best(records) else "loss"
+    panels = [["loss", "learning_rate"], ["loss", "gradient_norm"], [below, "tokens_per_second"]]
     with picture(path, panels, 4.6, width_ratios=[2, 1]) as axes:
-        _draw_loss(axes["loss"], records, bytes_per_token, marker)
+        _draw_loss(axes["loss"], records, bytes_per_token, marker, units)
+        if below == "right":
+            _draw_accuracy(axes["right"], records, units)
         for name, title in (
             ("learning_rate", "Learning rate"),
             ("gradient_norm", "Norm of the gradient"),
-            ("tokens_per_second", "Tokens per second"),
+            ("tokens_per_second", f"{units.read.capitalize()} per second"),
         ):
             axis = axes[name]
             x, y = finite(zip(tokens, (r[name] for r in records), strict=True))
@@ -118,12 +122,12 @@ def _draw(path: Path, records: list[dict[str, Any]], bytes_per_token: float) -> 
                 amount_axis(axis.yaxis)
             else:
                 axis.yaxis.set_major_formatter("{x:g}")
-        axes["tokens_per_second"].set_xlabel("tokens")
+        axes["tokens_per_second"].set_xlabel(units.read)
 
 
-def _draw_loss(axis: Any, records: list[dict[str, Any]], bytes_per_token: float, marker: str) -> None:
-    """Training and validation on one axis: in bits per byte, or training alone in bits per token."""
-    scale, unit = (1 / bytes_per_token, "byte") if bytes_per_token else (1.0, "token")
+def _draw_loss(axis: Any, records: list[dict[str, Any]], bytes_per_token: float, marker: str, units: Units) -> None:
+    """Training and validation on one axis: in bits per byte, or training alone in bits of what has a loss."""
+    scale, unit = (1 / bytes_per_token, "byte") if bytes_per_token else (1.0, units.learnt)
     tokens, losses = finite((r["tokens"], r["bits_per_token"]) for r in records)
     axis.plot(tokens, [scale * loss for loss in losses], color="0.8", linewidth=0.6, marker=marker)
     tokens, smooth = finite(zip((r["tokens"] for r in records), (scale * _smooth(records)).tolist(), strict=True))
@@ -141,6 +145,17 @@ def _draw_loss(axis: Any, records: list[dict[str, Any]], bytes_per_token: float,
         high = min(max(shown), 3 * low)
         room = 0.1 * (high - low) or 0.1
         axis.set_ylim(low - room, high + room)
-    axis.set(xlabel="tokens", ylabel=f"bits per {unit}")
+    axis.set(xlabel=units.read, ylabel=f"bits per {unit}")
     amount_axis(axis.xaxis)
     axis.legend()
+
+
+def _draw_accuracy(axis: Any, records: list[dict[str, Any]], units: Units) -> None:
+    """The part of the validation examples that is right."""
+    x, y = finite((r["tokens"], r["validation"]) for r in records)
+    axis.plot(x, [1 - wrong for wrong in y], "o-", color="tab:orange", markersize=4)
+    best = _best(records)
+    assert best is not None
+    axis.set(xlabel=units.read, title=f"{units.validated(best['validation'])} at best")
+    axis.yaxis.set_major_formatter("{x:.0%}")
+    amount_axis(axis.xaxis)
