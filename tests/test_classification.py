@@ -7,6 +7,7 @@ import wave
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +16,9 @@ from PIL import Image
 from megalodon_lm import Encoder, EncoderConfig
 from megalodon_lm.cli.commands import parse
 from megalodon_lm.data.example_batches import ExampleBatches, in_order
-from megalodon_lm.data.examples import Form, joined, load_examples
+from megalodon_lm.data.example_files import Taking
+from megalodon_lm.data.example_sources import load_examples
+from megalodon_lm.data.examples import Form, joined
 from megalodon_lm.data.sound import read_sound, sound_blocks, wav_blocks
 from megalodon_lm.errors import InputError
 from megalodon_lm.evaluation.classification import confusion, decisions, probabilities
@@ -126,7 +129,8 @@ def test_decisions_on_pieces_are_those_on_the_whole(hearing, data, length):
     sound = np.random.default_rng(length).standard_normal(length).astype(np.float32)
     cuts = sorted(4 * c for c in data.draw(st.sets(st.integers(1, max(1, (length - 1) // 4)), max_size=5)))
     blocks = np.split(sound, [c for c in cuts if c < length])
-    for heard, found in decisions(model, form, blocks):
+    heard = 0
+    for heard, found, _ in decisions(model, form, blocks):
         torch.testing.assert_close(found, probabilities(model, form, sound[:heard]), rtol=1e-4, atol=1e-5)
     assert heard == length
 
@@ -142,10 +146,15 @@ def test_bad_files_get_one_line_each_and_the_others_follow(tmp_path, hearing, ca
     whole = (tmp_path / "good.wav").read_bytes()
     (tmp_path / "cut.wav").write_bytes(whole[:400])
     (tmp_path / "header.wav").write_bytes(whole[:20])
+    (tmp_path / "folder.wav").mkdir()
+    soundfile.write(tmp_path / "nan.wav", np.array([0.1, np.nan, 0.2]), RATE, subtype="FLOAT")
+    soundfile.write(tmp_path / "long.flac", np.random.default_rng(0).uniform(-1, 1, 20_000), RATE)
+    (tmp_path / "shortened.wav").write_bytes((tmp_path / "long.flac").read_bytes()[:9000])
     bad = {
         "rate": "has 2000 samples a second, not 1000", "stereo": "has 2 channels", "empty": "holds no samples",
         "text": "cannot be read as sound", "nothing": "cannot be read as sound", "cut": "is truncated",
-        "header": "cannot be read as sound", "missing": "cannot be read as sound",
+        "header": "cannot be read as sound", "missing": "there is no such file", "folder": "it is a folder",
+        "nan": "are no numbers", "shortened": "cannot be read as sound",
     }  # fmt: skip
     files = [str(tmp_path / f"{name}.wav") for name in [*bad, "good"]]
     for stream in ([], ["--stream"]):
@@ -173,7 +182,7 @@ def test_sound_on_standard_input(tmp_path, hearing):
 
 
 def test_every_example_comes_once_in_an_epoch_whatever_was_asked_before(sounds):
-    examples = load_examples(str(sounds), "(high|low)_")
+    examples = load_examples(str(sounds), Taking("(high|low)_"))
     batches = ExampleBatches(examples, examples.form(), 5, seed=1)
     cursor, seen, cursors = batches.begin(), [], []
     while cursor[0] == 0:
@@ -215,13 +224,13 @@ def test_sources(tmp_path):
     assert len(both.raw) == 7
     assert both.form().size == (32, 32)
     assert load_examples("pathx:0:1").raw[0].shape == (128, 128)
-    assert load_examples("listops:1:2").form().input == {"input": "tokens", "vocab_size": 15}
+    assert load_examples("listops:1:2").form().input == {"input": "tokens", "vocab_size": 15, "pairs": False}
     for wrong, message in {
         "listops:x:2": "must be like", "listops:1:0": "must be like", str(tmp_path / "none"): "no examples in",
         str(tmp_path / "b.npz"): "holds no pictures", str(tmp_path): "different kinds|class|pictures",
     }.items():  # fmt: skip
         with pytest.raises(InputError, match=message):
-            load_examples(wrong, "(x)")
+            load_examples(wrong, Taking("(x)"))
     with pytest.raises(InputError, match="class 'cat'"):
         pictures.with_classes(["dog", "cow"])
 
@@ -230,20 +239,20 @@ def test_patches_of_pictures_are_squares_and_of_sound_stretches():
     picture = np.arange(16, dtype=np.uint8).reshape(4, 4)
     form = Form("picture", ("a", "b"), size=(4, 4), patch=2)
     assert form.steps(picture).tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
-    assert form.input == {"input": "patches", "patch_dim": 4}
+    assert form.input == {"input": "patches", "patch_dim": 4, "pairs": False}
     sound = Form("sound", ("a", "b"), rate=8, patch=2)
     assert sound.steps(np.array([1, 2, 3], np.float32)).tolist() == [[1, 2], [3, 0]]
 
 
 def test_numbers_are_normalised_by_what_was_trained_on(sounds):
-    examples = load_examples(str(sounds), "(high|low)_")
+    examples = load_examples(str(sounds), Taking("(high|low)_"))
     numbers = np.concatenate([examples.form().steps(raw) for raw in examples.raw])
     assert abs(numbers.mean()) < 1e-4
     assert abs(numbers.std() - 1) < 1e-4
 
 
 def test_confusion_counts_what_is_taken_for_what(sounds):
-    examples = load_examples(str(sounds), "(high|low)_")
+    examples = load_examples(str(sounds), Taking("(high|low)_"))
 
     class Always:
         device = torch.device("cpu")
@@ -258,9 +267,11 @@ def test_confusion_counts_what_is_taken_for_what(sounds):
 
 
 SMALLER = {
-    "listops": (["listops:0:8"], []), "listops_short": (["listops:0:8"], []), "image": (["pathfinder:0:8"], []),
-    "pathfinder": (["pathfinder:0:8"], []), "pathfinder_small": (["pathfinder:0:8:6"], []),
-    "mnist": (["pathfinder:0:8"], []), "cifar": (["pathfinder:0:8"], []), "digits": None, "digits_stream": None,
+    "listops": "listops:0:8", "listops_short": "listops-d20:0:8", "image": "pathfinder:0:8",
+    "pathfinder": "pathfinder:0:8",
+    "pathx": "pathfinder:0:8", "pathfinder_small": "pathfinder:0:8:6", "mnist": "pathfinder:0:8",
+    "cifar": "pathfinder:0:8", "digits": "sounds", "digits_stream": "sounds", "text": "texts", "retrieval": "pairs",
+    "patches": "pictures",
 }  # fmt: skip
 
 
@@ -268,14 +279,31 @@ def test_every_recipe_is_known_here():
     assert {f"classify_{name}" for name in SMALLER} == {n for n in bundled_recipes() if n.startswith("classify_")}
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, sounds):
+    """A few examples of each kind, by name."""
+    root, draw = tmp_path_factory.mktemp("folders"), np.random.default_rng(0)
+    for i in range(8):
+        for kind in ("texts", "pictures"):
+            (root / kind / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        (root / "texts" / "ab"[i % 2] / f"{i}.txt").write_text(f"text {i}" * (i + 1))
+        pixels = draw.integers(0, 256, (40 + i, 60 - 3 * i, 3), np.uint8)
+        Image.fromarray(pixels).save(root / "pictures" / "ab"[i % 2] / f"{i}.png")
+    rows = [f"{i % 2}\tx\ty\tone {i}\ttwo\n" for i in range(8)]
+    (root / "new_aan_pairs.train.tsv").write_text("".join(rows))
+    places = {"texts": str(root / "texts"), "pictures": str(root / "pictures"), "sounds": str(sounds)}
+    return {**places, "pairs": f"lra:retrieval:train:{root}"}
+
+
 @pytest.mark.parametrize("name", SMALLER)
-def test_every_recipe_makes_a_step_when_shrunk(name, tmp_path, sounds):
+def test_every_recipe_makes_a_step_when_shrunk(name, tmp_path, folders):
     made = ClassificationRecipe.load(f"classify_{name}", ["training.steps=1", "training.batch_size=2"])
     small = {"num_layers": 1, "model_dim": 16, "z_dim": 8, "value_dim": 16, "ffn_hidden_dim": 16}
     made.model = dataclasses.replace(made.model, **small)
-    sources = SMALLER[name] or ([str(sounds)], [])
-    made.data = dataclasses.replace(made.data, train=sources[0], validation=sources[1])
-    if SMALLER[name] is None:
+    made.training.accumulate = 1
+    made.data = dataclasses.replace(made.data, train=[folders.get(SMALLER[name], SMALLER[name])], validation=[])
+    made.data.held_out_part, made.data.distinct = 0.3, False
+    if SMALLER[name] == "sounds":
         made.data = dataclasses.replace(made.data, label="(high|low)_", held_out=r"_[0-3]\.")
     assert run(tmp_path / "run", made).step == 1
 

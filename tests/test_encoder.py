@@ -293,7 +293,7 @@ def test_wrong_inputs_are_refused():
     with pytest.raises(InputError, match="takes no state"):
         model(tokens, build(**CHOICES["forward_real"])(tokens)[1])
     with pytest.raises(InputError, match="known sizes: listops"):
-        EncoderConfig.named("imagenet")
+        EncoderConfig.named("enormous")
 
 
 def test_examples_of_the_docs():

@@ -1,5 +1,6 @@
 """megalodon classify"""
 
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,14 +89,17 @@ class ClassifyEvaluate(Quiet):
 
     def run(self) -> None:
         """Carry out the command."""
-        from ..data.examples import joined, load_examples
+        from ..data.example_files import Taking
+        from ..data.example_sources import load_examples
+        from ..data.examples import joined
         from ..evaluation.classification import confusion
         from ..training.precision import choose_precision
 
         model, form = _load(self.model, self.device)
-        parts = [load_examples(source, self.label).with_classes(form.classes) for source in self.examples]
-        if any(part.kind != form.kind or part.rate != form.rate for part in parts):
-            raise InputError(f"{self.model} classifies {_described(form)}, and these are others")
+        taking = Taking(self.label, form.size[0] if form.scaled else 0, form.colour, form.longest)
+        parts = [load_examples(source, taking).with_classes(form.classes) for source in self.examples]
+        for part in parts:
+            form.check(part)
         found = confusion(model, joined(parts), form, choose_precision("auto", model.device))
         print(found.markdown(), end="")
         if self.json:
@@ -121,37 +125,72 @@ class ClassifyPredict(Quiet):
     model: Positional[Path]
     """A run folder or a saved model."""
     files: Positional[list[str]]
-    """Sound or picture files, by what the model takes; of ListOps expressions themselves. With --stream, - is a WAV
-    file on standard input."""
+    """Sound, picture or text files, by what the model takes; two in a row where it takes pairs; of ListOps expressions
+    themselves. With --stream, - is sound on standard input: 16-bit WAV, or with --raw its samples alone."""
     stream: bool = False
     """Of sound: a decision every so many milliseconds, on all that was heard so far; for models of
     direction = "forward"."""
     every: float = 100.0
     """Milliseconds from one decision to the next."""
+    raw: bool = False
+    """What is on standard input has no header: it is little-endian 16-bit samples of one channel, at the model's
+    rate."""
+    latency: bool = False
+    """With --stream: tell at the end of each sound, on standard error, how long decisions took."""
     device: str = "cpu"
     """cpu or cuda."""
 
     def run(self) -> None:
         """Carry out the command."""
-        from ..evaluation.classification import decisions, probabilities
+        from ..data.example_files import read_example
+        from ..evaluation.classification import probabilities
 
         model, form = _load(self.model, self.device)
         if self.stream and form.kind != "sound":
-            raise InputError(f"{self.model} classifies {_described(form)}; --stream is for sound")
+            raise InputError(f"{self.model} classifies {form.described}; --stream is for sound")
+        if not 0 < self.every < math.inf:
+            raise InputError(f"--every {self.every} must be a positive number of milliseconds")
+        if self.raw and (not self.stream or self.files != ["-"]):
+            raise InputError("--raw is for --stream - alone")
+        number = 2 if form.kind == "texts" else 1
+        if len(self.files) % number:
+            raise InputError(f"{self.model} classifies {form.described}: give an even number of files")
         failed = False
-        for file in self.files:
+        for i in range(0, len(self.files), number):
+            files = self.files[i : i + number]
             try:
-                if not self.stream:
-                    self._show(file, form, probabilities(model, form, _read(file, form)))
-                    continue
-                size = max(1, round(form.rate * self.every / 1000 / form.patch)) * form.patch
-                for heard, found in decisions(model, form, _blocks(file, form, size)):
-                    self._show(f"{file} {heard / form.rate:.3f} s", form, found)
+                if self.stream:
+                    self._listen(files[0], model, form)
+                else:
+                    self._show(" ".join(files), form, probabilities(model, form, read_example(files, form)))
             except InputError as error:
                 print(error, file=sys.stderr, flush=True)
                 failed = True
         if failed:
             sys.exit(2)
+
+    def _listen(self, file: str, model: Any, form: "Form") -> None:
+        """Show a decision on each piece of a sound."""
+        from statistics import median
+
+        from ..data.sound import pcm_blocks, sound_blocks, wav_blocks
+        from ..evaluation.classification import decisions
+
+        size = max(1, round(form.rate * self.every / 1000 / form.patch)) * form.patch
+        if file != "-":
+            blocks = sound_blocks(file, form.rate, size)
+        elif self.raw:
+            blocks = pcm_blocks(sys.stdin.buffer, size)
+        else:
+            blocks = wav_blocks(sys.stdin.buffer, form.rate, size)
+        took = []
+        for decision in decisions(model, form, blocks):
+            took.append(decision.seconds)
+            self._show(f"{file} {decision.heard / form.rate:.3f} s", form, decision.probabilities)
+        if self.latency:
+            times = f"{1000 * median(took):.1f} ms (median), {1000 * max(took):.1f} ms (longest)"
+            note = f"{file}: {len(took)} decisions, one every {1000 * size / form.rate:g} ms, each there after {times}"
+            print(note, file=sys.stderr, flush=True)
 
     def _show(self, name: str, form: "Form", found: Any) -> None:
         best = int(found.argmax())
@@ -180,35 +219,3 @@ def _load(folder: Path, device: str) -> "tuple[Any, Form]":
     from ..training.classification import load_form
 
     return Encoder.load(folder, choose_device(device)).eval(), load_form(folder)
-
-
-def _described(form: "Form") -> str:
-    what = {"listops": "expressions of ListOps", "picture": "pictures", "sound": f"sound of {form.rate} Hz"}
-    return what[form.kind]
-
-
-def _read(file: str, form: "Form") -> Any:
-    import numpy as np
-
-    from ..data import listops
-    from ..data.examples import read_picture
-    from ..data.sound import read_sound
-
-    if form.kind == "listops":
-        tokens = listops.parse(file)
-        listops.evaluate(tokens)  # refuses what is none
-        return np.array([listops.NUMBER_OF[token] for token in tokens], np.uint8)
-    if form.kind == "sound":
-        return read_sound(file, form.rate)
-    picture = read_picture(file)
-    if picture.shape[::-1] != form.size:
-        raise InputError(
-            f"{file} is {picture.shape[1]} x {picture.shape[0]} pixels, not {form.size[0]} x {form.size[1]}"
-        )
-    return picture
-
-
-def _blocks(file: str, form: "Form", size: int) -> Any:
-    from ..data.sound import sound_blocks, wav_blocks
-
-    return wav_blocks(sys.stdin.buffer, form.rate, size) if file == "-" else sound_blocks(file, form.rate, size)

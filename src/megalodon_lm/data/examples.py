@@ -1,10 +1,7 @@
-"""Examples with classes, whatever they are: expressions, pictures or recordings, from files or from a generator."""
+"""Examples with classes, whatever they are: expressions, texts, pairs of texts, pictures or recordings."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -12,11 +9,11 @@ from numpy.typing import NDArray
 
 from ..errors import InputError
 from . import listops
-from .pathfinder import PATHX, PathfinderGeometry, picture
-from .sound import SUFFIXES, read_sound, sound_rate
+from .pictures import PictureFile
 
-Kind = Literal["listops", "picture", "sound"]
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
+Kind = Literal["listops", "text", "texts", "picture", "sound"]
+BYTES = 256
+SAMPLED = 1024  # picture files whose mean and deviation stand for those of all
 
 
 @dataclass(frozen=True)
@@ -24,12 +21,15 @@ class Form:
     """What examples are made of: all that has to be known to classify another one.
 
     Attributes:
-        kind: what they are.
+        kind: what they are; "texts" are pairs of them.
         classes: their names, by number.
         rate: of sound, samples a second.
         size: of pictures, width and height.
         patch: numbers that make a step: samples in a row, or the side of a square of pixels; 1 for each by itself.
         mean, deviation: of all numbers in what was trained on, by which they are normalised.
+        colour: pictures have three values a pixel.
+        scaled: pictures of other sizes are scaled and cut to this one.
+        longest: bytes of a text that are read; 0 for all.
     """
 
     kind: Kind
@@ -39,33 +39,63 @@ class Form:
     patch: int = 1
     mean: float = 0.0
     deviation: float = 1.0
+    colour: bool = False
+    scaled: bool = False
+    longest: int = 0
 
     @property
     def input(self) -> dict[str, Any]:
         """What an EncoderConfig says of such inputs."""
+        pairs = {"pairs": self.kind == "texts"}
         if self.kind == "listops":
-            return {"input": "tokens", "vocab_size": len(listops.VOCABULARY)}
-        if self.patch == 1:
-            return {"input": "numbers"}
-        return {"input": "patches", "patch_dim": self.patch if self.kind == "sound" else self.patch**2}
+            return {"input": "tokens", "vocab_size": len(listops.VOCABULARY), **pairs}
+        if self.kind in ("text", "texts"):
+            return {"input": "tokens", "vocab_size": BYTES, **pairs}
+        width = self.patch if self.kind == "sound" else self.patch**2 * (3 if self.colour else 1)
+        return {"input": "numbers", **pairs} if width == 1 else {"input": "patches", "patch_dim": width, **pairs}
+
+    @property
+    def described(self) -> str:
+        """What they are, in words."""
+        if self.kind == "sound":
+            return f"sound of {self.rate} Hz"
+        if self.kind == "picture":
+            return f"{'colour' if self.colour else 'grey'} pictures of {self.size[0]} x {self.size[1]}"
+        return {"listops": "expressions of ListOps", "text": "texts", "texts": "pairs of texts"}[self.kind]
+
+    def check(self, examples: "Examples") -> None:
+        """Refuse examples that are of another form, as far as that is known before they are read.
+
+        Raises:
+            InputError: saying how they differ.
+        """
+        differ = examples.kind != self.kind or examples.rate != self.rate
+        if self.kind == "picture" and not differ:
+            shape = (self.size[1], self.size[0], *(3,) * self.colour)
+            differ = any(raw.shape != shape for raw in examples.raw if not isinstance(raw, PictureFile))
+        if differ:
+            raise InputError(f"{examples.names[0]} and what is beside it are not {self.described}")
 
     def steps(self, raw: NDArray[Any]) -> NDArray[Any]:
-        """An example as a sequence: (L,) int64 tokens, (L,) float32 numbers or (L, patch_dim) float32.
+        """An example, or one of a pair, as a sequence: (L,) int64 tokens, (L,) float32 or (L, patch_dim) float32.
 
         Pictures are read line by line. Samples that do not fill a patch are followed by silence.
 
         Args:
-            raw: tokens; samples; or grey levels (height, width).
+            raw: tokens; bytes; samples; or grey levels (height, width), or colours (height, width, 3).
         """
-        if self.kind == "listops":
+        if self.kind in ("listops", "text", "texts"):
             return raw.astype(np.int64)
         numbers = (raw.astype(np.float32) - np.float32(self.mean)) / np.float32(self.deviation)
-        if self.patch == 1:
-            return numbers.reshape(-1)
         if self.kind == "sound":
+            if self.patch == 1:
+                return numbers
             return np.pad(numbers, (0, -len(numbers) % self.patch)).reshape(-1, self.patch)
-        height, width = (n // self.patch for n in numbers.shape)
-        cut = numbers[: height * self.patch, : width * self.patch].reshape(height, self.patch, width, self.patch)
+        if self.patch == 1:
+            return numbers.reshape(-1, 3) if self.colour else numbers.reshape(-1)
+        height, width = (n // self.patch for n in numbers.shape[:2])
+        cut = numbers[: height * self.patch, : width * self.patch]
+        cut = cut.reshape(height, self.patch, width, self.patch, -1)
         return cut.swapaxes(1, 2).reshape(height * width, -1)
 
 
@@ -74,19 +104,22 @@ class Examples(NamedTuple):
 
     Attributes:
         kind: what they are.
-        raw: of each, tokens (L,) uint8, grey levels (height, width) uint8 or samples (L,) float32.
+        raw: of each, tokens (L,) uint8, bytes (L,) uint8 or two of these, grey levels (height, width) uint8 or colours
+            (height, width, 3), or a PictureFile, or samples (L,) float32.
         labels: (n,) int64, numbers of classes.
         classes: their names.
         names: of each, such as its file's.
         rate: of sound.
+        longest: bytes of a text that were read; 0 for all.
     """
 
     kind: Kind
-    raw: Sequence[NDArray[Any]]
+    raw: Sequence[Any]
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
     names: tuple[str, ...]
     rate: int = 0
+    longest: int = 0
 
     def take(self, which: NDArray[np.int64]) -> "Examples":
         """Some of them, by number."""
@@ -105,49 +138,58 @@ class Examples(NamedTuple):
         numbers = np.array([classes.index(name) for name in self.classes], np.int64)
         return self._replace(classes=tuple(classes), labels=numbers[self.labels])
 
+    def without(self, others: "Examples") -> "Examples":
+        """Those that are not among others, to the last value; pictures that are still in their files are kept."""
+        known = {_content(raw) for raw in others.raw}
+        return self.take(np.array([i for i, raw in enumerate(self.raw) if _content(raw) not in known], np.int64))
+
     def form(self, patch: int = 1) -> Form:
-        """What they are made of, normalised by their own mean and deviation."""
-        mean, deviation, size = 0.0, 1.0, (0, 0)
-        if self.kind != "listops":
-            total = sum(len(r.reshape(-1)) for r in self.raw)
-            mean = float(sum(r.sum(dtype=np.float64) for r in self.raw) / total)
-            deviation = float(sum(np.square(r - mean, dtype=np.float64).sum() for r in self.raw) / total) ** 0.5 or 1.0
-        if self.kind == "picture":
-            sizes = {r.shape for r in self.raw}
-            if len(sizes) > 1:
-                raise InputError(f"pictures must be of one size, not {', '.join(map(str, sorted(sizes)[:3]))}")
-            height, width = sizes.pop()
-            size = (width, height)
-        return Form(self.kind, self.classes, self.rate, size, patch, mean, deviation)
+        """What they are made of, normalised by their own mean and deviation.
+
+        Raises:
+            InputError: pictures of different sizes, or smaller than a patch.
+        """
+        if self.kind not in ("picture", "sound"):
+            return Form(self.kind, self.classes, longest=self.longest)
+        raw = self.raw
+        files = [r for r in raw if isinstance(r, PictureFile)]
+        if files:
+            raw = raw[:: -(-len(raw) // SAMPLED)]
+        opened = [values(r) for r in raw]
+        total = sum(r.size for r in opened)
+        mean = float(sum(r.sum(dtype=np.float64) for r in opened) / total)
+        deviation = float(sum(np.square(r - mean, dtype=np.float64).sum() for r in opened) / total) ** 0.5 or 1.0
+        if self.kind == "sound":
+            return Form(self.kind, self.classes, self.rate, patch=patch, mean=mean, deviation=deviation)
+        shapes = {r.shape for r in opened}
+        if len(shapes) > 1:
+            raise InputError(
+                f"pictures must be of one size, not {', '.join(map(str, sorted(shapes)[:3]))}; data.side scales them"
+            )
+        height, width, *colours = shapes.pop()
+        if patch > min(height, width):
+            raise InputError(f"data.patch = {patch} is more than pictures of {width} x {height} have")
+        return Form(
+            self.kind, self.classes, 0, (width, height), patch, mean, deviation, bool(colours),
+            any(file.side for file in files),
+        )  # fmt: skip
 
 
-def load_examples(source: str, label: str = "") -> Examples:
-    """Examples of one source.
+def _content(raw: Any) -> Any:
+    """What is the same for equal examples."""
+    if isinstance(raw, PictureFile):
+        return raw
+    return tuple(_content(part) for part in raw) if isinstance(raw, tuple) else (raw.shape, raw.tobytes())
 
-    Args:
-        source: generated ones, `listops:SEED:COUNT`, `pathx:SEED:COUNT` or `pathfinder:SEED:COUNT:DASHES`; a .tsv file
-            of ListOps; an .npz file of `images` and `labels`; an .npy file of pictures, such as train_x.npy, with their
-            labels in train_y.npy; a folder of sound or picture files, in folders by class, or with the class in their
-            names.
-        label: for a folder, a regular expression whose first group is the class in a file's name; "" for class folders.
 
-    Raises:
-        InputError: missing or malformed source.
-    """
-    name, _, rest = source.partition(":")
-    if name in ("listops", "pathfinder", "pathx") and rest:
-        return _generated(name, rest, source)
-    path = Path(source)
-    if path.is_dir():
-        return _folder(path, label)
-    if path.suffix == ".tsv":
-        expressions, labels = listops.read(path)
-        return _listops(expressions, labels, str(path))
-    if path.suffix in (".npz", ".npy"):
-        return _arrays(path)
-    raise InputError(
-        f"no examples in {source}: it is neither a folder nor a .tsv, .npz or .npy file, nor is it generated"
-    )
+def values(raw: Any) -> Any:
+    """What an example is, read if it is still in its file."""
+    return raw.read() if isinstance(raw, PictureFile) else raw
+
+
+def size_of(raw: Any) -> int:
+    """Values of an example; of a pair, those of the longer one, which decides how long it is with others."""
+    return max(part.size for part in raw) if type(raw) is tuple else raw.size
 
 
 def joined(parts: Sequence[Examples]) -> Examples:
@@ -164,82 +206,3 @@ def joined(parts: Sequence[Examples]) -> Examples:
     labels = np.concatenate([part.labels for part in parts])
     raw, names = [r for part in parts for r in part.raw], tuple(n for part in parts for n in part.names)
     return parts[0]._replace(raw=raw, labels=labels, names=names)
-
-
-def _listops(expressions: Sequence[Sequence[str]], labels: Sequence[int], source: str) -> Examples:
-    raw = [np.array([listops.NUMBER_OF[token] for token in tokens], np.uint8) for tokens in expressions]
-    names = tuple(f"{source}:{i + 1}" for i in range(len(raw)))
-    return Examples("listops", raw, np.array(labels, np.int64), tuple(map(str, range(10))), names)
-
-
-def _generated(name: str, rest: str, source: str) -> Examples:
-    numbers = rest.split(":")
-    most = 3 if name == "pathfinder" else 2
-    if not 2 <= len(numbers) <= most or not all(n.isdecimal() for n in numbers) or int(numbers[1]) < 1:
-        raise InputError(f"{source!r} must be like {name}:SEED:COUNT, of whole numbers")
-    seed, count, *dashes = map(int, numbers)
-    if name == "listops":
-        expressions, labels = zip(*islice(listops.generate(seed), count), strict=True)
-        return _listops(expressions, labels, source)
-    geometry = PATHX if name == "pathx" else PathfinderGeometry(dashes=dashes[0]) if dashes else PathfinderGeometry()
-    made = [picture(seed, i, geometry) for i in range(count)]
-    names = tuple(f"{source}:{i}" for i in range(count))
-    found = np.array([label for _, label in made], np.int64)
-    return Examples("picture", [image for image, _ in made], found, ("apart", "connected"), names)
-
-
-def _arrays(path: Path) -> Examples:
-    try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                images, labels = file["images"], file["labels"]
-        else:
-            images = np.load(path, allow_pickle=False)
-            labels = np.load(path.with_name(path.name.replace("_x", "_y")), allow_pickle=False)
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise InputError(f"{path} holds no pictures with labels: {error}") from None
-    if images.ndim != 3 or images.dtype != np.uint8 or labels.shape != images.shape[:1] or not len(images):
-        raise InputError(f"{path} must hold grey pictures (n, height, width) uint8 and n labels, not {images.shape}")
-    classes = tuple(map(str, range(int(labels.max()) + 1)))
-    names = tuple(f"{path}:{i}" for i in range(len(images)))
-    return Examples("picture", list(images), labels.astype(np.int64), classes, names)
-
-
-def _folder(path: Path, label: str) -> Examples:
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in (*SUFFIXES, *PICTURES))
-    if not files:
-        raise InputError(f"no sound or picture files in {path}")
-    try:
-        pattern = re.compile(label)
-    except re.error as error:
-        raise InputError(f"label = {label!r} is no regular expression: {error}") from None
-    named = []
-    for file in files:
-        if not label:
-            named.append(file.parent.name)
-        elif (found := pattern.search(file.name)) is None or not pattern.groups:
-            raise InputError(f"{file} has no class by label = {label!r}, whose first group names it")
-        else:
-            named.append(found[1])
-    classes = tuple(sorted(set(named)))
-    labels = np.array([classes.index(name) for name in named], np.int64)
-    names = tuple(map(str, files))
-    if files[0].suffix.lower() in SUFFIXES:
-        rate = sound_rate(files[0])
-        return Examples("sound", [read_sound(file, rate) for file in files], labels, classes, names, rate)
-    return Examples("picture", [read_picture(file) for file in files], labels, classes, names)
-
-
-def read_picture(path: str | Path) -> NDArray[np.uint8]:
-    """Grey levels (height, width) of a picture file.
-
-    Raises:
-        InputError: missing or damaged.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return np.array(image.convert("L"))
-    except (OSError, UnidentifiedImageError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as a picture: {error}") from None

@@ -19,6 +19,10 @@ OPERATOR_PROBABILITY = 0.25
 """Of a list in the place of a digit, above the greatest depth."""
 
 
+DEPTH_20 = (0, 1000, 20, 5)
+"""Of `generate`: the short expressions of Nangia and Bowman 2018."""
+
+
 def generate(
     seed: int, min_length: int = 500, max_length: int = 2000, max_depth: int = 10, max_args: int = 10
 ) -> Iterator[tuple[list[str], int]]:
@@ -112,29 +116,35 @@ def official(tokens: list[str]) -> str:
 
 
 def read(path: str | Path) -> tuple[list[list[str]], list[int]]:
+    """Expressions and labels of a file; see lines."""
+    found = list(lines(path))
+    return [tokens for tokens, _ in found], [label for _, label in found]
+
+
+def lines(path: str | Path) -> Iterator[tuple[list[str], int]]:
     """Expressions and labels of a file: lines of both with a tab between, in either order, with or without a heading.
 
     Raises:
         InputError: missing or malformed file.
     """
-    path = Path(path)
+    path, empty = Path(path), True
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                parts = line.rstrip("\n").split("\t")
+                if number == 1 and sorted(parts) == ["Source", "Target"]:
+                    continue
+                label = next((part for part in parts if part.strip() in VOCABULARY[:10]), None)
+                if len(parts) != 2 or label is None:
+                    raise InputError(f"{path}, line {number}: not an expression and its value with a tab between")
+                tokens = parse(parts[1] if parts[0] is label else parts[0])
+                if unknown := next((token for token in tokens if token not in NUMBER_OF), None):
+                    raise InputError(f"{path}, line {number}: {unknown!r} is no token of ListOps")
+                if not tokens:
+                    raise InputError(f"{path}, line {number}: the expression is empty")
+                yield tokens, int(label)
+                empty = False
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is no text'}") from None
-    expressions, labels = [], []
-    for number, line in enumerate(lines, 1):
-        parts = line.split("\t")
-        if number == 1 and sorted(parts) == ["Source", "Target"]:
-            continue
-        label = next((part for part in parts if part.strip() in VOCABULARY[:10]), None)
-        if len(parts) != 2 or label is None:
-            raise InputError(f"{path}, line {number}: not an expression and its value with a tab between")
-        text = parts[1] if parts[0] is label else parts[0]
-        expressions.append(parse(text))
-        labels.append(int(label))
-        if unknown := next((token for token in expressions[-1] if token not in NUMBER_OF), None):
-            raise InputError(f"{path}, line {number}: {unknown!r} is no token of ListOps")
-    if not labels:
+    if empty:
         raise InputError(f"{path} is empty")
-    return expressions, labels

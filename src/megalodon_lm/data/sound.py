@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ..errors import InputError
 
 SUFFIXES = (".wav", ".flac", ".ogg")
+UNKNOWN_LENGTH = 0x3FFFFF00  # samples; what is announced while a recording goes on is about so many or more
 
 
 def read_sound(path: str | Path, rate: int) -> NDArray[np.float32]:
@@ -46,10 +47,27 @@ def sound_blocks(path: str | Path, rate: int, size: int = 0) -> Iterator[NDArray
                 raise InputError(f"{name} is truncated: {missing:,} bytes of its samples are missing; copy it again")
             if not file.frames:
                 raise InputError(f"{name} holds no samples")
+            left = file.frames
             while len(block := file.read(size or -1, dtype="float32")):
+                left -= len(block)
+                if not np.isfinite(block).all():
+                    raise InputError(f"{name} holds samples that are no numbers")
                 yield block
+            if left > 0:
+                raise InputError(f"{name} is truncated: {left:,} of its samples are missing; copy it again")
     except (soundfile.SoundFileError, OSError) as error:
-        raise InputError(f"{name} cannot be read as sound: {str(error).strip()}") from None
+        raise _unreadable(name, error) from None
+
+
+def _unreadable(name: str, error: Exception) -> InputError:
+    """In one line; the library says the same of a missing file and of a folder."""
+    path = Path(name)
+    why = str(error).strip().removeprefix(f"Error opening {name!r}: ").replace("\n", " ")
+    if not path.exists():
+        why = "there is no such file"
+    elif not path.is_file():
+        why = "it is a folder, not a file" if path.is_dir() else "it is no file"
+    return InputError(f"{name} cannot be read as sound: {why}")
 
 
 def _missing_bytes(path: Path) -> int:
@@ -69,17 +87,51 @@ def _missing_bytes(path: Path) -> int:
 
 
 def wav_blocks(stream: BinaryIO, rate: int, size: int) -> Iterator[NDArray[np.float32]]:
-    """As sound_blocks, of 16-bit WAV that comes in, such as on standard input."""
+    """As sound_blocks, of 16-bit WAV that comes in, such as on standard input, whatever its pieces.
+
+    A header that does not know how long the sound will be, as programs write that record, ends nothing early.
+    """
     try:
         with wave.open(stream, "rb") as file:
             if (file.getnchannels(), file.getsampwidth()) != (1, 2):
-                raise InputError("the sound on standard input must be WAV of one channel and 16 bits")
+                raise InputError(
+                    f"the sound on standard input has {file.getnchannels()} channels of {8 * file.getsampwidth()} "
+                    "bits; it must be WAV of one channel and 16 bits"
+                )
             if file.getframerate() != rate:
-                raise InputError(f"the sound on standard input has {file.getframerate()} samples a second, not {rate}")
+                raise InputError(
+                    f"the sound on standard input has {file.getframerate()} samples a second, not {rate}; resample it"
+                )
+            announced, left = file.getnframes(), file.getnframes()
             while data := file.readframes(size):
-                yield np.frombuffer(data[: len(data) // 2 * 2], "<i2").astype(np.float32) / np.float32(32768)
+                left -= len(data) // 2
+                yield _samples(data)
+            if not announced:  # and what follows is sound, where the header was written before it
+                yield from pcm_blocks(stream, size)
+                return
     except (wave.Error, EOFError) as error:
-        raise InputError(f"what is on standard input is no WAV: {error}") from None
+        said = f": {error}" if str(error) else ""
+        raise InputError(f"what is on standard input is no WAV{said}") from None
+    if left == announced:
+        raise InputError("the sound on standard input holds no samples")
+    if left > 0 and announced < UNKNOWN_LENGTH:
+        raise InputError(f"the sound on standard input is truncated: {left:,} of its samples are missing")
+
+
+def pcm_blocks(stream: BinaryIO, size: int) -> Iterator[NDArray[np.float32]]:
+    """As wav_blocks, of samples that come in without a header: 16 bits, little-endian, one channel."""
+    heard = 0
+    while data := stream.read(2 * size):
+        heard += len(data) // 2
+        if len(data) > 1:
+            yield _samples(data)
+    if not heard:
+        raise InputError("the sound on standard input holds no samples")
+
+
+def _samples(data: bytes) -> NDArray[np.float32]:
+    """From -1 to 1; half a sample at the end is left out."""
+    return np.frombuffer(data[: len(data) // 2 * 2], "<i2").astype(np.float32) / np.float32(32768)
 
 
 def sound_rate(path: str | Path) -> int:
@@ -92,7 +144,7 @@ def sound_rate(path: str | Path) -> int:
     try:
         return int(soundfile.info(str(path)).samplerate)
     except (soundfile.SoundFileError, OSError) as error:
-        raise InputError(f"{path} cannot be read as sound: {str(error).strip()}") from None
+        raise _unreadable(str(path), error) from None
 
 
 def _library() -> Any:

@@ -1,17 +1,18 @@
 """How often an encoder is right, and where it is wrong."""
 
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..data.example_batches import in_order
+from ..data.example_batches import in_order, inputs_of
 from ..data.examples import Examples, Form
 from ..errors import InputError
 from ..plots import picture
@@ -113,17 +114,28 @@ class ErrorRate:
         return 1 - confusion(model, self.examples, self.form, self.precision).accuracy
 
 
+class Decision(NamedTuple):
+    """What a sound is, by what was heard of it.
+
+    Attributes:
+        heard: samples.
+        probabilities: (classes,).
+        seconds: from the last of these samples to the decision.
+    """
+
+    heard: int
+    probabilities: Tensor
+    seconds: float
+
+
 @torch.inference_mode()
-def decisions(model: Any, form: Form, blocks: Iterable[NDArray[Any]]) -> Iterator[tuple[int, Tensor]]:
+def decisions(model: Any, form: Form, blocks: Iterable[NDArray[Any]]) -> Iterator[Decision]:
     """What a sound that comes in is, after each block of it: as the whole so far would be classified.
 
     Args:
         model: an Encoder in evaluation mode, of `direction = "forward"`.
         form: of what it takes.
         blocks: samples, of whole patches but for the last.
-
-    Yields:
-        The samples so far, and the probabilities of the classes.
 
     Raises:
         InputError: the model must see the whole sound at once.
@@ -133,12 +145,14 @@ def decisions(model: Any, form: Form, blocks: Iterable[NDArray[Any]]) -> Iterato
     state, heard = None, 0
     for block in blocks:
         heard += len(block)
+        began = time.perf_counter()
         logits, state = model(torch.from_numpy(form.steps(block))[None].to(model.device), state)
-        yield heard, logits[0].softmax(-1).cpu()
+        yield Decision(heard, logits[0].softmax(-1).cpu(), time.perf_counter() - began)
 
 
 @torch.inference_mode()
 def probabilities(model: Any, form: Form, raw: NDArray[Any]) -> Tensor:
     """Those of the classes of one example; arguments as of decisions."""
-    logits, _ = model(torch.from_numpy(form.steps(raw))[None].to(model.device))
+    inputs, mask = inputs_of([raw], form)
+    logits, _ = model(inputs.to(model.device), mask=None if mask is None else mask.to(model.device))
     return logits[0].softmax(-1).cpu()

@@ -188,6 +188,8 @@ ENCODER_SIZES: dict[str, dict[str, Any]] = {
     "pathfinder": _size(6, 128, 64, 256, 320, num_classes=2, input="numbers", attention="laplace", after_cema="silu"),
     "pathx": _size(4, 64, 32, 128, 160, num_classes=2, input="numbers", attention="laplace", after_cema="silu"),
     "sc_raw": _size(6, 60, 30, 120, 120, num_classes=12, input="numbers", attention="laplace", chunk_size=1000),
+    # Of the published number of parameters for ImageNet, in the proportions of the others.
+    "imagenet": _size(12, 768, 256, 1536, 1920, num_classes=1000, input="patches", patch_dim=768, attention="laplace"),
     # Small ones, for a CPU: that of the tests, and that of the recipes here.
     "encoder_tiny": _size(2, 16, 8, 32, 32, cema_ndim=4),
     "encoder_small": _size(4, 64, 32, 128, 128, cema_ndim=8, attention="laplace", chunk_size=128),

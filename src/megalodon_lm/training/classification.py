@@ -5,27 +5,31 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
 
+from ..data.augmentation import Augmentation
 from ..data.example_batches import ExampleBatch, ExampleBatches
-from ..data.examples import Examples, Form, joined, load_examples
+from ..data.example_files import Taking
+from ..data.example_sources import load_examples
+from ..data.examples import Examples, Form, joined
 from ..errors import InputError
 from ..files import write_atomically
 from ..model.encoder_config import EncoderConfig
+from ..parallel.mesh import MeshSizes
 from ..state import State
 from .passes import Passed
 from .precision import autocast
-from .recipe import TABLES, Recipe, TrainingRecipe, check_keys, fill
+from .recipe import TABLES, Recipe, TrainingRecipe, check_keys, fill, table_of
 
 FORM_FILE = "examples.json"
 
 
 @dataclass
 class ExamplesRecipe:
-    """The examples; see data.examples.load_examples for what a source may be."""
+    """The examples; see data.example_sources.load_examples for what a source may be."""
 
     train: list[str] = field(default_factory=list)
     """Sources of training examples."""
@@ -39,25 +43,43 @@ class ExamplesRecipe:
     """The part of the training examples that is for validation, at random, where neither of the above says which."""
     patch: int = 1
     """Samples in a row, or the side of a square of pixels, that make a step."""
+    side: int = 0
+    """Pixels: picture files are scaled and cut to squares of this side; 0 for pictures of one size, as they are."""
+    colour: bool = False
+    """Picture files have three values a pixel instead of grey levels."""
+    longest: int = 0
+    """Bytes of a text that are read; 0 for all."""
+    distinct: bool = False
+    """Training examples that are among those of validation too are left out."""
+
+    @property
+    def taking(self) -> Taking:
+        """How files are taken."""
+        return Taking(self.label, self.side, self.colour, self.longest)
 
 
 @dataclass
 class ClassificationRecipe(Recipe):
     """A training run of an encoder. What the examples decide of it, `Classification` fills in."""
 
+    tables: ClassVar[tuple[str, ...]] = (*TABLES, "augmentation")
     model: EncoderConfig
     data: ExamplesRecipe = field(default_factory=ExamplesRecipe)  # type: ignore[assignment]
+    augmentation: Augmentation = field(default_factory=Augmentation)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], begun: Recipe | None = None) -> Self:
         """From plain values; [model] may name a size, `size = "image"`, and change single choices of it."""
-        check_keys("recipe", values, TABLES)
-        data = fill(ExamplesRecipe, "data", values.get("data", {}))
-        training = fill(TrainingRecipe, "training", {"carry_state": False, **values.get("training", {})})
-        model = dict(values.get("model", {}))
+        check_keys("recipe", values, cls.tables)
+        data = fill(ExamplesRecipe, "data", table_of(values, "data"))
+        training = fill(TrainingRecipe, "training", {"carry_state": False, **table_of(values, "training")})
+        augmentation = fill(Augmentation, "augmentation", table_of(values, "augmentation"))
+        model = dict(table_of(values, "model"))
         size = model.pop("size", None)
         config = EncoderConfig.from_dict(model) if size is None else EncoderConfig.named(size, **model)
-        recipe = cls(config, data, training)
+        if fill(MeshSizes, "mesh", table_of(values, "mesh")) != MeshSizes():
+            raise InputError("the table [mesh] is of language models; leave it out")
+        recipe = cls(config, data, training, augmentation=augmentation)
         recipe.check()
         return recipe
 
@@ -71,6 +93,10 @@ class ClassificationRecipe(Recipe):
             raise InputError(f"data.held_out_part = {d.held_out_part} must be between 0 and 1")
         if d.patch < 1:
             raise InputError(f"data.patch = {d.patch} must be at least 1")
+        for key in ("side", "longest"):
+            if (value := getattr(d, key)) < 0:
+                raise InputError(f"data.{key} = {value} must not be negative")
+        self.augmentation.check()
         for key in ("begin_from", "segment", "carry_state"):
             if value := getattr(t, key):
                 raise InputError(f"training.{key} = {value!r} is of texts; leave it out")
@@ -115,14 +141,20 @@ class Classification:
 
     def __init__(self, recipe: ClassificationRecipe):
         d, t = recipe.data, recipe.training
-        examples = joined([load_examples(source, d.label) for source in d.train])
+        examples = joined([load_examples(source, d.taking) for source in d.train])
         if d.validation:
-            parts = [load_examples(source, d.label).with_classes(examples.classes) for source in d.validation]
+            parts = [load_examples(source, d.taking).with_classes(examples.classes) for source in d.validation]
             self.train, self.validation = examples, joined(parts)
         else:
             self.train, self.validation = _parted(examples, d, t.seed)
+        if d.distinct:
+            self.train = self.train.without(self.validation)
+            if not len(self.train.raw):
+                raise InputError("data.distinct leaves no training examples: all are among those of validation")
         self.form = self.train.form(d.patch)
-        self.batches = ExampleBatches(self.train, self.form, t.batch_size, t.seed)
+        self.form.check(self.validation)
+        recipe.augmentation.check(self.form.kind)
+        self.batches = ExampleBatches(self.train, self.form, t.batch_size, t.seed, recipe.augmentation)
         decided = {**self.form.input, "num_classes": len(self.form.classes)}
         recipe.model = dataclasses.replace(recipe.model, **decided)
 

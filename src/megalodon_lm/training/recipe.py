@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, ClassVar, Self, get_args
 
 import tomli_w
 
@@ -151,6 +151,8 @@ class TrainingRecipe:
 class Recipe:
     """A training run."""
 
+    tables: ClassVar[tuple[str, ...]] = TABLES
+    """Of a file of it."""
     model: Config
     data: DataRecipe = field(default_factory=DataRecipe)
     training: TrainingRecipe = field(default_factory=TrainingRecipe)
@@ -171,19 +173,19 @@ class Recipe:
         if "compare" in values:
             raise InputError("this recipe compares several models; megalodon compare takes it")
         check_keys("recipe", values, TABLES)
-        data = fill(DataRecipe, "data", _table(values, "data"))
-        training = fill(TrainingRecipe, "training", _table(values, "training"))
-        model = dict(_table(values, "model"))
+        data = fill(DataRecipe, "data", table_of(values, "data"))
+        training = fill(TrainingRecipe, "training", table_of(values, "training"))
+        model = dict(table_of(values, "model"))
         size = model.pop("size", None)
         _rule(isinstance(size, str | None), "model.size", size, "must be the name of a size")
         if training.begin_from and size is None and not is_complete(model):
             base = begun.model if begun else load_config(Path(training.begin_from))
             if model.get("architecture", base.architecture) == base.architecture:  # load_base refuses another one
                 model = base.to_dict() | model
-        if training.begin_from and "tokenizer" not in _table(values, "data"):
+        if training.begin_from and "tokenizer" not in table_of(values, "data"):
             data.tokenizer = training.begin_from
         config = config_of(model) if size is None else ModelConfig.named(size, **model)
-        recipe = cls(config, data, training, fill(MeshSizes, "mesh", _table(values, "mesh")))
+        recipe = cls(config, data, training, fill(MeshSizes, "mesh", table_of(values, "mesh")))
         recipe.check()
         return recipe
 
@@ -199,7 +201,7 @@ class Recipe:
         Raises:
             InputError: missing or malformed file, unknown key, wrong value.
         """
-        values = read_recipe(path, changes)
+        values = read_recipe(path, changes, cls.tables)
         try:
             return cls.from_dict(values, begun)
         except InputError as error:
@@ -215,11 +217,11 @@ class Recipe:
             InputError: unknown key or wrong value.
         """
         values = self._values()
-        _change(values, change, TABLES)
+        _change(values, change, self.tables)
         return self.from_dict(values)
 
     def _values(self) -> dict[str, Any]:
-        parts = {name: vars(getattr(self, name)).copy() for name in ("data", "training", "mesh")}
+        parts = {name: vars(getattr(self, name)).copy() for name in self.tables if name != "model"}
         return {"model": self.model.to_dict(), **parts}
 
     def to_toml(self) -> str:
@@ -289,10 +291,10 @@ def _change(values: dict[str, Any], change: str, tables: Collection[str]) -> Non
     part, _, key = name.strip().partition(".")
     if not equals or part not in tables:
         raise InputError(f"{change!r} must be like training.steps=2000: a table, a key and a value")
-    values[part] = {**_table(values, part), key.strip(): parse_value(value, change)}
+    values[part] = {**table_of(values, part), key.strip(): parse_value(value, change)}
 
 
-def _table(values: dict[str, Any], name: str) -> dict[str, Any]:
+def table_of(values: dict[str, Any], name: str) -> dict[str, Any]:
     table = values.get(name, {})
     _rule(isinstance(table, dict), name, table, f"must be a table, [{name}]")
     return table

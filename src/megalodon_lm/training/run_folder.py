@@ -154,6 +154,6 @@ def _compare(before: Recipe, now: Recipe) -> None:
 
 
 def _differences(before: Recipe, now: Recipe) -> Iterator[tuple[str, str, Any, Any]]:
-    for part in ("model", "data", "training"):
+    for part in (name for name in now.tables if name != "mesh"):
         old, new = (r.model.to_dict() if part == "model" else vars(getattr(r, part)) for r in (before, now))
         yield from ((part, key, old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key))
