@@ -15,6 +15,10 @@ class Diverged(InputError):
     """The loss of a model is not finite, or rose too often: with these settings there is nothing more to be had."""
 
 
+class RankLost(InputError):
+    """Another process that worked together with this one is gone, or did not answer in time."""
+
+
 class InputNote(UserWarning):
     """Part of what a user gave was not used; the rest was. Commands show it as one line and go on."""
 

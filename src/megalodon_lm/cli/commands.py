@@ -16,7 +16,7 @@ from .convert import Convert
 from .evaluate import Evaluate
 from .generate import Generate
 from .info import Info
-from .options import Quiet, joined, options_of_many
+from .options import Quiet, Shared, joined, options_of_many
 from .plan import PlanCommand
 from .prepare import Prepare
 from .quickstart import Quickstart
@@ -80,4 +80,5 @@ def parse(arguments: list[str] | None = None) -> Any:
         from .progress import console
 
         console.quiet = chosen.quiet
+    Shared.words = arguments
     return command

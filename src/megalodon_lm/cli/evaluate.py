@@ -1,6 +1,7 @@
 """megalodon evaluate"""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,16 +11,19 @@ from tyro.conf import Positional, subcommand
 from ..errors import InputError
 from .documents import Documents
 from .long_prompts import Long
-from .options import Quiet
+from .options import Shared
 from .recall import Recall
 from .tasks import Report, Tasks
 
 if TYPE_CHECKING:
+    from ..data.tokenizer import Tokenizer
     from ..evaluation.by_context import Curve
+    from ..evaluation.norm_statistics import NormSchedule
+    from ..model.language_model import LanguageModel
 
 
 @dataclass
-class Perplexity(Quiet):
+class Perplexity(Shared):
     """Loss and bits per byte of a text, by how far back the model may look.
 
     The text, of any size, is read once for each context, with the state emptied every so many tokens, in constant
@@ -52,18 +56,9 @@ class Perplexity(Quiet):
 
     def run(self) -> None:
         """Carry out the command."""
-        import json
-
-        import torch
-
-        from ..data.corpus import Texts, texts_of
-        from ..evaluation.by_context import draw, measure
         from ..evaluation.norm_statistics import NormSchedule
-        from ..evaluation.perplexity import Losses
-        from ..files import FIGURES, PICTURE, check_writable, write_atomically
-        from ..training.precision import choose_precision
-        from .models import load_trained
-        from .progress import progress_bar, results
+        from ..files import FIGURES, PICTURE, check_writable
+        from .models import loaded_by_ranks
 
         for context in self.contexts:
             if context < 0:
@@ -77,9 +72,28 @@ class Perplexity(Quiet):
         for path, kind in ((self.json, FIGURES), (self.plot, PICTURE)):
             if path is not None:
                 check_writable(path, kind)
+        if (code := self.launched()) is not None:
+            sys.exit(code)
+        with loaded_by_ranks(self.model, self.device) as (_, reader, tokenizer):
+            self._measure(reader, tokenizer, schedules)
+
+    def _measure(
+        self, model: "LanguageModel", tokenizer: "Tokenizer", schedules: "Sequence[NormSchedule | None]"
+    ) -> None:
+        """Of several ranks, what the first one does."""
+        import json
+
+        import torch
+
+        from ..data.corpus import Texts, texts_of
+        from ..evaluation.by_context import draw, measure
+        from ..evaluation.perplexity import Losses
+        from ..files import write_atomically
+        from ..training.precision import choose_precision
+        from .progress import progress_bar, results
+
         texts = Texts(self.text, "kept")
         assert texts.num_bytes is not None
-        model, tokenizer = load_trained(self.model, self.device)
         precision = choose_precision(self.precision, torch.device(self.device))
         curves = []
         for schedule in schedules:

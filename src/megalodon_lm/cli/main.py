@@ -10,7 +10,7 @@ import warnings
 from contextlib import suppress
 from typing import TextIO
 
-from ..errors import InputError, InputNote
+from ..errors import InputError, InputNote, RankLost
 
 DEBUG = "MEGALODON_DEBUG"
 LONGEST = 1000  # characters of a message
@@ -34,10 +34,12 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: of the command line; None for those of the process.
 
     Raises:
-        SystemExit: 2 for input that cannot be used, a full disk or too little memory; 130 interrupted; 141 when nobody
-            reads the output any more; 1 for a fault of this package. With MEGALODON_DEBUG set, what was raised instead.
+        SystemExit: 2 for input that cannot be used, a full disk or too little memory; 3 when another rank was lost; 130
+            interrupted; 141 when nobody reads the output any more; 1 for a fault of this package. With MEGALODON_DEBUG
+            set, what was raised instead.
     """
     warnings.showwarning = _show
+    code = 0
     try:
         _open_streams()
         try:
@@ -46,10 +48,16 @@ def main(arguments: list[str] | None = None) -> None:
             parse(arguments).run()
         finally:
             _flush(sys.stdout)
-    except Exception as error:
-        _end(error)
-    except KeyboardInterrupt as error:
-        _end(error)
+    except (Exception, KeyboardInterrupt) as error:
+        code = _said(error)
+    except SystemExit as ended:
+        if not _is_rank():
+            raise
+        code = ended.code if isinstance(ended.code, int) else 0
+    if _is_rank():
+        os._exit(code)  # threads that talk to other ranks, which may be gone, hold up the interpreter's own end
+    if code:
+        sys.exit(code)
 
 
 def _open_streams() -> None:
@@ -72,10 +80,19 @@ def _flush(stream: TextIO) -> None:
         raise
 
 
-def _end(error: BaseException) -> None:
+def _is_rank() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _said(error: BaseException) -> int:
+    """Say what went wrong, in a line; the exit code."""
     if os.environ.get(DEBUG):
         raise error
     code, message = _verdict(error)
+    if _is_rank():
+        from ..parallel.launch import to_say
+
+        message = message if to_say(error, message) else ""
     with suppress(OSError):
         if message:
             line = " ".join(message.split())
@@ -83,15 +100,13 @@ def _end(error: BaseException) -> None:
                 line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
             print("megalodon:", line, file=sys.stderr)
         _flush(sys.stderr)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        os._exit(code)  # threads that talk to other ranks, which may be gone, hold up the interpreter's own end
-    sys.exit(code)
+    return code
 
 
 def _verdict(error: BaseException) -> tuple[int, str]:
     """The exit code, and what to say."""
     if isinstance(error, InputError):
-        return 2, f"error: {error}"
+        return 3 if isinstance(error, RankLost) else 2, f"error: {error}"
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
     if isinstance(error, BrokenPipeError):
@@ -123,7 +138,9 @@ def _show(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """A note in one line; other warnings as Python shows them."""
+    """A note in one line; other warnings as Python shows them. What all ranks are warned of, the first one shows."""
+    if _is_rank() and os.environ.get("RANK", "0") != "0":
+        return
     if issubclass(category, InputNote):
         print(f"megalodon: {message}", file=sys.stderr)
     else:

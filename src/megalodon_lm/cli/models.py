@@ -1,5 +1,7 @@
 """Finding the model that a command line names."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +45,24 @@ def load_trained(folder: Path, device: str) -> "tuple[LanguageModel, Tokenizer]"
             "put the tokenizer.json or tokenizer.model of the model into the folder"
         )
     return model, tokenizer
+
+
+@contextmanager
+def loaded_by_ranks(folder: Path, device: str) -> "Iterator[tuple[LanguageModel, LanguageModel, Tokenizer]]":
+    """As load_trained, on each rank; then the first one goes on alone, and all compute what it reads.
+
+    Gives:
+        The model of this process; the same as several ranks read with it, or again the model; its tokenizer.
+    """
+    from ..ops.device import choose_device
+    from ..parallel.leading import led
+    from ..parallel.mesh import MeshSizes
+    from ..parallel.ranks import join
+
+    ranks = join(MeshSizes(replicate=1, chunk=0), choose_device(device))
+    model, tokenizer = load_trained(folder, device)
+    with led(model, ranks) as reader:
+        yield model, reader, tokenizer
 
 
 def load_readable(name: Path, device: str) -> "tuple[LanguageModel, Tokenizer]":

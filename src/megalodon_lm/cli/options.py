@@ -3,7 +3,9 @@
 import dataclasses
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
+
+from ..errors import InputError
 
 
 @dataclass(kw_only=True)
@@ -12,6 +14,39 @@ class Quiet:
 
     quiet: bool = False
     """Show results and errors, but no progress and no remarks."""
+
+
+@dataclass(kw_only=True)
+class Shared(Quiet):
+    """A command that several processes can carry out together."""
+
+    ranks: int = 1
+    """Processes of this machine that share the work; torchrun starts those of several machines."""
+    words: ClassVar[list[str]] = []
+    """Of the command line."""
+
+    def launched(self, more: Collection[str] = (), restarts: int = 0) -> int | None:
+        """Start the ranks that were asked for, and wait for their end.
+
+        Args:
+            more: words of the command line, behind those that were given.
+            restarts: how often all are started again when one is lost.
+
+        Returns:
+            The exit code; None where this process does the work itself.
+
+        Raises:
+            InputError: fewer than one.
+            RankLost: one was lost.
+        """
+        from ..parallel.launch import launch
+        from ..parallel.mesh import started_ranks
+
+        if self.ranks < 1:
+            raise InputError(f"--ranks {self.ranks} must be at least 1")
+        if self.ranks == 1 or started_ranks() > 1:
+            return None
+        return launch([*self.words, *more], self.ranks, restarts)
 
 
 def options_of_many(command: Any) -> Iterator[str]:

@@ -3,15 +3,19 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
-from .options import Quiet
+from .options import Shared
+
+if TYPE_CHECKING:
+    from ..data.tokenizer import Tokenizer
+    from ..model.language_model import LanguageModel
 
 
 @dataclass
-class Read(Quiet):
+class Read(Shared):
     """Read texts of any length, in constant memory, and keep what was read as a small file: a bookmark.
 
     `megalodon generate MODEL --state book.state` writes on from it, `megalodon chat` talks about it, and another
@@ -34,18 +38,25 @@ class Read(Quiet):
 
     def run(self) -> None:
         """Carry out the command."""
+        from ..files import BOOKMARK, check_writable
+        from .models import loaded_by_ranks
+
+        check_writable(self.save, BOOKMARK)
+        if (code := self.launched()) is not None:
+            sys.exit(code)
+        with loaded_by_ranks(self.model, self.device) as (model, reader, tokenizer):
+            self._read(model, reader, tokenizer)
+
+    def _read(self, model: "LanguageModel", reader: "LanguageModel", tokenizer: "Tokenizer") -> None:
+        """Of several ranks, what the first one does."""
         import time
 
         from ..data.corpus import Texts
-        from ..files import BOOKMARK, check_writable
         from ..generation.generator import Generator
-        from .models import load_trained
         from .progress import console, progress_bar
 
-        check_writable(self.save, BOOKMARK)
         texts = Texts(self.text, "once")
-        model, tokenizer = load_trained(self.model, self.device)
-        generator = Generator(model, tokenizer, self.precision)
+        generator = Generator(reader, tokenizer, self.precision)
         context = generator.context(self.state)
         began, start = time.perf_counter(), context.position
 
@@ -60,10 +71,12 @@ class Read(Quiet):
             with progress_bar("read", texts.num_bytes) as move:
                 generator.read(texts, context, lambda _: move(texts.done, progress()))
         except KeyboardInterrupt:
+            context = context.read_by(model)
             context.save(self.save, tokenizer)
             # a tokenizer may still hold the last of them
             console.print(f"interrupted within the first {texts.num_read:,} bytes of {texts.name}")
             print(f"{self.save}: {progress(complete=True)}")
             sys.exit(130)
+        context = context.read_by(model)
         context.save(self.save, tokenizer)
         print(f"{self.save}: {progress(complete=True)}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from tyro.conf import Positional
 
 from ..errors import InputError
-from .options import Quiet
+from .options import Shared
 
 if TYPE_CHECKING:
     from ..parallel.ranks import Ranks
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Train(Quiet):
+class Train(Shared):
     """Train a model from a recipe.
 
     A recipe is a TOML file with the tables [model], [data] and [training]; docs/recipes.md explains every key. Ctrl-C
@@ -36,8 +36,6 @@ class Train(Quiet):
     """Write event files for TensorBoard into the run folder too."""
     device: str = "cpu"
     """Where to train: cpu or cuda."""
-    ranks: int = 1
-    """Processes of this machine that train together; torchrun starts those of several machines."""
     restarts: int = 0
     """How often all are started again, from the last checkpoint, when one of them is lost."""
 
@@ -62,24 +60,16 @@ class Train(Quiet):
         if started_ranks() > 1 and self.out is None:
             raise InputError("several ranks need --out, the folder of the run that they share")
         folder = self.out or free_run_folder(Path("runs") / self.recipe.stem)
-        if self.ranks > 1 and started_ranks() == 1:
-            return self._launch(recipe, folder)
+        if self.ranks > 1:
+            recipe.mesh.over(self.ranks)
+        if (code := self.launched(["--out", str(folder)], self.restarts)) is not None:
+            sys.exit(code)
         ranks = join(recipe.mesh, choose_device(self.device))
         with ranks.together():
             finished = self._train(recipe, folder, ranks)
             ranks.leave(0 if finished else 130)
         if not finished:
             sys.exit(130)
-
-    def _launch(self, recipe: "Recipe", folder: Path) -> None:
-        """The same command as several processes."""
-        from ..parallel.launch import launch
-
-        recipe.mesh.over(self.ranks)
-        options = ["--out", str(folder), "--resume", self.resume, "--device", self.device]
-        options += [flag for flag, given in (("--quiet", self.quiet), ("--tensorboard", self.tensorboard)) if given]
-        options += ["--set", *self.set] if self.set else []
-        launch(["train", str(self.recipe), *options], self.ranks, self.restarts)
 
     def _train(self, recipe: "Recipe", folder: Path, ranks: "Ranks") -> bool:
         """One process's share of the run; whether it reached its end."""

@@ -28,6 +28,17 @@ class RunningMean:
         return self.value
 
 
+def _validation(trainer: Trainer) -> Validation:
+    """Of the text that the recipe names; one rank keeps the samples, and makes them alone where it can."""
+    data, ranks = trainer.recipe.data, trainer.ranks
+    return Validation(
+        data.validation, trainer.recipe.training.validate_bytes, trainer.tokenizer, trainer.precision,
+        data.prompt if ranks.is_first or not ranks.holds_all else "",
+        trainer.folder / SAMPLES_FILE if ranks.is_first else None,
+        trainer.model if ranks.holds_all else None,
+    )  # fmt: skip
+
+
 def train_with_progress(
     trainer: Trainer,
     tensorboard: bool = False,
@@ -54,12 +65,8 @@ def train_with_progress(
         console.print(note)
     if trainer.step:
         console.print(f"going on after step {trainer.step:,}, {trainer.tokens:,} {units.read}")
-    data = trainer.recipe.data
     if trainer.recipe.training.validate_steps and validation is None:
-        validation = Validation(
-            data.validation, trainer.recipe.training.validate_bytes, trainer.tokenizer, trainer.precision, data.prompt,
-            trainer.folder / SAMPLES_FILE,
-        )  # fmt: skip
+        validation = _validation(trainer)
     board = TensorBoard(trainer.folder, trainer.step) if tensorboard else None
     curve: list[tuple[int, float]] = []
     loss, speed, found = RunningMean(), RunningMean(), ""

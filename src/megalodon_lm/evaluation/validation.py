@@ -25,13 +25,16 @@ class Validation:
 
     Each document is a context of its own. Of chats only the answers count.
 
+    Of ranks that share weights, all measure and write a sample together, and one keeps it.
+
     Args:
         sources: validation texts, see Texts; or one prepared folder.
         num_bytes: to measure on, about; 0 for all.
         tokenizer: of the model.
         precision: of matrix products.
         prompt: beginning of the sample; empty for none.
-        samples: file that samples are appended to.
+        samples: file that samples are appended to; None keeps none.
+        writer: of the sample, where it is not the model that is measured, such as one process of several.
     """
 
     def __init__(
@@ -42,13 +45,15 @@ class Validation:
         precision: Precision,
         prompt: str = "",
         samples: Path | None = None,
+        writer: LanguageModel | None = None,
     ):
         self.prepared = (
             load_mixture(sources, [], tokenizer, 0) if len(sources) == 1 and is_prepared(sources[0]) else None
         )
         self.texts = None if self.prepared else Texts(sources)
         self.num_bytes = num_bytes
-        self.tokenizer, self.precision, self.prompt, self.samples = tokenizer, precision, prompt, samples
+        self.tokenizer, self.precision = tokenizer, precision
+        self.prompt, self.samples, self.writer = prompt, samples, writer
 
     def __call__(self, model: LanguageModel) -> float:
         """Bits per byte; the model is in evaluation mode."""
@@ -57,9 +62,11 @@ class Validation:
         else:
             losses = score_texts(model, beginning(self.texts, self.num_bytes), self.tokenizer, precision=self.precision)
             result = losses.bits_per_byte(losses.num_bytes)
-        if self.prompt and self.samples is not None:
-            with self.samples.open("a", encoding="utf-8") as file:
-                file.write(f"{result:.4f} bits per byte\n{self._sample(model)}\n\n")
+        if self.prompt:
+            sample = self._sample(self.writer or model)
+            if self.samples is not None:
+                with self.samples.open("a", encoding="utf-8") as file:
+                    file.write(f"{result:.4f} bits per byte\n{sample}\n\n")
         return result
 
     @torch.inference_mode()

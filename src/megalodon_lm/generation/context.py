@@ -199,11 +199,29 @@ class Context:
         state = State.of_file(file, model, path)
         if file.notes["tokenizer"] != tokenizer.fingerprint:
             raise InputError(f"{path} was read with another tokenizer; read the text again with this one")
+        losses = int(file.notes["scored"]), float(file.notes["nats"])
+        return cls._going_on(model, precision, state, losses, file.tokens.numpy())
+
+    @classmethod
+    def _going_on(
+        cls, model: LanguageModel, precision: Precision, state: State, losses: tuple[int, float], tokens: np.ndarray
+    ) -> "Context":
+        """From a state that can be kept, with what was scored before it, over the tokens since."""
         context = cls(model, precision)
-        context.scored, context.nats = int(file.notes["scored"]), float(file.notes["nats"])
+        context.scored, context.nats = losses
         context._begin_at(state.to(dtype=context._cache_dtype))
-        context.read(file.tokens.numpy())
+        context.read(tokens)
         return context
+
+    def read_by(self, model: LanguageModel) -> "Context":
+        """The same text, read on by the same model as one process has it, where several ranks shared it.
+
+        Tokens since the last place that can be kept are read again; it is then what that process would have read.
+        """
+        if model is self.model:
+            return self
+        state = State.from_tensors(self._anchor, model).to(self.device)
+        return self._going_on(model, self.precision, state, self._losses, np.concatenate([*self._since, self._waiting]))
 
 
 class _Finished:

@@ -45,14 +45,17 @@ def fits(model: LanguageModel) -> TypeGuard[Megalodon]:
     """Whether compiled steps can run a model.
 
     It is made of the very parts that they know, all blocks alike and of the same widths, these multiples of 16, and
-    without dropout; its weights are float32 or bf16 on the CPU.
+    without dropout; its weights are float32 or bf16 on the CPU, and all here.
     """
     if not isinstance(model, Megalodon):
         return False
     blocks: list[Any] = list(model.layers)
     parts = list(model.modules())
     dropped = model.training and any(getattr(part, name, 0) for part in parts for name in ("dropout", "hidden_dropout"))
-    plain = all(p.device.type == "cpu" and p.dtype in (torch.float32, torch.bfloat16) for p in model.parameters())
+    plain = all(
+        p.device.type == "cpu" and p.dtype in (torch.float32, torch.bfloat16) and not hasattr(p, "full_tensor")
+        for p in model.parameters()
+    )
     known = (
         type(model.embed) is Embedding and _made_of(model.output, _HEAD) and all(_made_of(b, _BLOCK) for b in blocks)
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, RankLost
 from ..model.language_model import LanguageModel
 from ..state import State
 from .mesh import MeshSizes, build_mesh, rows_of, started_ranks
@@ -25,6 +25,8 @@ class Ranks:
     rank, ranks = 0, 1
     is_first = True
     """Whether it is the one that writes."""
+    holds_all = True
+    """Whether it has all weights, and can compute without the others."""
 
     def apply(self, model: LanguageModel, compile_blocks: Callable[[LanguageModel], None] | None) -> LanguageModel:
         """Share a model out, in place.
@@ -115,6 +117,7 @@ class Together(Ranks):
         self.is_first = self.rank == 0
         self.device = device
         self.mesh = build_mesh(sizes, device)
+        self.holds_all = self.mesh["shard"].size() == self.mesh["tensor"].size() == 1
 
     def apply(self, model: LanguageModel, compile_blocks: Callable[[LanguageModel], None] | None) -> LanguageModel:
         from .apply import parallelize
@@ -190,7 +193,7 @@ class Together(Ranks):
             if isinstance(error, InputError) or not _is_of_the_others(error):
                 raise
             said = " ".join(str(error).split())[:200]
-            raise InputError(
+            raise RankLost(
                 f"rank {self.rank} of {self.ranks}: another rank was lost or did not answer in time ({said}); "
                 "--resume last goes on from the last checkpoint, with as many ranks as there are then"
             ) from None

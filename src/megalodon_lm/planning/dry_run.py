@@ -30,9 +30,9 @@ from ..model.language_model import Config
 from ..ops import backend, rotary
 from ..ops.cpu import rotary as cpu_rotary
 from ..training.precision import autocast
+from .devices import OF_A_STATE
 
 _CPU = torch.device("cpu")
-_OF_A_STATE = 16  # FLOPs of CEMA for a token and a state: decay, input and output, complex
 _BACKWARD = 3  # times those of CEMA's forward pass: states again, their gradients, those of the coefficients
 _ATTENTION_BACKWARD = 2.5  # times those forward: scores again, and four products
 
@@ -230,5 +230,5 @@ def _work(op: Any, args: Any, kwargs: Any, made: Any, moved: float, span: float)
         return Work(products=flops * (_ATTENTION_BACKWARD if back else 1), calls=1)
     if name.startswith("megalodon.cema_"):
         states = args[7 if back else 3].shape[2]
-        return Work(vectors=_OF_A_STATE * args[0].numel() * states * (_BACKWARD if back else 1), calls=1)
+        return Work(vectors=OF_A_STATE * args[0].numel() * states * (_BACKWARD if back else 1), calls=1)
     return Work(moved=moved, calls=1)

@@ -14,6 +14,7 @@ from ..data.batches import Batch, prefetched
 from ..data.tokenizer import Tokenizer
 from ..errors import InputError
 from ..files import write_atomically
+from ..interrupts import interruptible
 from ..model.language_model import LanguageModel
 from ..ops.device import choose_device
 from ..parallel.ranks import Ranks, whole
@@ -24,7 +25,6 @@ from .checkpoint import Checkpoint, checkpoints, export, newest, step_of
 from .checkpoint_writer import CheckpointWriter
 from .compiling import compile_blocks, compile_kernels
 from .inputs import Subject, Text, check_size
-from .interrupts import interruptible
 from .machine import product_rate
 from .memory import resident
 from .metrics import MetricsFile, StepMetrics
@@ -211,7 +211,7 @@ class Trainer:
             writer.close()
             metrics.close()
             self.run.lock.release()
-        if self.progress >= 1 and interrupted():
+        if self.progress >= 1 and self.ranks.any(interrupted()):
             raise KeyboardInterrupt  # nothing is left to go on with, and what would come next is not wanted
         return self.progress >= 1
 
