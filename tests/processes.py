@@ -106,10 +106,10 @@ def _write(path, text):
         pipe.write(text)
 
 
-def wait_until(holds, process) -> None:
-    """Look until something holds, which it never will once the process has ended."""
+def wait_until(holds, process, said=lambda: "") -> None:
+    """Look until something holds, which it never will once the process has ended, having said something."""
     late = time.monotonic() + HANGS
     while not holds():
-        assert process.poll() is None, "it ended before"
+        assert process.poll() is None, f"it ended before: {said()}"
         assert time.monotonic() < late
         time.sleep(0.01)

@@ -18,8 +18,8 @@ from megalodon_lm.generation.context import Context
 
 from .ranks import run_ranks
 
-TEXT = bytes(random.Random(2).choices(b"abcdefgh \n", k=5003))
-READ_ON = 1501
+TEXT = bytes(random.Random(2).choices(b"abcdefgh \n", k=3003))
+READ_ON = 901
 """Bytes of a second text."""
 
 

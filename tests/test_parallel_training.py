@@ -7,9 +7,11 @@ import shutil
 import pytest
 import torch
 
-from megalodon_lm.errors import InputError
+from megalodon_lm.cli.training import train_with_progress
+from megalodon_lm.errors import RankLost
+from megalodon_lm.evaluation import validation
 from megalodon_lm.parallel.mesh import MeshSizes
-from megalodon_lm.parallel.ranks import Together
+from megalodon_lm.parallel.ranks import Ranks, Together
 from megalodon_lm.training.checkpoint import checkpoints
 from megalodon_lm.training.trainer import Trainer
 
@@ -69,6 +71,33 @@ def test_steps_on_each_mesh_follow_those_of_one_process(alone, ranks):
     assert all(follows(alone / name, alone) for _, name, _ in runs)
 
 
+SAMPLING = {
+    "of chunks": {"chunk": 2}, "of shards": {"replicate": 1, "shard": 2}, "of layers": {"replicate": 1, "tensor": 2},
+}  # fmt: skip
+
+
+def sample(rank, folder, meshes):
+    """Runs that measure and write a sample at every step; the last one of one process."""
+    torch.set_num_threads(1)
+    validation.SAMPLE_TOKENS = 6
+    for name, sizes in meshes.items():
+        ranks = Ranks() if sizes is None else Together(MeshSizes(**sizes), torch.device("cpu"))
+        if sizes is None and rank:
+            continue
+        sizes = {**MODEL, "num_heads": 2}
+        choices = {"length": 32, "batch_size": 2, "steps": 2, "validate_steps": 1, "validate_bytes": 300}
+        of_run = recipe(folder, sizes, {"prompt": "abc"}, **choices)
+        train_with_progress(Trainer(of_run, folder / name, ranks=ranks))
+
+
+def test_samples_are_those_of_one_process_and_written_once(tmp_path):
+    run_ranks(sample, 2, tmp_path, {**SAMPLING, "alone": None})
+    alone = (tmp_path / "alone" / "samples.txt").read_text()
+    assert alone.count("bits per byte\nabc") == 2
+    for name in SAMPLING:
+        assert (tmp_path / name / "samples.txt").read_text() == alone, name
+
+
 def half(run, folder):
     """A copy of a run as it was in the middle."""
     shutil.copytree(run, folder)
@@ -93,7 +122,7 @@ def lose(rank, folder):
     trainer = Trainer(of_run(folder), folder / "lost", ranks=ranks)
     if rank == 1:
         trainer.ranks.sum_gradients = lambda model: os._exit(9)
-    with pytest.raises(InputError) as raised, ranks.together():
+    with pytest.raises(RankLost) as raised, ranks.together():
         trainer.train()
     return str(raised.value)
 

@@ -105,6 +105,32 @@ def test_a_chain_of_ranks_waits_longer_and_the_parallel_exchange_repeats_work():
     assert plan.times.waiting == pytest.approx(lines[32]["chain"], rel=0.05)
 
 
+@pytest.mark.parametrize("context", [32768, 1 << 20])
+def test_plans_of_thousands_of_devices_hold_together(context):
+    """Each rank has 16,384 tokens of a sequence, whatever its length: memory, work and traffic of one hardly change."""
+    chunk = context // 16384
+    layouts = {
+        devices: Layout(PAPER, context, chunk=chunk, shard=devices // chunk, checkpointing=True)
+        for devices in (512, 1024, 8192)
+    }
+    plans = {devices: Plan.of(layout, A100) for devices, layout in layouts.items()}
+    small, large = plans[512], plans[8192]
+    for devices, plan in plans.items():
+        parts, memory = vars(plan.times), vars(plan.memory)
+        assert all(value >= 0 for value in [*parts.values(), *memory.values(), *vars(plan.traffic).values()])
+        assert parts["step"] == pytest.approx(sum(parts.values()) - parts["step"])
+        assert parts["step"] > plan.needed / A100.products
+        assert 0.4 < plan.utilisation < 1
+        assert plan.memory.peak < 80e9
+        assert plan.memory.weights == pytest.approx(4 * PAPER.num_parameters / devices)
+        assert plan.layout.tokens == devices * 16384
+    assert large.memory.peak < small.memory.peak
+    assert large.tokens_per_second == pytest.approx(small.tokens_per_second, rel=0.05)
+    short = Plan.of(Layout(PAPER, 16384, shard=512, checkpointing=True), A100)
+    assert small.memory.activations == pytest.approx(short.memory.activations, rel=0.01)
+    assert 0.9 < small.tokens_per_second / short.tokens_per_second < 1
+
+
 def test_the_command_plans_a_million_tokens_on_thousands_of_devices(capsys):
     main(["plan", "--gpus", "4096", "--context", "1048576", "--chunk", "32", "--tensor", "2", "--checkpointing",
           "--batch", "268435456", "--json"])  # fmt: skip

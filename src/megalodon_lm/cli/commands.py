@@ -1,5 +1,6 @@
 """The commands, and which of them a command line names."""
 
+import os
 import sys
 from typing import Annotated, Any, get_args
 
@@ -80,5 +81,8 @@ def parse(arguments: list[str] | None = None) -> Any:
         from .progress import console
 
         console.quiet = chosen.quiet
-    Shared.words = arguments
+    if isinstance(chosen, Shared):
+        Shared.words = arguments
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each would do all of it
+        raise InputError(f"megalodon {first} is one process and cannot be shared; start it without torchrun")
     return command

@@ -36,7 +36,7 @@ class Shared(Quiet):
             The exit code; None where this process does the work itself.
 
         Raises:
-            InputError: fewer than one.
+            InputError: fewer than one, or restarts of a single process.
             RankLost: one was lost.
         """
         from ..parallel.launch import launch
@@ -44,6 +44,8 @@ class Shared(Quiet):
 
         if self.ranks < 1:
             raise InputError(f"--ranks {self.ranks} must be at least 1")
+        if restarts < 0 or (restarts and self.ranks == 1):
+            raise InputError(f"--restarts {restarts} must not be negative, and needs --ranks of at least 2")
         if self.ranks == 1 or started_ranks() > 1:
             return None
         return launch([*self.words, *more], self.ranks, restarts)
