@@ -1,7 +1,6 @@
 """The harness asks any model: exactly, at any length, and what prompts share is read once."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -122,8 +121,26 @@ def test_writing_ends_where_the_task_says():
     for text, prompt, (stop, most) in zip(found, prompts, [(("\n", "."), 12), (("e",), 256), ((), 5)], strict=True):
         sampling = Sampling(max_tokens=most, temperature=0, stop=stop)
         assert [text] == writer.write([prompt], sampling)
-    with pytest.raises(InputError, match="a task draws tokens at random"):
-        lm.generate_until(requests((TEXT[:9], {"do_sample": True, "temperature": 0.7})))
+    for setting, says in (("num_beams", "known here are until"), ("max_gen_toks", "must be at least 1")):
+        with pytest.raises(InputError, match=says):
+            lm.generate_until(requests((TEXT[:9], {setting: 0})))
+
+
+def test_what_a_task_draws_depends_on_its_prompt_and_the_seed_alone():
+    setting = {"do_sample": True, "temperature": 0.9, "top_p": 0.95, "top_k": 40, "max_gen_toks": 12, "until": []}
+    asked = [(TEXT[:30], setting), (TEXT[:50], setting), (TEXT[:30], setting), (TEXT[:70], {"max_gen_toks": 3})]
+    lm = harness("megalodon", seed=1)
+    found = lm.generate_until(requests(*asked))
+    assert found[0] != found[2]  # asked twice, drawn twice
+    assert lm.generate_until(requests(*asked[1:3])) == [found[1], found[0]]
+    assert lm.generate_until(requests(asked[3])) == [found[3]]
+    assert harness("megalodon", seed=2).generate_until(requests(asked[0])) != [found[0]]
+    (greedy,) = lm.generate_until(requests((TEXT[:30], {"max_gen_toks": 12})))
+    assert found[0] != greedy
+    for other in ({"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}, {"do_sample": False}, {"temperature": 0}):
+        assert lm.generate_until(requests((TEXT[:30], setting | other))) == [greedy]
+    drawn = {"temperature": 0.9, "max_gen_toks": 12, "top_k": -1, "top_p": None}  # as other classes understand it
+    assert lm.generate_until(requests((TEXT[:30], drawn))) != [greedy]
 
 
 def test_a_chat_is_one_as_in_training():
@@ -231,24 +248,3 @@ def test_the_example_of_the_docs_runs(capsys):
     example = page.split("### From Python\n\n```python\n")[1].split("```")[0]
     exec(example, {"model": made("llama", torch.float32), "tokenizer": BYTES, "folder": FOLDER})
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["winogrande", "mmlu"]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    "MEGALODON_SMOLLM2" not in os.environ, reason="MEGALODON_SMOLLM2 names the GGUF file of a real model"
-)
-@pytest.mark.parametrize(("name", "shots"), [("winogrande", 0), ("mmlu_marketing", 5)])
-def test_a_real_model_scores_what_it_scores_in_the_harness(name, shots):
-    """In float64, where no rounding hides a difference: through this class, and through the harness's own."""
-    from lm_eval.models.huggingface import HFLM
-
-    from megalodon_lm.cli.models import begins
-    from megalodon_lm.hub.transformers_model import load_transformers
-
-    file = Path(os.environ["MEGALODON_SMOLLM2"])
-    model, tokenizer = load_transformers(file, dtype=torch.float64)
-    asked = [request for question in questions(name, shots) for request in question][:8]
-    own = HarnessModel(model, tokenizer, "float32", begins(model, tokenizer)).loglikelihood(asked)
-    theirs = HFLM(pretrained=str(file.parent), gguf_file=file.name, dtype="float64", device="cpu", batch_size=4)
-    for found, expected in zip(own, theirs.loglikelihood(asked, disable_tqdm=True), strict=True):
-        assert found == pytest.approx(expected, abs=1e-6)

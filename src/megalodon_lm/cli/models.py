@@ -85,14 +85,3 @@ def load_readable(name: Path, device: str) -> "tuple[LanguageModel, Tokenizer]":
     import torch
 
     return load_transformers(name, choose_device(device), torch.float32 if device == "cpu" else "auto")
-
-
-def begins(model: "LanguageModel", tokenizer: "Tokenizer") -> bool:
-    """Whether the begin token stood before every text in training: yes, but where a tokenizer of others puts none."""
-    if model.config.architecture != "transformers":
-        return True
-    import tokenizers
-
-    content = getattr(tokenizer, "content", None)
-    assert content is not None
-    return tokenizers.Tokenizer.from_buffer(content).encode("a").ids[:1] == [tokenizer.begin]

@@ -46,7 +46,7 @@ class Tasks(Quiet):
     """Put the begin token before every prompt; nothing for as the model was trained: a native one with it, one of
     transformers as its tokenizer does."""
     seed: int = 1234
-    """Of the solved examples that are drawn."""
+    """Of the solved examples that are drawn, and of texts where a task wants them drawn at random."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """Of matrix products; auto takes bf16 where the device multiplies it natively."""
     device: str = "cpu"
@@ -72,7 +72,7 @@ class Tasks(Quiet):
         from ..evaluation.task_definitions import Definitions
         from ..files import RESULTS, check_writable
         from ..training.precision import choose_precision
-        from .models import begins, load_readable
+        from .models import load_readable
         from .progress import console, progress_bar, results
 
         if self.out is not None:
@@ -80,7 +80,7 @@ class Tasks(Quiet):
         definitions = Definitions([name for name in self.tasks.split(",") if name], self.data)
         model, tokenizer = load_readable(self.model, self.device)
         precision = choose_precision(self.precision, torch.device(self.device))
-        begin = begins(model, tokenizer) if self.begin is None else self.begin
+        begin = tokenizer.begins if self.begin is None else self.begin
         settings = {
             "seed": self.seed, "limit": self.limit, "precision": precision, "chat": self.chat, "begin": begin,
         }  # fmt: skip
@@ -90,7 +90,7 @@ class Tasks(Quiet):
             def watch(done: int, total: int) -> None:
                 move(len(made.tasks) + done / total, f"{done:,} of {total:,} requests")
 
-            lm = HarnessModel(model, tokenizer, precision, begin, watch)
+            lm = HarnessModel(model, tokenizer, precision, begin, watch, self.seed)
             for found in ask(lm, definitions, self.shots, self.limit, self.seed, self.chat):
                 made.tasks.append(found)
                 move(len(made.tasks), found.task)

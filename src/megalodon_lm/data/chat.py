@@ -5,7 +5,7 @@ cannot be written in a text, so nothing inside a message can pass for another on
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -14,6 +14,11 @@ from .tokenizer import Tokenizer
 
 ANSWERS = "assistant"
 """The role whose messages are learnt."""
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] + '\\n' + message['content'] + eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '" + ANSWERS + "\\n' }}{% endif %}"
+)
+"""The form of a chat in Jinja, for other programs."""
 
 
 class Message(NamedTuple):
@@ -21,6 +26,20 @@ class Message(NamedTuple):
 
     role: str
     content: str
+
+
+@runtime_checkable
+class ChatTemplate(Protocol):
+    """A tokenizer of another program with a form of chats of its own, of special tokens that texts can spell."""
+
+    def chat_template(self) -> str:
+        """The form, in Jinja."""
+
+    def chat_text(self, messages: Sequence[Message], answer: bool) -> str:
+        """A chat as a text; open an answer behind it, or else leave the last message open."""
+
+    def encode_chat_text(self, text: str) -> np.ndarray:
+        """The tokens (L,) int64 of such a text."""
 
 
 def messages_of(value: Any) -> list[Message]:

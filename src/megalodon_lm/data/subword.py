@@ -21,6 +21,8 @@ from .tokenizer_record import write_record
 class _Subwords(ABC):
     """What both kinds share. The subclass gives the vocabulary, and what its library makes of a text and of tokens."""
 
+    begins = True
+    named: dict[str, Any]  # what the file does not say
     file: str  # its name beside a model
     content: bytes
     vocab_size: int
@@ -92,10 +94,11 @@ class _Subwords(ABC):
         """As decode_bytes, as a string; what is not valid UTF-8 becomes U+FFFD."""
         return self.decode_bytes(tokens, after).decode("utf-8", errors="replace")
 
-    def save(self, folder: Path) -> None:
-        """Put the file beside a model, and the record that it belongs there."""
-        write_atomically(folder / self.file, self.content)
-        write_record(folder, self.file, self.fingerprint)
+    def save(self, folder: Path, file: str | None = None) -> None:
+        """Put the file beside a model, under a name if one is given, and the record that it belongs there."""
+        file = file or self.file
+        write_atomically(folder / file, self.content)
+        write_record(folder, file, self.fingerprint, self.named | ({} if self.begins else {"begins": False}))
 
 
 class SubwordTokenizer(_Subwords):
@@ -106,6 +109,7 @@ class SubwordTokenizer(_Subwords):
         path: for messages.
         begin: the name of the token before every document, where the file has none of the usual names or another one.
         end: that of the token behind it.
+        begins: whether the begin token stood before every text in training.
 
     Raises:
         InputError: malformed, without a special token for the beginning of a document, or with a decoder that cannot
@@ -115,11 +119,17 @@ class SubwordTokenizer(_Subwords):
     file = "tokenizer.json"
 
     def __init__(
-        self, content: bytes, path: str | Path = "tokenizer.json", begin: str | None = None, end: str | None = None
+        self,
+        content: bytes,
+        path: str | Path = "tokenizer.json",
+        begin: str | None = None,
+        end: str | None = None,
+        begins: bool = True,
     ):
         import tokenizers
 
-        self.content = content
+        self.content, self.begins = content, begins
+        self.named = {name: token for name, token in (("begin", begin), ("end", end)) if token}
         try:
             description = Description(tokenizers.Tokenizer.from_buffer(content))
         except Exception as error:  # the library raises nothing more special
@@ -176,7 +186,7 @@ class SentencePieceTokenizer(_Subwords):
             from sentencepiece import SentencePieceProcessor
         except ImportError:
             raise InputError(f"{path} is a SentencePiece model; install sentencepiece to read it") from None
-        self.content = content
+        self.content, self.named = content, {}
         try:
             self._model: Any = SentencePieceProcessor(model_proto=content)
         except Exception as error:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -15,6 +15,9 @@ BEGIN, END, PAD = 256, 257, 258
 
 class Tokenizer(Protocol):
     """A map between text and tokens. `begin` stands before every document; `end` ends a message of a chat."""
+
+    begins: bool
+    """Whether the begin token stood before every text in training; in models of other programs it may not have."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -61,6 +64,7 @@ class ByteTokenizer:
 
     vocab_size = 259
     begin, end, pad = BEGIN, END, PAD
+    begins = True
     ends = frozenset({BEGIN, END})
     specials: ClassVar[dict[str, int]] = {"<|begin|>": BEGIN, "<|end|>": END, "<|pad|>": PAD}
 
@@ -126,7 +130,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     if record is None:
         return _unrecorded(path)
     file = record.get("file")
-    tokenizer = ByteTokenizer() if file is None else _from_file(path / str(file))
+    tokenizer = ByteTokenizer() if file is None else _from_file(path / str(file), record.get("named", {}))
     if tokenizer.fingerprint != record.get("fingerprint"):
         raise InputError(
             f"{path / str(file or RECORD)} is not the tokenizer the model was trained with; put that one there"
@@ -152,11 +156,13 @@ def _unrecorded(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _from_file(path: Path) -> Tokenizer:
+def _from_file(path: Path, named: dict[str, Any] | None = None) -> Tokenizer:
     from .subword import SentencePieceTokenizer, SubwordTokenizer
 
     try:
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read the tokenizer {path}: {error.strerror}") from None
-    return SubwordTokenizer(content, path) if path.suffix == ".json" else SentencePieceTokenizer(content, path)
+    if path.suffix == ".json":
+        return SubwordTokenizer(content, path, **(named or {}))
+    return SentencePieceTokenizer(content, path)

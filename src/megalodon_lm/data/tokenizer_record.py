@@ -10,18 +10,20 @@ from ..files import write_atomically
 RECORD = "tokenizer_record.json"
 
 
-def write_record(folder: Path, file: str | None, fingerprint: str) -> None:
+def write_record(folder: Path, file: str | None, fingerprint: str, named: dict[str, Any] | None = None) -> None:
     """Note which tokenizer belongs to a folder.
 
     Args:
         folder: of a model, a run or prepared text.
         file: of the tokenizer in it; None for bytes.
         fingerprint: of the tokenizer.
+        named: what its file does not say: arguments of SubwordTokenizer.
 
     Raises:
         InputError: the folder cannot be written.
     """
-    write_atomically(folder / RECORD, json.dumps({"file": file, "fingerprint": fingerprint}) + "\n")
+    values = {"file": file, "fingerprint": fingerprint} | ({"named": named} if named else {})
+    write_atomically(folder / RECORD, json.dumps(values) + "\n")
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

@@ -4,17 +4,20 @@ What requests begin with in common, such as solved examples, is read once, and t
 one reading of it; see read_once.py. transformers is not needed.
 """
 
+import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from lm_eval.api.model import TemplateLM
 
-from ..data.chat import ANSWERS
+from ..data.chat import ANSWERS, TEMPLATE, ChatTemplate, Message
 from ..data.tokenizer import Tokenizer
 from ..errors import InputError
 from ..generation.context import Context
+from ..generation.sampling import Sampling
 from ..model.language_model import LanguageModel
 from ..training.precision import Precision
 from .read_once import Reader, window_of
@@ -22,6 +25,9 @@ from .read_once import Reader, window_of
 TOGETHER = 32  # continuations of one context that are scored at once
 WRITTEN_TOGETHER = 8  # texts
 MOST_WRITTEN = 256  # tokens, where a task says nothing
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_KNOWN = ("until", *_LENGTHS, "do_sample", "temperature", "top_p", "top_k", "min_p")
+_UNCHANGING = {"num_beams": 1, "repetition_penalty": 1.0, "use_cache": True}
 _END = "\ue0e0"  # stands for the end token in a chat, which no text can spell; a private character of Unicode
 
 
@@ -40,8 +46,10 @@ class HarnessModel(TemplateLM):
         model: in evaluation mode.
         tokenizer: that of the model.
         precision: of matrix products.
-        begin: whether the begin token stands before every text, as in training.
+        begin: whether the begin token stands before every text; None for as in training.
         watch: called with the number of requests that are done, and of all, of one call.
+        seed: of texts that are drawn at random. What is drawn depends on it, on the prompt, and on how often that came
+            before in one call, and on nothing else.
     """
 
     def __init__(
@@ -49,14 +57,17 @@ class HarnessModel(TemplateLM):
         model: LanguageModel,
         tokenizer: Tokenizer,
         precision: Precision = "auto",
-        begin: bool = True,
+        begin: bool | None = None,
         watch: Callable[[int, int], None] = lambda done, total: None,
+        seed: int = 0,
     ):
         super().__init__()
         self.reader = Reader(model, tokenizer, precision)
         self.cut = Cut()
         self._window = window_of(model)
-        self._tokenizer, self._begin, self._watch = tokenizer, begin, watch
+        self._tokenizer, self._watch, self._seed = tokenizer, watch, seed
+        self._begin = tokenizer.begins if begin is None else begin
+        self._own_chats = tokenizer if isinstance(tokenizer, ChatTemplate) else None
 
     @property
     def eot_token_id(self) -> int:
@@ -70,12 +81,22 @@ class HarnessModel(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Identifies the tokenizer."""
-        return self._tokenizer.fingerprint
+        """Identifies the tokenizer and its form of chats."""
+        if self._own_chats is None:
+            return self._tokenizer.fingerprint
+        form = self._own_chats.chat_template().encode()
+        return f"{self._tokenizer.fingerprint}-{hashlib.sha256(form).hexdigest()[:16]}"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """The tokens of a text, with the begin token before it unless `add_special_tokens` is False."""
+        """The tokens of a text, with the begin token before it unless `add_special_tokens` is False.
+
+        Of a model of another program, special tokens that the text spells are such tokens, as in the harness's own
+        class: its chats are written so.
+        """
         begin = self._begin and add_special_tokens is not False
+        if self._own_chats is not None:
+            whole: list[int] = self._own_chats.encode_chat_text(string).tolist()
+            return [self._tokenizer.begin] * (begin and whole[:1] != [self._tokenizer.begin]) + whole
         first, *more = string.split(_END)
         tokens = self._tokenizer.encode(first, begin).tolist()
         for part in more:
@@ -88,9 +109,21 @@ class HarnessModel(TemplateLM):
         Args:
             chat_history: messages with `role` and `content`.
             add_generation_prompt: open an answer; otherwise the last message stays open.
+
+        Raises:
+            InputError: a model of another program that has no form of chats.
         """
+        if self._own_chats is not None:
+            messages = [Message(turn["role"], turn["content"]) for turn in chat_history]
+            return self._own_chats.chat_text(messages, add_generation_prompt)
         turns = [f"{turn['role']}\n{turn['content'].replace(_END, '')}" for turn in chat_history]
         return _END.join([*turns, f"{ANSWERS}\n"] if add_generation_prompt else turns)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The form of chats, in Jinja, or nothing where none is asked for."""
+        if not chat_template:
+            return None
+        return TEMPLATE if self._own_chats is None else self._own_chats.chat_template()
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """See LM.loglikelihood; progress goes to `watch`."""
@@ -137,22 +170,29 @@ class HarnessModel(TemplateLM):
         return -(context.loss() or 0.0) * len(tokens)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        """See LM.generate_until: the likeliest token each time.
+        """See LM.generate_until: the likeliest token each time, or drawn at random where a task says so.
 
         Raises:
-            InputError: a task that wants tokens drawn at random.
+            InputError: a setting of writing that is not known here, or out of its range.
         """
         found = [""] * len(requests)
-        wanted: dict[tuple[tuple[str, ...], int], list[int]] = {}
+        wanted: dict[Sampling, list[int]] = {}
+        earlier: Counter[str] = Counter()
+        seeds = []
         for number, request in enumerate(requests):
-            wanted.setdefault(_settings(request.args[1]), []).append(number)
+            prompt, given = request.args
+            wanted.setdefault(_sampling(given), []).append(number)
+            seeds.append(_seed_of(self._seed, earlier[prompt], prompt))
+            earlier[prompt] += 1
         done = 0
-        for (stop, most), asked in wanted.items():
+        for sampling, asked in wanted.items():
             prompts = [self.tok_encode(requests[n].args[0]) or [self.prefix_token_id] for n in asked]
-            contexts = self._read([self._fitted(prompt, most) for prompt in prompts])
+            contexts = self._read([self._fitted(prompt, sampling.max_tokens) for prompt in prompts])
             pairs = ((asked[place], context) for places, context in contexts for place in places)
             for together in _parts(pairs, WRITTEN_TOGETHER):
-                texts = self.reader.write([context for _, context in together], most, stop)
+                begun = [context for _, context in together]
+                own = [seeds[number] for number, _ in together]
+                texts = self.reader.write(begun, sampling.max_tokens, sampling.stop, sampling, own)
                 for (number, _), text in zip(together, texts, strict=True):
                     found[number] = text
                     self.cache_hook.add_partial("generate_until", requests[number].args, text)
@@ -184,14 +224,38 @@ class HarnessModel(TemplateLM):
         return context[over:]
 
 
-def _settings(given: dict[str, Any]) -> tuple[tuple[str, ...], int]:
-    """Stop strings, and the most tokens to write."""
-    if given.get("do_sample") and float(given.get("temperature", 1.0)) > 0:
-        raise InputError(f"a task draws tokens at random ({given}); only the likeliest ones are written here")
-    until = given.get("until") or []
-    names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-    most = next((int(given[name]) for name in names if given.get(name) is not None), MOST_WRITTEN)
-    return tuple(filter(None, [until] if isinstance(until, str) else until)), most
+def _sampling(given: dict[str, Any]) -> Sampling:
+    """How a request wants its text written.
+
+    Raises:
+        InputError: a setting that is not known here and would change the text, or one out of its range.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    unknown = {n: v for n, v in given.items() if n not in _KNOWN and _UNCHANGING.get(n) != v}
+    if unknown:
+        raise InputError(f"a task wants its texts written with {unknown}; known here are {', '.join(_KNOWN)}")
+    most = next((int(given[name]) for name in _LENGTHS if name in given), MOST_WRITTEN)
+    if most < 1:
+        raise InputError(f"a task wants {most} tokens written; it must be at least 1")
+    until = given.get("until", [])
+    stop = tuple(filter(None, [until] if isinstance(until, str) else until))
+    drawn = given.get("do_sample", float(given.get("temperature", 0)) > 0)
+    greedy = Sampling(max_tokens=most, temperature=0, stop=stop)
+    if not drawn:
+        return greedy
+    return replace(
+        greedy,
+        temperature=float(given.get("temperature", 1)),
+        top_k=max(0, int(given.get("top_k", 0))),  # -1 stands for all, as 0 does
+        top_p=float(given.get("top_p", 1)),
+        min_p=float(given.get("min_p", 0)),
+    )
+
+
+def _seed_of(seed: int, earlier: int, prompt: str) -> int:
+    """A seed for one request, whatever others there are."""
+    said = hashlib.sha256(f"{seed} {earlier} {prompt}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(said[:8], "big")
 
 
 def _parts(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -7,7 +7,7 @@ shared nor on which other questions there were.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ from ..training.precision import Precision, autocast
 
 BLOCK_LOGITS = 1 << 24  # in memory at a time
 ROWS = 8  # answers written side by side
+GREEDY = Sampling(temperature=0)
 
 
 class Score(NamedTuple):
@@ -149,24 +150,34 @@ class Reader:
             for row, c in enumerate(continuations)
         ]
 
-    def write(self, contexts: Sequence[Context], max_tokens: int, stop: Sequence[str] = ()) -> list[str]:
-        """The likeliest token each time, until a stop string, an end as in training, or so many tokens.
+    def write(
+        self,
+        contexts: Sequence[Context],
+        max_tokens: int,
+        stop: Sequence[str] = (),
+        how: Sampling = GREEDY,
+        seeds: Sequence[int] | None = None,
+    ) -> list[str]:
+        """Texts until a stop string, an end as in training, or so many tokens.
 
         Args:
             contexts: each with something read; they stay as they are.
             max_tokens: of each answer.
             stop: before any of these strings it ends.
+            how: tokens are chosen; the likeliest each time, by default.
+            seeds: of what is drawn, one a text; by default that of `how` for each.
 
         Raises:
             InputError: nothing was read, or logits that are not finite.
         """
         assert max_tokens > 0
-        greedy = Sampling(max_tokens=max_tokens, temperature=0, stop=tuple(stop))
+        sampling = replace(how, max_tokens=max_tokens, stop=tuple(stop))
         texts = [""] * len(contexts)
         for first in range(0, len(contexts), ROWS):
             together = [context.fork() for context in contexts[first : first + ROWS]]
             lengths = [0] * len(together)
-            for delta in self._generator.stream(together, greedy, grow=False):
+            own = None if seeds is None else seeds[first : first + ROWS]
+            for delta in self._generator.stream(together, sampling, own, grow=False):
                 texts[first + delta.row] += delta.text
                 lengths[delta.row] += 1
             steps = len(together) * (max(lengths, default=1) - 1)

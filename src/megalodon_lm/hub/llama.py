@@ -9,12 +9,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..baselines.llama import Llama, LlamaConfig
-from ..data.subword import SubwordTokenizer
 from ..data.tokenizer import Tokenizer
 from ..errors import InputError
 from ..model.identity import weights
 from ..model.stored_tensors import StoredTensors
 from .transformers_model import find_pretrained
+from .transformers_tokenizer import TransformersTokenizer
 
 _BLOCK = {
     "norm": "input_layernorm", "mixer.wq": "self_attn.q_proj", "mixer.wk": "self_attn.k_proj",
@@ -61,9 +61,8 @@ def open_llama(source: Path) -> tuple[LlamaConfig, StoredTensors, Tokenizer | No
     with torch.device("meta"):
         layout = weights(Llama(config))
     tokenizer: Tokenizer | None = None
-    with suppress(OSError, ValueError, AttributeError):  # none there, or one of another kind
-        written = AutoTokenizer.from_pretrained(found, **given).backend_tokenizer.to_str()
-        tokenizer = SubwordTokenizer(written.encode(), source)
+    with suppress(OSError, ValueError):  # none there, or one of another kind
+        tokenizer = TransformersTokenizer(AutoTokenizer.from_pretrained(found, **given), source)
     return config, StoredTensors(layout, read), tokenizer
 
 

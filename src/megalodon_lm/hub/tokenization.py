@@ -7,23 +7,18 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from ..data.chat import TEMPLATE
 from ..data.subword import SubwordTokenizer
 from ..data.token_text import byte_level
 from ..data.tokenizer import ByteTokenizer, Tokenizer
-from ..data.tokenizer_record import write_record
 from ..errors import InputError
-from ..files import write_atomically
 
 _OWN_FILE = "native_tokenizer.json"  # the library writes one of its own beside it, with what it adds
 _PAD = "<|pad|>"
-_CHAT = (
-    "{{ bos_token }}{% for message in messages %}{{ message['role'] + '\\n' + message['content'] + eos_token }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant\\n' }}{% endif %}"
-)
 
 
 def transformers_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """A tokenizer as transformers knows them: the same tokens for a text, the begin token before it.
+    """A tokenizer as transformers knows them: the same tokens for a text, the begin token before it as in training.
 
     Special tokens are found in a text, as everywhere in that library; `split_special_tokens=True` makes them text. It
     pads on the left, where `generate` wants it, and knows the form of chats that models are trained with here.
@@ -41,13 +36,14 @@ def transformers_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     else:
         raise InputError("a SentencePiece model cannot be one of transformers here; give a tokenizer.json")
     begin, end = (backend.id_to_token(token) for token in (tokenizer.begin, tokenizer.end))
+    before = f"{begin} " * tokenizer.begins
     backend.post_processor = processors.TemplateProcessing(
-        single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=[(begin, tokenizer.begin)]
+        single=f"{before}$A", pair=f"{before}$A $B", special_tokens=[(begin, tokenizer.begin)]
     )
     pad = _PAD if backend.token_to_id(_PAD) is not None else end
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=begin, eos_token=end, pad_token=pad, padding_side="left",
-        clean_up_tokenization_spaces=False, chat_template=_CHAT, model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False, chat_template=TEMPLATE, model_input_names=["input_ids", "attention_mask"],
     )  # fmt: skip
 
 
@@ -61,8 +57,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     folder = Path(folder)
     transformers_tokenizer(tokenizer).save_pretrained(folder)
     if isinstance(tokenizer, SubwordTokenizer):
-        write_atomically(folder / _OWN_FILE, tokenizer.content)
-        write_record(folder, _OWN_FILE, tokenizer.fingerprint)
+        tokenizer.save(folder, _OWN_FILE)
     else:
         tokenizer.save(folder)
 

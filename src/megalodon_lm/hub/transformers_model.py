@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ..data.subword import SubwordTokenizer
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..data.tokenizer_record import RECORD
 from ..errors import InputError
@@ -29,6 +28,7 @@ from ..state import State
 from ..state_spec import Tree
 from .modeling import MegalodonForCausalLM
 from .transformers_state import POSITION, TransformersState
+from .transformers_tokenizer import TransformersTokenizer
 
 _WINDOWS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 
@@ -289,7 +289,7 @@ def load_transformers(
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{name} is no model that transformers can load: {first}") from None
     wrapped: Any = model.native if isinstance(model, MegalodonForCausalLM) else TransformersModel(model)
-    return wrapped, native_tokenizer(tokenizer, name)
+    return wrapped, TransformersTokenizer(tokenizer, name)
 
 
 def find_pretrained(name: str | Path) -> tuple[str, dict[str, Any]]:
@@ -298,17 +298,3 @@ def find_pretrained(name: str | Path) -> tuple[str, dict[str, Any]]:
     if path.suffix == ".gguf":
         return str(path.parent), {"local_files_only": path.exists(), "gguf_file": path.name}
     return str(name), {"local_files_only": path.exists()}
-
-
-def native_tokenizer(tokenizer: Any, name: str | Path) -> Tokenizer:
-    """A tokenizer of transformers as one of ours, with its own begin and end tokens.
-
-    Raises:
-        InputError: one that the `tokenizers` library does not run, or without begin and end.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    begin, end = tokenizer.bos_token or tokenizer.eos_token, tokenizer.eos_token or tokenizer.bos_token
-    if backend is None or begin is None:
-        what = "is not one of the tokenizers library" if backend is None else "has neither a begin nor an end token"
-        raise InputError(f"the tokenizer of {name} {what}")
-    return SubwordTokenizer(backend.to_str().encode(), name, begin, end)

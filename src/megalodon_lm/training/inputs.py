@@ -115,6 +115,7 @@ def find_tokenizer(recipe: Recipe, begun: Path | None) -> Tokenizer:
             f"vocab_size = {recipe.model.vocab_size} is too small for the tokenizer {d.tokenizer} and its special "
             f"tokens; use {tokenizer.vocab_size}"
         )
+    tokenizer.begins = True  # from now on, whatever the model was used to
     return tokenizer
 
 
