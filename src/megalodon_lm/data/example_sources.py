@@ -56,7 +56,7 @@ def _generated(name: str, rest: str, source: str) -> Examples:
     if name in ("listops", "listops-d20"):
         made = listops.generate(seed) if name == "listops" else listops.generate(seed, *listops.DEPTH_20)
         return expressions(islice(made, count), source)
-    geometry = PATHX if name == "pathx" else PathfinderGeometry(dashes=dashes[0]) if dashes else PathfinderGeometry()
+    geometry = PATHX if name == "pathx" else PathfinderGeometry.of(*dashes) if dashes else PathfinderGeometry()
     drawn = [picture(seed, i, geometry) for i in range(count)]
     names = tuple(f"{source}:{i}" for i in range(count))
     labels = np.array([label for _, label in drawn], np.int64)

@@ -1,8 +1,9 @@
 """Pathfinder: do the two marked ends belong to one dashed contour? Pictures of a generator of our own.
 
 A picture has two long contours of dashes that bend but do not cross, shorter ones to distract, and discs on two ends:
-of one contour where they are connected, of both where they are not. Geometry of the task: Linsley et al. 2018 (arXiv
-1805.08315), Tay et al. 2020 (arXiv 2011.04006).
+of one contour where they are connected, of both where they are not. The second contour begins as far from an end of the
+first as the first is from end to end, so that the distance of the discs does not tell. Geometry of the task: Linsley et
+al. 2018 (arXiv 1805.08315), Tay et al. 2020 (arXiv 2011.04006).
 """
 
 import math
@@ -32,12 +33,17 @@ class PathfinderGeometry:
     """Length of a dash."""
     gap: float = 1.2
     """Between two dashes."""
-    turn: float = 0.5
-    """Largest angle between two dashes, in radians."""
+    turn: float = 0.65
+    """Largest angle between two dashes, in radians; long contours need more of it to find room."""
     clearance: float = 3.0
     """Between contours, and between parts of one."""
     marker: float = 1.6
     """Radius of the discs."""
+
+    @classmethod
+    def of(cls, dashes: int) -> "PathfinderGeometry":
+        """That of small pictures with contours of so many dashes, which bend the more the longer they are."""
+        return cls(dashes=dashes, turn=0.2 + 0.05 * dashes)
 
     @property
     def step(self) -> float:
@@ -62,7 +68,7 @@ def picture(seed: int, index: int, geometry: PathfinderGeometry | None = None) -
     while contours is None:
         contours = _two_long(draw, g)
     first, second = contours
-    ends = (first[0], first[-1]) if connected else (first[-1], second[int(draw.integers(2)) - 1])
+    ends = (first[-1], first[0] if connected else second[0])
     taken = np.concatenate([_surroundings(contour, g, g.marker) for contour in contours])
     for _ in range(g.distractors):
         short = _contour(draw, g, max(1, g.dashes // 3), taken, 0.0)
@@ -80,26 +86,38 @@ def picture(seed: int, index: int, geometry: PathfinderGeometry | None = None) -
 
 
 def _two_long(draw: np.random.Generator, g: PathfinderGeometry) -> list[Points] | None:
+    """Two contours; the second begins as far from the end of the first as that is from its own beginning."""
     first = _contour(draw, g, g.dashes, np.empty((0, 3)), g.marker)
     if first is None:
         return None
-    second = _contour(draw, g, g.dashes, _surroundings(first, g, g.marker), g.marker)
+    around = (first[-1], float(np.hypot(*(first[-1] - first[0]))))
+    second = _contour(draw, g, g.dashes, _surroundings(first, g, g.marker), g.marker, around)
     return None if second is None else [first, second]
 
 
 def _contour(
-    draw: np.random.Generator, g: PathfinderGeometry, dashes: int, taken: Points, marker: float
+    draw: np.random.Generator,
+    g: PathfinderGeometry,
+    dashes: int,
+    taken: Points,
+    marker: float,
+    around: tuple[Points, float] | None = None,
 ) -> Points | None:
     """Ends of the steps of a contour that keeps clear of others and of itself; None where none was found.
 
     Args:
         taken: (n, 3), places and how far to keep from them.
         marker: radius of a disc that its ends may get.
+        around: a point, and how far from it the contour begins; None for anywhere.
     """
     for _ in range(_TRIES):
-        points = [draw.uniform(g.marker, g.size - 1 - g.marker, 2)]
+        if around is None:
+            points = [draw.uniform(g.marker, g.size - 1 - g.marker, 2)]
+        else:
+            angle = draw.uniform(0, 2 * math.pi)
+            points = [around[0] + around[1] * np.array([math.cos(angle), math.sin(angle)])]
         heading = draw.uniform(0, 2 * math.pi)
-        if not _is_clear(points[0], taken, marker):
+        if not _is_inside(points[0], g) or not _is_clear(points[0], taken, marker):
             continue
         while len(points) <= dashes:
             earlier = _surroundings(np.array(points[:-1]).reshape(-1, 2), g, 0.0)
@@ -126,8 +144,7 @@ def _step(
     for _ in range(_BENDS):
         turned = heading + draw.uniform(-g.turn, g.turn)
         point = points[-1] + g.step * np.array([math.cos(turned), math.sin(turned)])
-        inside = bool(((point >= g.marker) & (point <= g.size - 1 - g.marker)).all())
-        clear = inside and _is_clear(point, taken, marker) and _is_clear(point, earlier, 0.0)
+        clear = _is_inside(point, g) and _is_clear(point, taken, marker) and _is_clear(point, earlier, 0.0)
         if clear and _is_clear((points[-1] + point) / 2, taken, 0.0):
             points.append(point)
             return turned
@@ -140,6 +157,10 @@ def _surroundings(points: Points, g: PathfinderGeometry, marker: float) -> Point
     clear = np.full((len(places), 1), g.clearance)
     clear[[0, len(points) - 1] if len(points) else []] += marker
     return np.concatenate([places, clear], 1)
+
+
+def _is_inside(point: Points, g: PathfinderGeometry) -> bool:
+    return bool(((point >= g.marker) & (point <= g.size - 1 - g.marker)).all())
 
 
 def _is_clear(point: Points, taken: Points, marker: float) -> bool:
