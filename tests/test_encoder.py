@@ -296,7 +296,8 @@ def test_wrong_inputs_are_refused():
         EncoderConfig.named("enormous")
 
 
-def test_examples_of_the_docs():
+def test_examples_of_the_docs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     text = (Path(__file__).parent.parent / "docs" / "modalities.md").read_text(encoding="utf-8")
     names = {}
     torch.manual_seed(0)

@@ -27,6 +27,8 @@ class Configuration(ABC):
 
     architecture: ClassVar[str]
     """Its name in the registry, which files carry."""
+    model_type: ClassVar[str] = ""
+    """Its name in transformers, where that is another."""
 
     vocab_size: int
     """Tokens in the vocabulary."""
@@ -72,7 +74,7 @@ class Configuration(ABC):
         if (named := values.pop("architecture", cls.architecture)) != cls.architecture:
             raise InputError(f"architecture = {named!r} is not that of a {cls.__name__}")
         known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        if values.get("model_type") == cls.architecture:
+        if values.get("model_type") == (cls.model_type or cls.architecture):
             values = {key: value for key, value in values.items() if key in known}
         for key in values:
             if key not in known:

@@ -1,32 +1,26 @@
 """MegalodonModel and MegalodonForCausalLM: the native model behind the interface of transformers.
 
-No model code is here. A class holds a native `Megalodon` and shares its table of submodules, so that both are always
-the same modules and parameters under the same names, whoever replaces one (resizing, adapters, loading): a file of
-either loads into the other.
+No model code is here, see native_model.
 """
 
-import os
-from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
-from ..model.checkpoint import WEIGHTS_FILE, vouch
 from ..model.decoder import Head
 from ..model.megalodon import Megalodon
 from ..ops.boundaries import Padding, lay_out
 from ..state_spec import Sealed
 from .cache import MegalodonCache
 from .configuration import MegalodonConfig
+from .native_model import NativeModel
 
 _HEAD, _EMBEDDING = "output.output.weight", "embed.weight"
 
@@ -39,56 +33,15 @@ class _Read(NamedTuple):
     hidden: tuple[Tensor, ...] | None
 
 
-class MegalodonPreTrainedModel(PreTrainedModel):
-    """What both classes share: the native model, reading, resizing, saving.
-
-    Args:
-        config: the configuration.
-        native: a model of it to stand in front of, sharing its weights; None for a new one.
-    """
+class MegalodonPreTrainedModel(NativeModel):
+    """What both classes share: reading, resizing, tying; see NativeModel."""
 
     config: MegalodonConfig
     config_class = MegalodonConfig
+    native_class = Megalodon
     _native: Megalodon
-    embed: nn.Module
-    layers: nn.ModuleList
     output: Head
-    base_model_prefix = ""
-    _input_embed_layer = "embed"
-    _no_split_modules = ["Block"]  # noqa: RUF012
     _is_stateful = True  # no token can be taken back: assisted generation is refused
-    supports_gradient_checkpointing = True
-
-    def __init__(self, config: MegalodonConfig, native: Megalodon | None = None):
-        super().__init__(config)
-        object.__setattr__(self, "_native", native or Megalodon(config.choices))  # no submodule: it has the same ones
-        self.__dict__["_modules"] = self._native._modules
-        self.gradient_checkpointing = False
-        if not self._native.embed.weight.is_meta:
-            for module in self._native.modules():
-                setattr(module, "_is_hf_initialized", True)  # noqa: B010  # Megalodon drew, or was given: a seed means one model everywhere
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Draw the weights of a module that no file had."""
-        draw = None if isinstance(module, PreTrainedModel) else getattr(module, "init_weights", None)
-        if draw is None:
-            super()._init_weights(module)
-            return
-        known = {n: p.detach().clone() for n, p in module.named_parameters(recurse=False) if _is_loaded(p)}
-        draw()
-        for name, value in known.items():
-            module.get_parameter(name).copy_(value)
-
-    def train(self, mode: bool = True) -> Self:
-        """As in torch, for the native model too."""
-        super().train(mode)
-        self._native.training = mode
-        return self
-
-    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Tie the head to the embedding, or not, as the configuration says now."""
-        self._native.config = self.config.choices
-        super().tie_weights(*args, **kwargs)
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the embedding.
@@ -99,50 +52,6 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         if self.config.scale_emb and not getattr(value, "scaled", False):
             raise ValueError("this model multiplies embeddings by sqrt(D); give a megalodon_lm Embedding with scaled")
         self.embed = value
-
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
-    ) -> None:
-        """Recompute each block in the backward pass, as the native model does; `use_reentrant` is always False.
-
-        Raises:
-            ValueError: for every other but each block.
-        """
-        if every_n_layers != 1:
-            raise ValueError(f"every_n_layers = {every_n_layers} must be 1: every block is recomputed, or none")
-        self.gradient_checkpointing = self._native.activation_checkpointing = enable
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        *args: Any,
-        push_to_hub: bool = False,
-        remote_code: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """As in transformers; `megalodon_lm.architectures.load` reads the folder too.
-
-        One file of weights carries its configuration and fingerprint, as that of `Megalodon.save` does.
-
-        Args:
-            save_directory: the folder.
-            args: as in transformers.
-            push_to_hub: as in transformers.
-            remote_code: add the code of the model, so that `trust_remote_code=True` loads the folder where this
-                package is not installed; from then on whenever the model is saved, or pushed.
-            kwargs: as in transformers.
-        """
-        if (remote_code or getattr(self.config, "auto_map", None)) and not self.is_remote_code():
-            code = import_module(".remote_code", __package__)  # which such a folder has not
-            self.config.auto_map = dict(code.AUTO_MAP)
-            os.makedirs(save_directory, exist_ok=True)
-            code.write_code(save_directory)
-        super().save_pretrained(save_directory, *args, **kwargs)
-        folder = Path(save_directory)
-        if (folder / WEIGHTS_FILE).is_file() and not getattr(self, "_hf_peft_config_loaded", False):
-            vouch(folder / WEIGHTS_FILE, self.config.choices)
-        if push_to_hub:
-            self.push_to_hub(kwargs.get("repo_id", folder.name), token=kwargs.get("token"))
 
     def _read(
         self,
@@ -321,10 +230,6 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
         base._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         if generation_config.use_cache is not False and model_kwargs.get("cache") is None:
             model_kwargs["cache"] = MegalodonCache()  # before the first piece, for a prompt that is read in several
-
-
-def _is_loaded(parameter: Tensor) -> bool:
-    return getattr(parameter, "_is_hf_initialized", False)
 
 
 def _restored(x: Tensor, padding: Padding | None) -> Tensor:

@@ -7,27 +7,57 @@ such a folder is flat. A line of each file says where it comes from.
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from ..files import write_atomically
 
 PACKAGE = Path(__file__).parent.parent
-_ENTRIES = {"hub/configuration.py": "configuration_megalodon", "hub/modeling.py": "modeling_megalodon"}
-AUTO_MAP = {
-    "AutoConfig": "configuration_megalodon.MegalodonConfig",
-    "AutoModel": "modeling_megalodon.MegalodonModel",
-    "AutoModelForCausalLM": "modeling_megalodon.MegalodonForCausalLM",
+
+
+class Family(NamedTuple):
+    """Classes that load together.
+
+    Attributes:
+        entries: files, and the names that they get, by which transformers asks for them.
+        auto_map: what config.json says of the classes.
+    """
+
+    entries: dict[str, str]
+    auto_map: dict[str, str]
+
+
+FAMILIES = {
+    "megalodon": Family(
+        {"hub/configuration.py": "configuration_megalodon", "hub/modeling.py": "modeling_megalodon"},
+        {
+            "AutoConfig": "configuration_megalodon.MegalodonConfig",
+            "AutoModel": "modeling_megalodon.MegalodonModel",
+            "AutoModelForCausalLM": "modeling_megalodon.MegalodonForCausalLM",
+        },
+    ),
+    "megalodon_encoder": Family(
+        {
+            "hub/encoder_configuration.py": "configuration_megalodon_encoder",
+            "hub/sequence_classification.py": "modeling_megalodon_encoder",
+        },
+        {
+            "AutoConfig": "configuration_megalodon_encoder.MegalodonEncoderConfig",
+            "AutoModelForSequenceClassification": "modeling_megalodon_encoder.MegalodonForSequenceClassification",
+        },
+    ),
 }
-"""What config.json says of the classes."""
+_ENTRIES = {path: name for family in FAMILIES.values() for path, name in family.entries.items()}
 _KERNELS = ("ops/backend.py", "\nHOMES = {", "\nHOMES: dict[str, Home] = {}  # portable functions alone\n_UNUSED = {")
 
 
-def write_code(folder: str | Path) -> None:
-    """Put the code beside a model; its configuration must have AUTO_MAP.
+def write_code(folder: str | Path, family: str = "megalodon") -> None:
+    """Put the code beside a model; its configuration must have the `auto_map` of the family.
 
     Args:
         folder: of the model.
+        family: of the model's class.
     """
-    sources = _closure([PACKAGE / entry for entry in _ENTRIES])
+    sources = _closure([PACKAGE / entry for entry in FAMILIES[family].entries])
     for path in sources:
         write_atomically(Path(folder) / f"{_flat(path)}.py", _rewritten(path, sources))
 
@@ -83,7 +113,7 @@ def _rewritten(path: Path, sources: list[Path]) -> str:
     if inside == _KERNELS[0]:
         assert _KERNELS[1] in text
         text = text.replace(*_KERNELS[1:])
-    if _ENTRIES.get(inside) == "modeling_megalodon":
+    if _ENTRIES.get(inside, "").startswith("modeling_"):
         text += "\n\ndef _all_files() -> None:  # transformers copies those that it finds named so\n"
         text += "".join(f"    from .{_flat(p)} import __doc__\n" for p in sources if p != path)
     return text

@@ -30,6 +30,7 @@ class EncoderConfig(Configuration):
     """
 
     architecture: ClassVar[str] = "encoder"
+    model_type: ClassVar[str] = "megalodon_encoder"
 
     num_classes: int = 10
     """Classes."""
