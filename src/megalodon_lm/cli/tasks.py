@@ -42,9 +42,9 @@ class Tasks(Quiet):
     """Of the model in tables; nothing for that of its folder."""
     chat: bool = False
     """Put each question as a turn of a chat."""
-    begin: bool | None = None
-    """Put the begin token before every prompt; nothing for as the model was trained: a native one with it, one of
-    transformers as its tokenizer does."""
+    begin: Literal["auto", "yes", "no"] = "auto"
+    """Put the begin token before every prompt; auto for as the model was trained: with it here, elsewhere as its
+    tokenizer does."""
     seed: int = 1234
     """Of the solved examples that are drawn, and of texts where a task wants them drawn at random."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
@@ -80,7 +80,7 @@ class Tasks(Quiet):
         definitions = Definitions([name for name in self.tasks.split(",") if name], self.data)
         model, tokenizer = load_readable(self.model, self.device)
         precision = choose_precision(self.precision, torch.device(self.device))
-        begin = tokenizer.begins if self.begin is None else self.begin
+        begin = tokenizer.begins if self.begin == "auto" else self.begin == "yes"
         settings = {
             "seed": self.seed, "limit": self.limit, "precision": precision, "chat": self.chat, "begin": begin,
         }  # fmt: skip
