@@ -1,8 +1,11 @@
 """Classifying from the command line: examples, runs that go on, decisions while a sound comes in, bad files."""
 
 import dataclasses
+import io
 import json
 import re
+import subprocess
+import sys
 import wave
 
 import numpy as np
@@ -170,15 +173,101 @@ def test_bad_files_get_one_line_each_and_the_others_follow(tmp_path, hearing, ca
     assert out.splitlines()[-1].startswith(f"{tmp_path / 'good.wav'} 0.300 s\t")
 
 
-def test_sound_on_standard_input(tmp_path, hearing):
-    tone = np.sin(np.arange(300) / 5)
+WRITER = """
+import random, sys, time
+draw = random.Random(int(sys.argv[2]))
+data = open(sys.argv[1], "rb").read()
+while data:
+    piece = draw.choice([1, 2, 3, 7, 50, 333])
+    sys.stdout.buffer.write(data[:piece])
+    sys.stdout.buffer.flush()
+    data = data[piece:]
+    if draw.random() < 0.2:
+        time.sleep(0.002)
+"""
+
+
+def through_a_pipe(path, seed, monkeypatch, *options):
+    """Run predict on what another process writes slowly, in pieces of any size, of whole samples or not."""
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(seed)], stdout=subprocess.PIPE) as writer:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(writer.stdout))
+        parse(["classify", "predict", *options, "-", "--stream"]).run()
+
+
+def test_sound_through_a_pipe_is_decided_as_the_file(tmp_path, hearing, capsys, monkeypatch):
+    folder = str(hearing[2])
+    tone = np.sin(np.arange(1237) ** 1.4 / 50)
     write_wav(tmp_path / "x.wav", tone)
+    parse(["classify", "predict", folder, str(tmp_path / "x.wav")]).run()
+    whole = capsys.readouterr().out.split("\t")[1:]
+    parse(["classify", "predict", folder, str(tmp_path / "x.wav"), "--stream", "--every", "48"]).run()
+    expected = [line.split()[1:] for line in capsys.readouterr().out.splitlines()]
+    assert len(expected) == 26
+    wav = (tmp_path / "x.wav").read_bytes()
+    (tmp_path / "x.raw").write_bytes(wav[44:])
+    (tmp_path / "unknown.wav").write_bytes(wav[:4] + b"\xff" * 4 + wav[8:40] + b"\xff" * 4 + wav[44:])
+    soundfile.write(tmp_path / "extensible.wav", (tone * 32767).astype("<i2"), RATE, format="WAVEX", subtype="PCM_16")
+    (tmp_path / "zero.wav").write_bytes(wav[:4] + b"\x00" * 4 + wav[8:40] + b"\x00" * 4 + wav[44:])
+    for seed, name in enumerate(["x.wav", "unknown.wav", "zero.wav", "extensible.wav", "x.raw"]):
+        raw = ["--raw"] if name == "x.raw" else []
+        through_a_pipe(tmp_path / name, seed, monkeypatch, folder, "--every", "48", "--latency", *raw)
+        out, error = capsys.readouterr()
+        assert [line.split()[1:] for line in out.splitlines()] == expected, name
+        assert out.splitlines()[-1].split("\t")[1:] == [word.strip() for word in whole]
+        assert re.fullmatch(
+            r"-: 26 decisions, one every 48 ms, each there after [\d.]+ ms \(median\), [\d.]+ ms \(longest\)\n", error
+        )
+
+
+def test_what_is_wrong_on_standard_input_is_one_line(tmp_path, hearing, capsys, monkeypatch):
+    tone = np.sin(np.arange(300) / 5)
+    for name, choices in {"good": {}, "rate": {"rate": 2000}, "stereo": {"channels": 2}}.items():
+        write_wav(tmp_path / f"{name}.wav", tone, **choices)
+    write_wav(tmp_path / "empty.wav", [])
+    whole = (tmp_path / "good.wav").read_bytes()
+    (tmp_path / "text.wav").write_text("This is a letter and no sound.")
+    (tmp_path / "nothing.wav").write_bytes(b"")
+    (tmp_path / "header.wav").write_bytes(whole[:20])
+    (tmp_path / "cut.wav").write_bytes(whole[:400])
+    soundfile.write(tmp_path / "wide.wav", tone, RATE, subtype="PCM_24")
+    soundfile.write(tmp_path / "real.wav", tone, RATE, subtype="FLOAT")
+    for name, message in {
+        "rate": "has 2000 samples a second, not 1000", "stereo": "has 2 channels of 16 bits", "empty": "no samples",
+        "text": "is no WAV", "nothing": "is no WAV", "header": "is no WAV", "cut": "is truncated: 244 bytes",
+        "wide": "1 channels of 24 bits", "real": "compressed or of floating point",
+    }.items():  # fmt: skip
+        with pytest.raises(SystemExit, match="2"):
+            through_a_pipe(tmp_path / f"{name}.wav", 1, monkeypatch, str(hearing[2]))
+        out, error = capsys.readouterr()
+        assert message in error, name
+        assert error.count("\n") == 1, error
+        assert bool(out) == (name == "cut")  # what was heard is decided
+    with pytest.raises(SystemExit, match="2"):
+        through_a_pipe(tmp_path / "nothing.wav", 1, monkeypatch, str(hearing[2]), "--raw")
+    assert "no samples" in capsys.readouterr().err
+    for options, message in {
+        ("--raw",): "--raw is for --stream - alone", ("--stream", "--every", "0"): "must be a positive number",
+        ("--stream", "--every", "nan"): "must be a positive number",
+    }.items():  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            parse(["classify", "predict", str(hearing[2]), str(tmp_path / "good.wav"), *options]).run()
+
+
+@pytest.mark.slow
+def test_a_pipeline_of_the_shell(tmp_path, hearing):
+    write_wav(tmp_path / "x.wav", np.sin(np.arange(300) / 5))
+    command = f"cat {tmp_path}/x.wav | {sys.executable} -m megalodon_lm classify predict {hearing[2]} - --stream"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split("\t")[0] for line in done.stdout.splitlines()] == ["- 0.100 s", "- 0.200 s", "- 0.300 s"]
+
+
+def test_blocks_are_those_of_the_file(tmp_path):
+    write_wav(tmp_path / "x.wav", np.sin(np.arange(300) / 5))
     with open(tmp_path / "x.wav", "rb") as stream:
         blocks = list(wav_blocks(stream, RATE, 64))
     assert np.array_equal(np.concatenate(blocks), read_sound(tmp_path / "x.wav", RATE))
     assert [len(b) for b in blocks] == [len(b) for b in sound_blocks(tmp_path / "x.wav", RATE, 64)]
-    with open(__file__, "rb") as stream, pytest.raises(InputError, match="no WAV"):
-        list(wav_blocks(stream, RATE, 64))
 
 
 def test_every_example_comes_once_in_an_epoch_whatever_was_asked_before(sounds):

@@ -1,7 +1,6 @@
 """Recordings as sequences of samples."""
 
 import struct
-import wave
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from ..errors import InputError
 
 SUFFIXES = (".wav", ".flac", ".ogg")
-UNKNOWN_LENGTH = 0x3FFFFF00  # samples; what is announced while a recording goes on is about so many or more
+UNKNOWN_LENGTH = 0x7FFFFF00  # bytes; what is announced while a recording goes on is about so many or more
 
 
 def read_sound(path: str | Path, rate: int) -> NDArray[np.float32]:
@@ -91,31 +90,52 @@ def wav_blocks(stream: BinaryIO, rate: int, size: int) -> Iterator[NDArray[np.fl
 
     A header that does not know how long the sound will be, as programs write that record, ends nothing early.
     """
-    try:
-        with wave.open(stream, "rb") as file:
-            if (file.getnchannels(), file.getsampwidth()) != (1, 2):
+    channels, found, bits, announced = _wav_header(stream)
+    if (channels, bits) != (1, 16):
+        raise InputError(
+            f"the sound on standard input has {channels} channels of {bits} bits; it must be WAV of one channel and 16 "
+            "bits"
+        )
+    if found != rate:
+        raise InputError(f"the sound on standard input has {found} samples a second, not {rate}; resample it")
+    if announced == 0 or announced >= UNKNOWN_LENGTH:
+        yield from pcm_blocks(stream, size)
+        return
+    left = announced
+    while left > 1 and (data := stream.read(min(2 * size, left))):
+        left -= len(data)
+        if len(data) > 1:
+            yield _samples(data)
+    if left > 1:
+        raise InputError(f"the sound on standard input is truncated: {left:,} bytes of its samples are missing")
+
+
+def _wav_header(stream: BinaryIO) -> tuple[int, int, int, int]:
+    """Channels, rate, bits of a sample and bytes of samples by a header, read up to the first sample.
+
+    Raises:
+        InputError: it is none, or of compressed sound.
+    """
+    no_wav = InputError("what is on standard input is no WAV; with --raw it is taken as samples alone")
+    riff = stream.read(12)
+    if len(riff) < 12 or riff[:4] != b"RIFF" or riff[8:] != b"WAVE":
+        raise no_wav
+    form: tuple[int, ...] | None = None
+    while len(header := stream.read(8)) == 8:
+        name, length = struct.unpack("<4sI", header)
+        if name == b"data":
+            if form is None:
+                raise no_wav
+            return form[1], form[2], form[5], length
+        held = stream.read(length + length % 2) if length < 1 << 20 else b""
+        if name == b"fmt " and len(held) >= 16:
+            form = struct.unpack("<HHIIHH", held[:16])
+            kind = struct.unpack("<H", held[24:26])[0] if form[0] == 0xFFFE and len(held) >= 26 else form[0]
+            if kind != 1:
                 raise InputError(
-                    f"the sound on standard input has {file.getnchannels()} channels of {8 * file.getsampwidth()} "
-                    "bits; it must be WAV of one channel and 16 bits"
+                    "the sound on standard input is compressed or of floating point; it must be 16-bit WAV"
                 )
-            if file.getframerate() != rate:
-                raise InputError(
-                    f"the sound on standard input has {file.getframerate()} samples a second, not {rate}; resample it"
-                )
-            announced, left = file.getnframes(), file.getnframes()
-            while data := file.readframes(size):
-                left -= len(data) // 2
-                yield _samples(data)
-            if not announced:  # and what follows is sound, where the header was written before it
-                yield from pcm_blocks(stream, size)
-                return
-    except (wave.Error, EOFError) as error:
-        said = f": {error}" if str(error) else ""
-        raise InputError(f"what is on standard input is no WAV{said}") from None
-    if left == announced:
-        raise InputError("the sound on standard input holds no samples")
-    if left > 0 and announced < UNKNOWN_LENGTH:
-        raise InputError(f"the sound on standard input is truncated: {left:,} of its samples are missing")
+    raise no_wav
 
 
 def pcm_blocks(stream: BinaryIO, size: int) -> Iterator[NDArray[np.float32]]:
