@@ -18,13 +18,13 @@ from PIL import Image
 
 from megalodon_lm import Encoder, EncoderConfig
 from megalodon_lm.cli.commands import parse
-from megalodon_lm.data.example_batches import ExampleBatches, in_order
+from megalodon_lm.data.example_batches import ExampleBatches, batch_of, in_order
 from megalodon_lm.data.example_files import Taking
 from megalodon_lm.data.example_sources import load_examples
 from megalodon_lm.data.examples import Form, joined
 from megalodon_lm.data.sound import read_sound, sound_blocks, wav_blocks
 from megalodon_lm.errors import InputError
-from megalodon_lm.evaluation.classification import confusion, decisions, probabilities
+from megalodon_lm.evaluation.classification import Confusion, confusion, decisions, draw_confusion, probabilities
 from megalodon_lm.training.classification import Classification, ClassificationRecipe, load_form, save_form
 from megalodon_lm.training.recipe import bundled_recipes
 from megalodon_lm.training.trainer import Trainer
@@ -286,6 +286,7 @@ def test_every_example_comes_once_in_an_epoch_whatever_was_asked_before(sounds):
     assert set(seen) <= known
     other = ExampleBatches(examples, form, 5, seed=1)
     assert torch.equal(other.read(cursors[2]).inputs, batches.read(cursors[2]).inputs)
+    assert batch_of(examples, examples.form(4)).num_read == 24 * 22  # steps of four samples, padding counted
     assert other.fingerprint == batches.fingerprint != ExampleBatches(examples, form, 5, seed=2).fingerprint
     second = [batches.read([1, i]).inputs for i in range(4)]
     assert not all(torch.equal(a, batches.read([0, i]).inputs) for i, a in enumerate(second))
@@ -353,6 +354,24 @@ def test_confusion_counts_what_is_taken_for_what(sounds):
     assert found.counts.tolist() == [[12, 0], [12, 0]]
     assert found.accuracy == 0.5
     assert "| low | 12 | 0 |" in found.markdown()
+
+
+def test_many_classes_have_a_table_of_the_most_frequent_mistakes_and_a_picture(tmp_path):
+    counts = np.eye(30, dtype=np.int64) * 9
+    counts[3, 4], counts[7, 1] = 5, 8
+    found = Confusion(counts, tuple(f"a|{i}" for i in range(30)), 1.0)
+    lines = found.markdown().splitlines()
+    assert lines[2:] == [
+        "| true | predicted | times |",
+        "|---|---|---|",
+        r"| a\|7 | a\|1 | 8 |",
+        r"| a\|3 | a\|4 | 5 |",
+    ]
+    assert found.by_class[7] == 9 / 17
+    for number in (30, 2, 70):
+        draw_confusion(Confusion(np.eye(number, dtype=np.int64), ("x" * 40,) * number, 0.0), tmp_path / "x.png")
+        with Image.open(tmp_path / "x.png") as drawn:
+            assert drawn.size == (1350, 750)
 
 
 SMALLER = {

@@ -43,6 +43,11 @@ class Batch(NamedTuple):
         return Batch(self.inputs[some], self.targets[some], starts, learnt, self.cursor, mask)
 
     @property
+    def num_read(self) -> int:
+        """Inputs."""
+        return self.inputs.numel()
+
+    @property
     def num_learnt(self) -> int:
         """Targets that count in the loss."""
         counted = self.learnt if self.mask is None else self.mask if self.learnt is None else self.learnt & self.mask

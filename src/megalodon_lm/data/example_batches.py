@@ -33,6 +33,12 @@ class ExampleBatch(NamedTuple):
     cursor: Any = None
 
     @property
+    def num_read(self) -> int:
+        """Steps of the sequences."""
+        patches = self.inputs.is_floating_point() and self.inputs.dim() == 3
+        return self.inputs.shape[:2].numel() if patches else self.inputs.numel()
+
+    @property
     def num_learnt(self) -> int:
         """Examples."""
         return len(self.targets)

@@ -19,7 +19,9 @@ from ..plots import picture
 from ..training.precision import autocast
 from .intervals import wilson
 
-WRITTEN_CLASSES = 20  # most whose counts have room in a picture
+WRITTEN_CLASSES = 20  # most whose counts have room in a picture or a table
+NAMED_CLASSES = 60  # most whose names have room in a picture
+LONGEST_NAME = 18  # letters of one there
 
 
 @dataclass(frozen=True)
@@ -46,31 +48,57 @@ class Confusion:
         """Of the accuracy, Wilson's at 95 %."""
         return wilson(int(np.trace(self.counts)), int(self.counts.sum()))
 
+    @property
+    def by_class(self) -> NDArray[np.float64]:
+        """(classes,), the part of each that is right; 0 where there are none."""
+        return np.diag(self.counts) / np.maximum(self.counts.sum(1), 1)
+
     def markdown(self) -> str:
-        """A table of the counts under a line with the accuracy."""
+        """A line with the accuracy, and a table of the counts, or of many classes of the most frequent mistakes."""
         low, high = self.interval
-        lines = [f"{self.accuracy:.2%} of {self.counts.sum():,} examples are right ({low:.2%} to {high:.2%}).", ""]
-        lines += ["| true \\ predicted | " + " | ".join(self.classes) + " |", "|---" * (len(self.classes) + 1) + "|"]
-        rows = zip(self.classes, self.counts.tolist(), strict=True)
-        return "\n".join([*lines, *(f"| {name} | " + " | ".join(map(str, row)) + " |" for name, row in rows)]) + "\n"
+        line = f"{self.accuracy:.2%} of {self.counts.sum():,} examples are right ({low:.2%} to {high:.2%})."
+        names = [name.replace("|", "\\|") for name in self.classes]
+        if len(names) > WRITTEN_CLASSES:
+            wrong = self.counts - np.diag(np.diag(self.counts))
+            places = np.argsort(-wrong, axis=None, kind="stable")[:WRITTEN_CLASSES]
+            rows, columns = (part.tolist() for part in np.unravel_index(places, wrong.shape))
+            pairs = [(i, j) for i, j in zip(rows, columns, strict=True) if wrong[i, j]]
+            table = ["| true | predicted | times |", "|---|---|---|"]
+            table += [f"| {names[i]} | {names[j]} | {wrong[i, j]} |" for i, j in pairs]
+        else:
+            table = ["| true \\ predicted | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+            counts = zip(names, self.counts.tolist(), strict=True)
+            table += [f"| {name} | " + " | ".join(map(str, row)) + " |" for name, row in counts]
+        return "\n".join([line, "", *table]) + "\n"
 
 
 def draw_confusion(found: Confusion, path: Path) -> None:
-    """A picture of which classes are taken for which: a row's parts of each class, the counts written in.
+    """A picture of which classes are taken for which: a row's parts of each class; and the part of each that is right.
 
     Raises:
         InputError: the path cannot be written.
     """
     parts = found.counts / np.maximum(found.counts.sum(1, keepdims=True), 1)
-    with picture(path, [["counts"]], 5.0) as axes:
-        axis, numbers = axes["counts"], range(len(found.classes))
-        axis.imshow(parts, cmap="Blues", vmin=0, vmax=1)
+    count = len(found.classes)
+    with picture(path, [["counts", "right"]], 5.0, width_ratios=[5, 2]) as axes:
+        axis, numbers = axes["counts"], range(count)
+        axis.imshow(parts, cmap="Blues", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
         axis.grid(False)
-        axis.set(xticks=numbers, yticks=numbers, xticklabels=found.classes, yticklabels=found.classes)
+        if count <= NAMED_CLASSES:
+            size = 10 if count <= WRITTEN_CLASSES else 6
+            names = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in found.classes]
+            turned = 90 if count * max(map(len, names)) > 60 else 0
+            axis.set_xticks(numbers, names, rotation=turned, fontsize=size)
+            axis.set_yticks(numbers, names, fontsize=size)
         axis.set(xlabel="predicted", ylabel="true", title=f"{found.accuracy:.2%} right")
-        for row, column in product(numbers, numbers) if len(found.classes) <= WRITTEN_CLASSES else ():
+        for row, column in product(numbers, numbers) if count <= WRITTEN_CLASSES else ():
             colour = "white" if parts[row, column] > 0.5 else "black"
-            axis.text(column, row, f"{found.counts[row, column]}", ha="center", va="center", color=colour)
+            text = f"{found.counts[row, column]}"
+            axis.text(column, row, text, ha="center", va="center", color=colour, fontsize=10 if count <= 12 else 7)
+        axis = axes["right"]
+        axis.barh(numbers, found.by_class, color="tab:blue", height=0.8 if count <= NAMED_CLASSES else 1)
+        axis.set(ylim=(count - 0.5, -0.5), xlim=(0, 1), yticks=[], title="of each class")
+        axis.xaxis.set_major_formatter("{x:.0%}")
 
 
 @torch.inference_mode()

@@ -227,7 +227,7 @@ class Trainer:
             loss, state = self.passes(batch, self.state, learnt)
             self.state = state if t.carry_state else None
             total += loss
-            self.tokens += batch.inputs.numel()
+            self.tokens += batch.num_read
         self.ranks.sum_gradients(self.model)
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.clip)).item()
         if trouble := self.bad_steps.judge(self.step, total, norm):
