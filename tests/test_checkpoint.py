@@ -10,8 +10,9 @@ import torch
 
 from megalodon_lm.config import ModelConfig
 from megalodon_lm.errors import InputError
-from megalodon_lm.training.checkpoint import Checkpoint, _checksum, checkpoints, newest
+from megalodon_lm.training.checkpoint import Checkpoint, checkpoints, newest
 from megalodon_lm.training.checkpoint_writer import CheckpointWriter
+from megalodon_lm.training.manifest import checksum
 
 PROGRESS = {"tokens": 1, "seconds": 0.5, "usual_loss": None, "best": None, "place": [0], "data": "x"}
 
@@ -93,7 +94,7 @@ def test_a_manifest_of_another_kind_is_passed_over(content, tmp_path):
 def test_a_manifest_with_a_right_checksum_and_nothing_in_it_is_passed_over(manifest, tmp_path):
     write(tmp_path, 4, 8)
     path = tmp_path / "checkpoints" / "step-00000008" / "manifest.json"
-    path.write_text(json.dumps({**manifest, "checksum": _checksum(manifest)}))
+    path.write_text(json.dumps({**manifest, "checksum": checksum(manifest)}))
     assert newest(tmp_path, "mine", accept_older=True)[0].step == 4
 
 

@@ -19,8 +19,9 @@ from megalodon_lm import Megalodon
 from megalodon_lm.cli.training import RunningMean, train_with_progress
 from megalodon_lm.data.prepare import prepare
 from megalodon_lm.training import trainer as trainer_module
-from megalodon_lm.training.checkpoint import CONTENTS, MANIFEST_FILE, checkpoints
+from megalodon_lm.training.checkpoint import checkpoints
 from megalodon_lm.training.compiling import compile_kernels
+from megalodon_lm.training.manifest import CONTENTS, MANIFEST_FILE
 from megalodon_lm.training.recipe import Recipe
 from megalodon_lm.training.schedule import accumulated
 from megalodon_lm.training.trainer import Trainer

@@ -6,21 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from megalodon_lm import Megalodon
 from megalodon_lm.errors import InputError
-from megalodon_lm.parallel.apply import parallelize, sum_gradients
-from megalodon_lm.parallel.mesh import DIMENSIONS, rows_of
-from megalodon_lm.parallel.tensor_state import distributed_state, share_state
-from megalodon_lm.training import checkpoint as checkpoints
+from megalodon_lm.parallel.mesh import MeshSizes
+from megalodon_lm.parallel.ranks import Ranks, Together
 from megalodon_lm.training.averaging import WeightAverage
-from megalodon_lm.training.checkpoint import export, is_whole, newest
+from megalodon_lm.training.checkpoint import Checkpoint, export, newest
+from megalodon_lm.training.manifest import checksum, is_whole
 from megalodon_lm.training.optimizer import build_optimizer
 from megalodon_lm.training.recipe import TrainingRecipe
-from megalodon_lm.training.sharded_checkpoint import ShardedCheckpoint
-from megalodon_lm.training.snapshot import capture_shares, reinstate
+from megalodon_lm.training.snapshot import capture, reinstate
 
 from .processes import megalodon
 from .ranks import run_ranks
@@ -40,46 +36,37 @@ class Training:
 
     def __init__(self, optimizer, shape=None):
         self.model = build(num_heads=4, vocab_size=31)
-        self.mesh = None if shape is None else init_device_mesh("cpu", shape, mesh_dim_names=DIMENSIONS)
-        if self.mesh is not None:
-            parallelize(self.model, self.mesh)
+        self.ranks = Ranks() if shape is None else Together(MeshSizes(*shape), torch.device("cpu"))
+        self.reader = self.ranks.apply(self.model, None)
         self.optimizer = build_optimizer(self.model, TrainingRecipe(optimizer=optimizer, learning_rate=0.01), "float32")
         self.average, self.state, self.step = WeightAverage(self.model, 0.9), None, 0
-
-    @property
-    def rows(self):
-        return range(ROWS) if self.mesh is None else rows_of(self.mesh, ROWS)
 
     def losses(self, count):
         """Of so many steps."""
         found = []
         for _ in range(count):
             drawing = torch.Generator().manual_seed(self.step)
-            tokens = torch.randint(0, 31, (ROWS, LENGTH + 1), generator=drawing)[self.rows]
+            rows = self.ranks.rows(ROWS)
+            tokens = torch.randint(0, 31, (ROWS, LENGTH + 1), generator=drawing)[rows.start : rows.stop]
             self.optimizer.zero_grad()
-            loss, state = self.model(tokens[:, :-1], self.state, targets=tokens[:, 1:])
-            loss = loss * len(self.rows) / ROWS
+            loss, state = self.reader(tokens[:, :-1], self.state, targets=tokens[:, 1:])
+            loss = loss * len(rows) / ROWS
             loss.backward()
-            total, self.state = loss.detach().clone(), state.detach()
-            if self.mesh is not None:
-                sum_gradients(self.model, self.mesh)
-                dist.all_reduce(total)
-                total = total / self.mesh["tensor"].size()
+            self.state = state.detach()
+            self.ranks.sum_gradients(self.model)
             self.optimizer.step()
             self.average.update(self.model)
             self.step += 1
-            found.append(total.item())
+            found.append(self.ranks.total(loss.item()))
         return found
 
     def save(self, run):
-        state = distributed_state(self.state, self.model, self.mesh) if self.mesh else self.state.used()
-        held = capture_shares(self.model, self.optimizer, self.average, state)
-        return ShardedCheckpoint(self.step, self.model.config, *held, PROGRESS).write(Path(run), "the run")
+        held = capture(self.model, self.optimizer, self.average, self.state, self.ranks, ROWS)
+        Checkpoint(self.step, self.model.config, *held, PROGRESS).write(Path(run), "the run", self.ranks)
 
     def resume(self, run):
-        checkpoint, _ = newest(Path(run), "the run", accept_older=False)
-        state = reinstate(checkpoint, self.model, self.optimizer, self.average).select(list(self.rows))
-        self.state = share_state(state, self.model, self.mesh["tensor"]) if self.mesh else state
+        checkpoint, _ = newest(Path(run), "the run", False, self.ranks)
+        self.state = reinstate(checkpoint, self.model, self.optimizer, self.average, self.ranks, ROWS)
         self.step, self.average.steps = checkpoint.step, checkpoint.step
         return self
 
@@ -161,7 +148,7 @@ def test_a_damaged_file_is_refused_by_name_and_its_checkpoint_passed_over(run, t
     manifest = json.loads((older / "manifest.json").read_text())
     del manifest["checksum"]
     manifest["step"] = 2
-    (older / "manifest.json").write_text(json.dumps({**manifest, "checksum": checkpoints._checksum(manifest)}))
+    (older / "manifest.json").write_text(json.dumps({**manifest, "checksum": checksum(manifest)}))
     damaged = bytearray((target / name).read_bytes())
     damaged[len(damaged) // 2] ^= 1
     (target / name).write_bytes(damaged)

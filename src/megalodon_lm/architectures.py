@@ -125,9 +125,19 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
     Raises:
         InputError: it is none, or damaged.
     """
-    if (name := config_values(folder).get("architecture", _OLDEST)) in ENCODERS:
+    name = config_values(folder).get("architecture", _OLDEST)
+    check_reads_text(name, folder)
+    return model_class(name).load(folder, device, dtype)
+
+
+def check_reads_text(name: str, folder: str | Path) -> None:
+    """Refuse an architecture that is no language model.
+
+    Raises:
+        InputError: what a folder holds instead.
+    """
+    if name in ENCODERS:
         raise InputError(f"{folder} holds an {name}, which classifies: megalodon classify takes it")
-    return model_class(config_values(folder).get("architecture", _OLDEST)).load(folder, device, dtype)
 
 
 def open_checked(folder: str | Path) -> tuple[Config, Mapping[str, Tensor]]:

@@ -24,7 +24,7 @@ class Convert:
     """
 
     model: Positional[Path]
-    """A run folder, a saved model, a sharded checkpoint, a folder of transformers, a checkpoint of the code that
+    """A run folder, a saved model, a checkpoint of a run, a folder of transformers, a checkpoint of the code that
     Megalodon's authors published; or a Llama, as a folder of transformers or a .gguf file."""
     to: Literal["native", "transformers", "official"]
     """A folder as megalodon train leaves it; one that transformers reads too (docs/huggingface.md); or a checkpoint of
@@ -63,11 +63,10 @@ class Convert:
 
 def _opened(folder: Path) -> "tuple[Any, Mapping[str, Tensor], Tokenizer | None]":
     """The configuration, the weights, still in their files, and the tokenizer if there is one."""
-    from ..architectures import open_checked
     from ..data.tokenizer import load_tokenizer
     from ..data.tokenizer_record import read_record
     from ..model.official import is_official, open_official, tokenizer_file
-    from ..training.checkpoint import is_sharded, open_sharded
+    from ..training.trained import open_trained
 
     config: Any
     tensors: Mapping[str, Tensor]
@@ -76,9 +75,9 @@ def _opened(folder: Path) -> "tuple[Any, Mapping[str, Tensor], Tokenizer | None]
 
         return open_llama(folder)
     if not is_official(folder):
-        config, tensors = open_sharded(folder) if is_sharded(folder) else open_checked(folder)
+        config, tensors = open_trained(folder)
         try:
-            return config, tensors, load_tokenizer(folder.parent.parent if is_sharded(folder) else folder)
+            return config, tensors, load_tokenizer(folder)
         except InputError:
             return config, tensors, None
     config, tensors = open_official(folder)

@@ -54,8 +54,8 @@ class Info:
 
         from rich.table import Table
 
-        from ..architectures import load
         from ..training.inspection import inspect_layers
+        from ..training.trained import load
         from .progress import results
 
         if not Path(self.name).is_dir():

@@ -20,22 +20,25 @@ def find_config(name: str) -> "Config":
     """
     from ..architectures import load_config
     from ..config import ModelConfig
+    from ..training import trained
 
     path = Path(name)
-    if path.is_dir() or path.suffix in (".toml", ".json"):
+    if path.is_dir():
+        return trained.load_config(path)
+    if path.suffix in (".toml", ".json"):
         return load_config(path)
     return ModelConfig.named(name)
 
 
 def load_trained(folder: Path, device: str) -> "tuple[LanguageModel, Tokenizer]":
-    """A model in evaluation mode, and its tokenizer.
+    """A model in evaluation mode, and its tokenizer; of a run that goes on or was cut off, its newest checkpoint's.
 
     Raises:
         InputError: not a model folder, one without its tokenizer or with another one, or no such device.
     """
-    from ..architectures import load
     from ..data.tokenizer import load_tokenizer
     from ..ops.device import choose_device
+    from ..training.trained import load
 
     model, tokenizer = load(folder, choose_device(device)), load_tokenizer(folder)
     model.eval()

@@ -167,15 +167,27 @@ def load_model(cls: "type[B]", folder: str | Path, device: torch.device | str, d
     model, stored, known = open_model(cls, folder)
     held = dict(stored)
     check_hash(model.config, held, known, folder)
-    state = {n: t.to(device, dtype) for n, t in held.items()}
-    model.load_state_dict(state | {n: state[source] for n, source in model.tied.items()}, assign=True)
-    model.tie_weights()
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    as_stored = all(state[n].dtype == t.dtype for n, t in held.items())
+    fill(model, held, device, dtype)
+    as_stored = dtype is None or all(t.dtype == dtype for t in held.values())
     if known is not None and as_stored and device.type != "meta":
         remember(model, known)
     return model
+
+
+def fill(model: Any, stored: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype | None) -> None:
+    """Give a model on the meta device its weights.
+
+    Args:
+        model: of any architecture.
+        stored: its weights by name, tied ones once.
+        device: to put them on.
+        dtype: of the weights; None for that of each.
+    """
+    state = {name: t.to(device, dtype) for name, t in stored.items()}
+    model.load_state_dict(state | {name: state[source] for name, source in model.tied.items()}, assign=True)
+    model.tie_weights()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
 
 
 def _config(cls: "type[B]", values: dict[str, Any] | None) -> Config | None:

@@ -15,6 +15,8 @@ _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+DTYPES = tuple(_NAMES)
+"""What tensors in files may have."""
 _TYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 

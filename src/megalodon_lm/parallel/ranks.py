@@ -1,11 +1,12 @@
 """What a process is among those that train together; alone, it is the first of one."""
 
 import contextlib
+import copy
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from ..model.language_model import LanguageModel
 from ..state import State
 from .mesh import MeshSizes, build_mesh, rows_of, started_ranks
 
+T = TypeVar("T")
 TIMEOUT = 600.0
 """Seconds after which a rank that does not answer is lost; MEGALODON_RANK_TIMEOUT sets another time."""
 
@@ -24,9 +26,13 @@ class Ranks:
 
     rank, ranks = 0, 1
     is_first = True
-    """Whether it is the one that writes."""
+    """Whether it is the one that writes the files of the run that belong to no rank."""
     holds_all = True
     """Whether it has all weights, and can compute without the others."""
+    group: Any = None
+    """Of the messages between all of them; None for the default one."""
+    place = 0
+    """Among those with random numbers of their own; ranks that share layers have the same."""
 
     def apply(self, model: LanguageModel, compile_blocks: Callable[[LanguageModel], None] | None) -> LanguageModel:
         """Share a model out, in place.
@@ -61,19 +67,35 @@ class Ranks:
         """Whether it is so on some rank."""
         return flag
 
+    def agreeing(self, act: Callable[[], T]) -> T:
+        """What this rank makes of something, once all have.
+
+        Raises:
+            InputError: on every rank, the first that one of them met, or what one could not read or write.
+        """
+        return act()
+
+    def each(self, act: Callable[[], T]) -> list[T]:
+        """What every rank makes of something, by their numbers; raises as agreeing."""
+        return [act()]
+
     def own_random_numbers(self, seed: int) -> None:
-        """Let dropout differ from rank to rank, but for those that share layers; the first one changes nothing."""
+        """Let dropout differ from place to place; the first one changes nothing."""
 
     def wait(self) -> None:
         """Until all are here."""
 
-    def all_rows(self, state: State | None) -> State | None:
-        """The State of all rows of a batch and of the whole model, on every rank."""
-        return state
+    def aside(self) -> "Ranks":
+        """The same ranks for another thread, whose messages do not mix with those of this one."""
+        return self
 
-    def own_rows(self, state: State | None) -> State | None:
-        """Of the State of all rows, that of this rank's, as its part of the model has it."""
-        return None if state is None else state.select(list(self.rows(state.batch_size)))
+    def carried(self, state: State) -> dict[str, Tensor]:
+        """What this rank has of a State that is carried, by name: of its rows; DTensors where ranks share layers."""
+        return state.used()
+
+    def own_share(self, state: State) -> State:
+        """Of the State of this rank's rows and the whole model, what its part of the model has."""
+        return state
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -115,9 +137,10 @@ class Together(Ranks):
             dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=wait)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.is_first = self.rank == 0
-        self.device = device
+        self.device, self._wait = device, timedelta(seconds=seconds)
         self.mesh = build_mesh(sizes, device)
         self.holds_all = self.mesh["shard"].size() == self.mesh["tensor"].size() == 1
+        self.place = self.rank // self.mesh["tensor"].size()
 
     def apply(self, model: LanguageModel, compile_blocks: Callable[[LanguageModel], None] | None) -> LanguageModel:
         from .apply import parallelize
@@ -155,31 +178,47 @@ class Together(Ranks):
         self.dist.all_reduce(found, op=self.dist.ReduceOp.MAX)
         return bool(found.item())
 
+    def agreeing(self, act: Callable[[], T]) -> T:
+        made: T | None = None
+        error = ""
+        try:
+            made = act()
+        except (OSError, InputError) as raised:
+            error = str(getattr(raised, "strerror", None) or raised)
+        for said in self._told(error):
+            if said:
+                raise InputError(said)
+        return made  # type: ignore[return-value]
+
+    def each(self, act: Callable[[], T]) -> list[T]:
+        return self._told(self.agreeing(act))
+
+    def _told(self, value: T) -> list[T]:
+        told: list[Any] = [None] * self.ranks
+        self.dist.all_gather_object(told, value, group=self.group)
+        return told
+
     def own_random_numbers(self, seed: int) -> None:
-        if place := self.rank // self.mesh["tensor"].size():
-            torch.manual_seed(seed + (place << 32))
+        if self.place:
+            torch.manual_seed(seed + (self.place << 32))
 
     def wait(self) -> None:
         self.dist.barrier()
 
-    def all_rows(self, state: State | None) -> State | None:
-        if state is None:
-            return None
-        if self.mesh["tensor"].size() > 1:
-            from .tensor_state import gather_state
+    def aside(self) -> Ranks:
+        other = copy.copy(self)
+        other.group = self.dist.new_group(backend="gloo", timeout=self._wait)
+        return other
 
-            state = gather_state(state, self.model, self.mesh["tensor"])
-        if self.mesh["replicate"].size() * self.mesh["shard"].size() == 1:
-            return state
-        for name in ("shard", "replicate"):  # neighbours first: rows are counted so
-            states: list[Any] = [None] * self.mesh[name].size()
-            self.dist.all_gather_object(states, state.detach().to("cpu"), group=self.mesh[name].get_group())
-            state = State.cat(states)
-        return state
+    def carried(self, state: State) -> dict[str, Tensor]:
+        if self.mesh["tensor"].size() == 1:
+            return state.used()
+        from .tensor_state import distributed_state
 
-    def own_rows(self, state: State | None) -> State | None:
-        state = super().own_rows(state)
-        if state is None or self.mesh["tensor"].size() == 1:
+        return distributed_state(state, self.model, self.mesh["tensor"])
+
+    def own_share(self, state: State) -> State:
+        if self.mesh["tensor"].size() == 1:
             return state
         from .tensor_state import share_state
 

@@ -1,9 +1,8 @@
 """States of a model that is cut over tensor ranks: each rank has its heads, channels and groups of every row."""
 
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..model.decoder import Decoder
 from ..state import State
@@ -37,28 +36,19 @@ def share_state(state: State, model: Decoder, mesh: DeviceMesh) -> State:
 
 
 def distributed_state(state: State, model: Decoder, mesh: DeviceMesh) -> dict[str, Tensor]:
-    """What ranks carry together, as DTensors by name: rows over `replicate` and `shard`, and shares over `tensor`.
-
-    Of caches, only what some row on some rank uses, as in State.used.
+    """As State.used, of DTensors where ranks have shares.
 
     Args:
-        state: this rank's, of as many rows as every rank has.
+        state: of this rank's shares.
         model: on every rank.
-        mesh: of mesh.DIMENSIONS.
+        mesh: of the ranks of `tensor`.
     """
-    tensors = state.tensors()
-    found: dict[str, Tensor] = {}
-    whole = dict(named(model.declare_state()))
+    used, whole = state.used(), dict(named(model.declare_state()))
     for name, share in named(model.state_spec):
-        t = tensors[name].detach()
-        if share.fill:
-            used = tensors[f"{name.rpartition('.')[0]}.{share.fill}"].amax().clone()
-            dist.all_reduce(used, dist.ReduceOp.MAX)
-            t = t[:, : int(used)]
         dim = _cut(share, whole[name])
-        cut: list[Placement] = [Shard(0), Shard(0), Replicate(), Replicate() if dim is None else Shard(dim)]
-        found[name] = DTensor.from_local(t.contiguous(), mesh, cut, run_check=False)
-    return found
+        if dim is not None:
+            used[name] = DTensor.from_local(used[name].detach().contiguous(), mesh, [Shard(dim)], run_check=False)
+    return used
 
 
 def _cut(share: TensorSpec, whole: TensorSpec) -> int | None:

@@ -7,12 +7,15 @@ A checkpoint is the folder `checkpoints/step-N` of a run:
     progress.json                    step, tokens, seconds, the place in the text, fingerprints
     manifest.json                    the run's id, size and SHA-256 of each file, and a checksum of itself
 
-or, of several ranks that write each their part, what sharded_checkpoint.py says.
+Where many ranks train, each writes what it holds, and both files of tensors are one folder:
 
-It is written under another name, flushed to disk and renamed: it is there whole, or not at all.
+    shards/                          see shards.py
+    config.json, progress.json, manifest.json
+
+Either is written under another name, flushed to disk and renamed: it is there whole, or not at all. Either is read by
+any number of ranks.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,22 +26,31 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..architectures import load_config
 from ..errors import InputError
-from ..files import check, digest, flush
+from ..files import digest, flush
 from ..model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, metadata, write_model
 from ..model.language_model import Config
-from ..model.stored_tensors import StoredTensors
+from ..model.stored_tensors import StoredTensors, read_tensors
+from ..parallel.ranks import Ranks
+from .manifest import (
+    MANIFEST_FILE,
+    PROGRESS_FILE,
+    SHARDS,
+    TRAINING_FILE,
+    check_files,
+    name_of,
+    read_manifest,
+    step_of,
+    write_manifest,
+)
 
 CHECKPOINTS = "checkpoints"
-TRAINING_FILE, PROGRESS_FILE, MANIFEST_FILE = "training.safetensors", "progress.json", "manifest.json"
-CONTENTS = (WEIGHTS_FILE, CONFIG_FILE, TRAINING_FILE, PROGRESS_FILE)
-SHARDS = "shards"
-SHARDED_CONTENTS = (f"{SHARDS}/.metadata", CONFIG_FILE, PROGRESS_FILE)
-"""Of a checkpoint that many ranks have written; their own files come to it."""
+WEIGHTS, TRAINING = "weights", "training"
+"""What names in shards begin with."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ class Checkpoint:
     Attributes:
         step: steps done.
         config: of the model.
-        weights: its parameters by name.
+        weights: its parameters by name; of many ranks, what each holds.
         training: tensors of the optimiser, the carried State and the random numbers, by name.
         progress: plain values for JSON.
     """
@@ -59,99 +71,104 @@ class Checkpoint:
     training: Mapping[str, Tensor]
     progress: Mapping[str, Any]
 
-    def write(self, run: Path, run_id: str) -> Path:
+    def write(self, run: Path, run_id: str, ranks: Ranks | None = None) -> Path:
         """Write into the folder of the run.
 
+        Args:
+            run: folder, which all ranks see.
+            run_id: of the run; that of the first rank counts.
+            ranks: that hold it and write it together.
+
         Raises:
-            InputError: the disk is full or the folder not writable; older checkpoints stay as they are.
+            InputError: the disk is full or the folder not writable, for all ranks if for one; older checkpoints stay as
+                they are.
         """
-        folder = unfinished(run, self.step)
+        ranks = ranks or Ranks()
+        first, target = ranks.is_first, run / CHECKPOINTS / name_of(self.step)
+        folder = target.with_name(f".{target.name}")
         try:
-            prepare(folder)
-            save_file(dict(self.weights), folder / WEIGHTS_FILE, metadata(self.config, self.weights))
-            save_file(dict(self.training), folder / TRAINING_FILE)
-            files = {name: digest(folder / name) for name in (WEIGHTS_FILE, TRAINING_FILE, *describe(folder, self))}
-            return finish(folder, run_id, self.step, files)
-        except (OSError, SafetensorError) as error:
+            ranks.agreeing(lambda: _prepare(folder) if first else None)
+            if ranks.ranks > 1:
+                from .shards import write_shards
+
+                held = dict([*prefixed(WEIGHTS, self.weights), *prefixed(TRAINING, self.training)])
+                names = write_shards(folder / SHARDS, held, ranks)
+            else:
+                save_file(dict(self.weights), folder / WEIGHTS_FILE, metadata(self.config, self.weights))
+                save_file(dict(self.training), folder / TRAINING_FILE)
+                names = [WEIGHTS_FILE, TRAINING_FILE]
+            parts = ranks.each(
+                lambda: {n: digest(folder / n) for n in (*names, *(self._describe(folder) if first else ()))}
+            )
+            files = {name: found for part in parts for name, found in part.items()}
+            ranks.agreeing(lambda: _finish(folder, target, run_id, self.step, files) if first else None)
+        except (OSError, SafetensorError, InputError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise InputError(f"cannot write the checkpoint {run / CHECKPOINTS / _name(self.step)}: {reason}") from None
+            raise InputError(f"cannot write the checkpoint {target}: {reason}") from None
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            if first:
+                shutil.rmtree(folder, ignore_errors=True)
+        return target
+
+    def _describe(self, folder: Path) -> tuple[str, ...]:
+        """Write the files without tensors; gives their names."""
+        (folder / CONFIG_FILE).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+        progress = {**self.progress, "step": self.step}
+        (folder / PROGRESS_FILE).write_text(json.dumps(progress, indent=2) + "\n")
+        return CONFIG_FILE, PROGRESS_FILE
 
     @classmethod
-    def read(cls, path: Path, run_id: str | None) -> "Checkpoint":
-        """Read and check a checkpoint.
+    def read(cls, path: Path, run_id: str | None, ranks: Ranks | None = None) -> "Checkpoint":
+        """Read and check a checkpoint; its tensors stay in their files until they are asked for.
 
         Args:
             path: its folder.
             run_id: of its run; None for any.
+            ranks: that read it, each of which looks at some of the files.
 
         Raises:
-            InputError: naming the file that is missing, truncated, altered, or of another run.
+            InputError: naming the file that is missing, truncated, altered, or of another run; on all ranks if on one.
         """
-        manifest = _manifest(path, run_id)
-        for name in manifest["files"]:
-            check(path / name, manifest["files"][name])
+        ranks = ranks or Ranks()
+        return ranks.agreeing(lambda: cls._read(path, run_id, ranks))
+
+    @classmethod
+    def _read(cls, path: Path, run_id: str | None, ranks: Ranks) -> "Checkpoint":
+        check_files(path, read_manifest(path, run_id), ranks.rank, ranks.ranks)
         try:
             progress = json.loads((path / PROGRESS_FILE).read_bytes())
             _check_progress(progress)
-            config = load_config(path / CONFIG_FILE)
-            weights, training = _tensors(path, manifest["files"])
-        except (OSError, ValueError, RecursionError, SafetensorError) as error:  # written so by another version
+            weights, training = stored_tensors(path)
+            return cls(progress["step"], load_config(path / CONFIG_FILE), weights, training, progress)
+        except (OSError, ValueError, RecursionError) as error:  # written so by another version
             raise InputError(f"the checkpoint {path} cannot be understood: {error}") from None
-        return cls(progress["step"], config, weights, training, progress)
 
 
-def unfinished(run: Path, step: int) -> Path:
-    """The folder in which the checkpoint of a step is written, before it gets its name."""
-    return run / CHECKPOINTS / f".{_name(step)}"
-
-
-def prepare(folder: Path) -> None:
+def _prepare(folder: Path) -> None:
     """Make an unfinished checkpoint's folder, empty."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
 
-def describe(folder: Path, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Write the files without tensors; gives their names."""
-    (folder / CONFIG_FILE).write_text(json.dumps(checkpoint.config.to_dict(), indent=2) + "\n")
-    progress = {**checkpoint.progress, "step": checkpoint.step}
-    (folder / PROGRESS_FILE).write_text(json.dumps(progress, indent=2) + "\n")
-    return CONFIG_FILE, PROGRESS_FILE
-
-
-def finish(folder: Path, run_id: str, step: int, files: Mapping[str, dict[str, Any]]) -> Path:
-    """Give an unfinished checkpoint its manifest, and once all of it is on disk its name.
-
-    Args:
-        folder: of the unfinished one.
-        run_id: of the run.
-        step: of the run.
-        files: size and checksum of each, by its name in the folder.
-
-    Returns:
-        The folder under its name.
-    """
-    manifest = {"run": run_id, "step": step, "files": files}
-    (folder / MANIFEST_FILE).write_text(json.dumps({**manifest, "checksum": _checksum(manifest)}))
-    for name in (*files, MANIFEST_FILE, ""):
-        flush(folder / name)
-    target = folder.with_name(_name(step))
+def _finish(folder: Path, target: Path, run_id: str, step: int, files: Mapping[str, dict[str, Any]]) -> None:
+    """Give an unfinished checkpoint its manifest, and once all of it is on disk its name."""
+    if (folder / SHARDS).is_dir():
+        flush(folder / SHARDS)
+    write_manifest(folder, run_id, step, files)
     if target.exists():  # a run that went back and came here again
         _remove(target)
     os.replace(folder, target)
     flush(target.parent)
-    return target
 
 
-def _tensors(path: Path, files: Mapping[str, Any]) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-    """Weights and training tensors of a checkpoint whose files were checked."""
-    if WEIGHTS_FILE in files:
-        return load_file(path / WEIGHTS_FILE), load_file(path / TRAINING_FILE)
+def stored_tensors(path: Path) -> tuple[StoredTensors, StoredTensors]:
+    """Weights and training tensors of a checkpoint whose files were checked, read when they are asked for."""
+    if not is_sharded(path):
+        return read_tensors(path / WEIGHTS_FILE), read_tensors(path / TRAINING_FILE)
     from .shards import read_shards
 
-    return read_shards(path / SHARDS)
+    stored = read_shards(path / SHARDS)
+    return stored.under(f"{WEIGHTS}."), stored.under(f"{TRAINING}.")
 
 
 def is_sharded(path: Path) -> bool:
@@ -159,37 +176,10 @@ def is_sharded(path: Path) -> bool:
     return (path / SHARDS).is_dir() and (path / MANIFEST_FILE).is_file()
 
 
-def open_sharded(path: Path) -> tuple[Config, Mapping[str, Tensor]]:
-    """The configuration and the weights of such a checkpoint, of whatever run, put together when they are asked for.
-
-    Raises:
-        InputError: naming the file that is missing, truncated or altered.
-    """
-    checkpoint = Checkpoint.read(path, None)
-    return checkpoint.config, checkpoint.weights
-
-
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, the newest first."""
-    found = [path for path in (run / CHECKPOINTS).glob("step-*") if path.name == _name(step_of(path))]
+    found = [path for path in (run / CHECKPOINTS).glob("step-*") if path.name == name_of(step_of(path))]
     return sorted(found, key=step_of, reverse=True)
-
-
-def step_of(path: Path) -> int:
-    """The step in the name of a checkpoint; -1 if it has none."""
-    number = path.name.removeprefix("step-")
-    return int(number) if number.isdecimal() and number.isascii() else -1
-
-
-def is_whole(path: Path, run_id: str) -> bool:
-    """Whether a checkpoint is what was written by this run."""
-    try:
-        manifest = _manifest(path, run_id)
-        for name in manifest["files"]:
-            check(path / name, manifest["files"][name])
-    except InputError:
-        return False
-    return True
 
 
 def discard(run: Path) -> None:
@@ -222,13 +212,16 @@ def _remove(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def newest(run: Path, run_id: str, accept_older: bool) -> tuple[Checkpoint | None, list[str]]:
+def newest(
+    run: Path, run_id: str, accept_older: bool, ranks: Ranks | None = None
+) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint of a run, or None if there is none.
 
     Args:
         run: folder.
         run_id: of the run.
         accept_older: take the newest one that is whole; otherwise the newest must be.
+        ranks: that go on with it; all take the one that the first one finds.
 
     Returns:
         It, and a line for each broken one that was passed over.
@@ -236,10 +229,11 @@ def newest(run: Path, run_id: str, accept_older: bool) -> tuple[Checkpoint | Non
     Raises:
         InputError: naming what is broken, or if none is whole; nothing was changed.
     """
+    ranks = ranks or Ranks()
     passed: list[str] = []
-    for path in checkpoints(run):
+    for path in ranks.each(lambda: checkpoints(run))[0]:
         try:
-            return Checkpoint.read(path, run_id), passed
+            return Checkpoint.read(path, run_id, ranks), passed
         except InputError as error:
             if not accept_older:
                 raise InputError(f"{error}; --resume auto takes the newest checkpoint that is whole") from None
@@ -265,10 +259,8 @@ def export(checkpoint: Path, folder: Path) -> None:
     Raises:
         InputError: the folder cannot be written.
     """
-    if (checkpoint / SHARDS).is_dir():
-        from .shards import read_shards
-
-        write_model(load_config(checkpoint / CONFIG_FILE), read_shards(checkpoint / SHARDS)[0], folder)
+    if is_sharded(checkpoint):
+        write_model(load_config(checkpoint / CONFIG_FILE), stored_tensors(checkpoint)[0], folder)
         return
     for name in (WEIGHTS_FILE, CONFIG_FILE):
         link = folder / f".{name}.new"
@@ -284,30 +276,17 @@ def export(checkpoint: Path, folder: Path) -> None:
             raise InputError(f"cannot write {folder / name}: {error.strerror}") from None
 
 
-def _manifest(path: Path, run_id: str | None) -> dict[str, Any]:
-    file = path / MANIFEST_FILE
+def withdraw(folder: Path) -> None:
+    """Take an exported model away which is older than the newest checkpoint.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
     try:
-        manifest = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{file} is missing") from None
-    except (OSError, ValueError, RecursionError):
-        raise InputError(f"{file} cannot be read; it was truncated or altered") from None
-    checksum = manifest.pop("checksum", None) if isinstance(manifest, dict) else None
-    if checksum is None or checksum != _checksum(manifest):
-        raise InputError(f"{file} was altered: its checksum does not match")
-    files = manifest.get("files")
-    kinds = (CONTENTS, SHARDED_CONTENTS)
-    if not isinstance(files, dict) or not any(all(isinstance(files.get(name), dict) for name in k) for k in kinds):
-        raise InputError(f"{file} does not list {', '.join(CONTENTS)}; it is of another version")
-    if run_id is not None and manifest.get("run") != run_id:
-        raise InputError(f"{file} belongs to another run, {manifest.get('run')}")
-    if path.name != _name(manifest.get("step")):
-        raise InputError(f"{file} belongs to step {manifest.get('step')}")
-    return manifest
-
-
-def _name(step: Any) -> str:
-    return f"step-{step:08d}" if type(step) is int else ""
+        for name in (WEIGHTS_FILE, CONFIG_FILE):  # the first vouches for both
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot remove the older model in {folder}: {error.strerror}") from None
 
 
 def _check_progress(progress: Any) -> None:
@@ -328,10 +307,6 @@ def _check_progress(progress: Any) -> None:
     wrong = [key for key, rule in holds.items() if not isinstance(progress, dict) or not rule(progress.get(key, ...))]
     if wrong:
         raise ValueError(f"{PROGRESS_FILE} has no proper {', '.join(wrong)}")
-
-
-def _checksum(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -5,7 +5,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from ..architectures import build, load
+from ..architectures import build
 from ..data.batches import Batch, Batches, SequentialBatches, ShuffledBatches
 from ..data.corpus import Texts
 from ..data.mixture import load_mixture
@@ -19,6 +19,7 @@ from .compiling import trial_batches
 from .passes import Forward, Pass
 from .recipe import Recipe
 from .segments import build_pass
+from .trained import load
 
 
 class Subject(Protocol):

@@ -54,7 +54,7 @@ def find_run(path: Path, recipe: Recipe, resume: Resume, writes: bool = True) ->
         return None
     lock = RunLock(path) if writes else NoLock()
     try:
-        run = Run(path, _identity(path / RUN_FILE), lock)
+        run = Run(path, identity(path), lock)
         before = recorded_recipe(path, type(recipe))
         if before is not None:
             _compare(before, recipe)
@@ -136,11 +136,16 @@ def _check_free(path: Path) -> None:
         )
 
 
-def _identity(path: Path) -> str:
+def identity(path: Path) -> str:
+    """The id of the run in a folder.
+
+    Raises:
+        InputError: its record is damaged.
+    """
     try:
-        return str(json.loads(path.read_bytes())["id"])
+        return str(json.loads((path / RUN_FILE).read_bytes())["id"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise InputError(f"{path} cannot be read; it was truncated or altered") from None
+        raise InputError(f"{path / RUN_FILE} cannot be read; it was truncated or altered") from None
 
 
 def _compare(before: Recipe, now: Recipe) -> None:

@@ -21,11 +21,12 @@ from ..parallel.ranks import Ranks, whole
 from ..state import State
 from .averaging import WeightAverage
 from .bad_steps import BadSteps
-from .checkpoint import Checkpoint, checkpoints, export, newest, step_of
+from .checkpoint import Checkpoint, checkpoints, export, newest
 from .checkpoint_writer import CheckpointWriter
 from .compiling import compile_blocks, compile_kernels
 from .inputs import Subject, Text, check_size
 from .machine import product_rate
+from .manifest import step_of
 from .memory import resident
 from .metrics import MetricsFile, StepMetrics
 from .optimizer import build_optimizer
@@ -79,7 +80,7 @@ class Trainer:
             self.notes: list[str] = []
             if run is not None:
                 undo.callback(run.lock.release)
-                checkpoint, self.notes = newest(run.folder, run.id, accept_older=resume == "auto")
+                checkpoint, self.notes = newest(run.folder, run.id, resume == "auto", self.ranks)
             begun = run is not None and recorded_recipe(run.folder, type(recipe)) is not None
             self.subject = subject or Text(recipe, Path(folder) if begun else None)
             self.batches = self.subject.batches
@@ -105,9 +106,12 @@ class Trainer:
             self.best: tuple[float, int] | None = None
             if checkpoint is not None:
                 self.restore(checkpoint)
-            self.ranks.own_random_numbers(t.seed + self.step)
+            else:
+                self.ranks.own_random_numbers(t.seed)
             self.ranks.wait()  # until all have looked at the folder
-            self.run = self._opened(run, Path(folder), undo) if self.ranks.is_first else Run(Path(folder), "", NoLock())
+            opened = self.ranks.agreeing(lambda: self._opened(run, Path(folder), undo) if self.ranks.is_first else None)
+            run_id = self.ranks.each(lambda: opened.id if opened else "")[0]
+            self.run = opened or Run(Path(folder), run_id, NoLock())
             self.folder = self.run.folder
             self.notes += [self.run.lock.note] if self.run.lock.note else []
             undo.pop_all()
@@ -163,15 +167,14 @@ class Trainer:
         first = self.ranks.is_first
         metrics = MetricsFile(self.folder) if first else Unwritten()
         metrics.cut(self.step)
-        writer = CheckpointWriter(self.folder, self.run.id, t.keep_checkpoints) if first else Unwritten()
+        writer = CheckpointWriter(self.folder, self.run.id, t.keep_checkpoints, self.ranks)
         operations = self.recipe.model.flops_per_token(backward=True) / product_rate(self.precision, self.device)
         (saved,), event = self.ranks.agreed([time.perf_counter()]), ""
         self.model.train()
         try:
             with interruptible() as interrupted, closing(prefetched(self.batches, self.cursor)) as batches:
                 compile_kernels(self.model, self.passes, self.device, self.subject.trials(), t.carry_state)
-                while self.progress < 1 and not self.ranks.any(interrupted()):
-                    writer.check()
+                while self.progress < 1 and not self.ranks.any(interrupted() or writer.failed()):
                     began = time.perf_counter()
                     tokens = self.tokens
                     rate = self.learning_rate
@@ -202,11 +205,7 @@ class Trainer:
                         saved = now
             self._save(writer, metrics)
             writer.wait()
-            for path in checkpoints(self.folder):
-                if (
-                    first and step_of(path) == self.step
-                ):  # a process may have been killed after it wrote this, before it exported
-                    export(path, self.folder)
+            self.ranks.agreeing(lambda: self._export() if first else None)
         finally:
             writer.close()
             metrics.close()
@@ -239,13 +238,19 @@ class Trainer:
             self.average.update(self.model)
         return "", total, norm
 
-    def _save(self, writer: CheckpointWriter | Unwritten, metrics: MetricsFile | Unwritten) -> None:
+    def _export(self) -> None:
+        """Put the model into the folder; a process may have been killed after it wrote the checkpoint, before this."""
+        for path in checkpoints(self.folder):
+            if step_of(path) == self.step:
+                export(path, self.folder)
+
+    def _save(self, writer: CheckpointWriter, metrics: MetricsFile | Unwritten) -> None:
         if self.saved_step != self.step:
             metrics.flush()
             writer.submit(self.checkpoint(), self.best and self.best[1])
             self.saved_step = self.step
 
-    def _recover(self, trouble: str, writer: CheckpointWriter | Unwritten, metrics: MetricsFile | Unwritten) -> str:
+    def _recover(self, trouble: str, writer: CheckpointWriter, metrics: MetricsFile | Unwritten) -> str:
         """Do with a bad step what the recipe says; the step itself changed no weight.
 
         Returns:
@@ -255,8 +260,7 @@ class Trainer:
         if self.recipe.training.bad_step != "rewind":
             return self.bad_steps.pass_over(trouble, self.step)
         writer.wait()
-        self.ranks.wait()  # until it is on disk
-        checkpoint, _ = newest(self.folder, self.run.id, accept_older=True)
+        checkpoint, _ = newest(self.folder, self.run.id, accept_older=True, ranks=self.ranks)
         event = self.bad_steps.go_back(trouble, self.step, None if checkpoint is None else checkpoint.step)
         assert checkpoint is not None
         cursor, tokens, seconds = self.cursor, self.tokens, self.seconds
@@ -283,8 +287,9 @@ class Trainer:
         return nullcontext() if self.average is None else self.average.applied(self.model)
 
     def checkpoint(self) -> Checkpoint:
-        """Everything the run is now, copied."""
-        weights, training = capture(self.model, self.optimizer, self.average, self.ranks.all_rows(self.state))
+        """Everything the run is now, as far as this rank holds it, copied."""
+        rows = self.recipe.training.batch_size
+        weights, training = capture(self.model, self.optimizer, self.average, self.state, self.ranks, rows)
         usual_loss = self.bad_steps.usual_loss
         progress = {
             "tokens": self.tokens,
@@ -307,8 +312,10 @@ class Trainer:
         progress = checkpoint.progress
         if progress["data"] != self.batches.fingerprint:
             raise InputError("the training text is not the one the run was begun with; restore it, or begin a new run")
-        carried = reinstate(checkpoint, self.model, self.optimizer, self.average)
-        self.state = self.ranks.own_rows(carried) if self.recipe.training.carry_state else None
+        t = self.recipe.training
+        self.ranks.own_random_numbers(t.seed + checkpoint.step)
+        carried = reinstate(checkpoint, self.model, self.optimizer, self.average, self.ranks, t.batch_size)
+        self.state = carried if t.carry_state else None
         self.step = self.saved_step = checkpoint.step
         self.tokens, self.seconds = progress["tokens"], progress["seconds"]
         self.warmup_seconds = progress.get("warmup_seconds", 0.0)  # these two: not yet known to the first checkpoints

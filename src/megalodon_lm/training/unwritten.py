@@ -4,9 +4,9 @@ from typing import Any
 
 
 class Unwritten:
-    """Takes what MetricsFile and CheckpointWriter take, and keeps nothing."""
+    """Takes what MetricsFile takes, and keeps nothing."""
 
     def nothing(self, *_: Any) -> None:
         """Do nothing."""
 
-    write = cut = flush = close = submit = check = wait = nothing
+    write = cut = flush = close = nothing
