@@ -19,7 +19,7 @@ from megalodon_lm.data.shards import Prepared
 from megalodon_lm.data.subword import SentencePieceTokenizer, SubwordTokenizer, train_bpe
 from megalodon_lm.evaluation.validation import Validation
 from megalodon_lm.training.recipe import Recipe
-from megalodon_lm.training.run_folder import learnt_chats
+from megalodon_lm.training.run_record import learnt_chats
 from megalodon_lm.training.trainer import Trainer
 
 from .processes import megalodon

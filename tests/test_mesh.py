@@ -38,10 +38,14 @@ def test_what_is_no_mesh_is_refused(sizes, ranks, words):
         MeshSizes(**sizes).over(ranks)
 
 
+def test_fewer_rows_than_ranks_are_refused_and_no_other_number():
+    MeshSizes(chunk=2).check_rows(6, 4)
+    with pytest.raises(InputError, match=r"2 rows cannot be shared by 3 ranks; raise training\.batch_size"):
+        MeshSizes(chunk=2).check_rows(6, 2)
+
+
 def rows(rank):
     mesh = build_mesh(MeshSizes(replicate=2, chunk=2))
-    with pytest.raises(InputError, match="1 rows cannot be shared by 2"):
-        rows_of(mesh, 1)
     return rows_of(mesh, 5), mesh["chunk"].get_local_rank()
 
 

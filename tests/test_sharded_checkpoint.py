@@ -92,7 +92,7 @@ def on_any(optimizer, run, begun, shapes):
         alone.save(run)
     expected = alone.losses(2)
     found = []
-    for count in (4, 2):  # the larger ones first, among them the one that writes
+    for count in (2, 4) if begun is not None and torch.Size(begun).numel() == 2 else (4, 2):  # who writes is first
         here = [s for s in shapes if torch.Size(s).numel() == count]
         writes = begun if begun is not None and torch.Size(begun).numel() == count else None
         if here or writes:

@@ -76,7 +76,7 @@ class Chat:
     def _begin(self) -> Conversation:
         from ..generation.generator import Generator
         from ..generation.sampling import Sampling
-        from ..training.run_folder import learnt_chats
+        from ..training.run_record import learnt_chats
         from .models import load_trained
         from .progress import console
 

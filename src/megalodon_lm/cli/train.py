@@ -61,7 +61,7 @@ class Train(Shared):
             raise InputError("several ranks need --out, the folder of the run that they share")
         folder = self.out or free_run_folder(Path("runs") / self.recipe.stem)
         if self.ranks > 1:
-            recipe.mesh.over(self.ranks)
+            recipe.mesh.check_rows(self.ranks, recipe.training.batch_size)
         if (code := self.launched(["--out", str(folder)], self.restarts)) is not None:
             sys.exit(code)
         ranks = join(recipe.mesh, choose_device(self.device))

@@ -66,6 +66,19 @@ class MeshSizes:
             )
         return sizes | ({} if open_one is None else {open_one: ranks // given})
 
+    def check_rows(self, ranks: int, rows: int) -> None:
+        """Refuse a batch of fewer rows than ranks that have rows of their own; they need not divide it.
+
+        Raises:
+            InputError: with both numbers, or those ranks do not make such a mesh.
+        """
+        sizes = self.over(ranks)
+        if rows < (shares := sizes["replicate"] * sizes["shard"]):
+            raise InputError(
+                f"{rows} rows cannot be shared by {shares} ranks; raise training.batch_size, or mesh.chunk and "
+                "mesh.tensor"
+            )
+
 
 def build_mesh(sizes: MeshSizes, device: torch.device | str = "cpu") -> DeviceMesh:
     """The mesh of all ranks that were started; needs `join` before.
@@ -83,15 +96,7 @@ def started_ranks() -> int:
 
 
 def rows_of(mesh: DeviceMesh, rows: int) -> range:
-    """Which rows of a batch are this rank's; all ranks of a sequence have the same.
-
-    Raises:
-        InputError: fewer rows than ranks to share them.
-    """
+    """Which rows of a batch are this rank's; all ranks of a sequence have the same."""
     shares = mesh["replicate"].size() * mesh["shard"].size()
-    if rows < shares:
-        raise InputError(
-            f"{rows} rows cannot be shared by {shares} ranks; raise training.batch_size, or mesh.chunk and mesh.tensor"
-        )
     share = mesh["replicate"].get_local_rank() * mesh["shard"].size() + mesh["shard"].get_local_rank()
     return range(share * rows // shares, (share + 1) * rows // shares)

@@ -49,7 +49,11 @@ class Ranks:
         return model
 
     def rows(self, count: int) -> range:
-        """Which rows of a batch are this rank's."""
+        """Which rows of a batch are this rank's.
+
+        Raises:
+            InputError: fewer than ranks to share them.
+        """
         return range(count)
 
     def sum_gradients(self, model: LanguageModel) -> None:
@@ -154,6 +158,7 @@ class Together(Ranks):
         return ChunkParallel(model, chunk.get_group(), self.sizes.exchange)
 
     def rows(self, count: int) -> range:
+        self.sizes.check_rows(self.ranks, count)
         return rows_of(self.mesh, count)
 
     def sum_gradients(self, model: LanguageModel) -> None:

@@ -9,13 +9,14 @@ from typing import Any, ClassVar, Self, get_args
 
 import tomli_w
 
-from ..architectures import config_of, is_complete, load_config
+from ..architectures import config_of, is_complete
 from ..config import ModelConfig
 from ..errors import InputError, nearest
 from ..model.language_model import Config
 from ..parallel.mesh import MeshSizes
 from ..tables import parse_value, read_table
 from .precision import Precision
+from .trained import load_config
 
 TABLES = ("model", "data", "training", "mesh")
 """Of a recipe."""

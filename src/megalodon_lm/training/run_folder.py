@@ -1,20 +1,17 @@
 """The folder of one run: its identity, its lock and its recipe."""
 
-import json
-import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from .. import __version__
 from ..errors import InputError
-from ..files import is_unfinished, write_atomically
+from ..files import is_unfinished
 from .recipe import Recipe
 from .run_lock import LOCK_FILE, NoLock, RunLock
+from .run_record import RUN_FILE, identity, write_record
 
-RECIPE_FILE, RUN_FILE = "recipe.toml", "run.json"
+RECIPE_FILE = "recipe.toml"
 Resume = Literal["no", "last", "auto"]
 FIXED = ("length", "batch_size", "carry_state", "seed", "average", "optimizer")
 """Keys of [training] that a run keeps when it goes on, besides all of [model] and [data]."""
@@ -82,23 +79,11 @@ def begin_run(path: Path, of_chats: bool) -> Run:
     lock = RunLock(path)
     try:
         _check_free(path)  # now that nobody else can begin in it
-        run_id = uuid.uuid4().hex
-        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        record = {"id": run_id, "created": created, "version": __version__, "chats": of_chats}
-        write_atomically(path / RUN_FILE, json.dumps(record) + "\n")
+        run_id = write_record(path, of_chats)
     except BaseException:
         lock.release()
         raise
     return Run(path, run_id, lock)
-
-
-def learnt_chats(path: Path) -> bool | None:
-    """Whether the model in a folder was trained on chats, by the record of its run; None where nothing tells."""
-    try:
-        told = json.loads((path / RUN_FILE).read_bytes())["chats"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return told if isinstance(told, bool) else None
 
 
 def recorded_recipe(path: Path, kind: type[Recipe] = Recipe) -> Recipe | None:
@@ -134,18 +119,6 @@ def _check_free(path: Path) -> None:
             f"the run folder {path} is not empty; choose another one with --out, or go on with it by --resume auto; "
             "nothing was overwritten"
         )
-
-
-def identity(path: Path) -> str:
-    """The id of the run in a folder.
-
-    Raises:
-        InputError: its record is damaged.
-    """
-    try:
-        return str(json.loads((path / RUN_FILE).read_bytes())["id"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise InputError(f"{path / RUN_FILE} cannot be read; it was truncated or altered") from None
 
 
 def _compare(before: Recipe, now: Recipe) -> None:

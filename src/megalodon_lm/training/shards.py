@@ -86,8 +86,8 @@ def read_shards(folder: Path) -> Shards:
     """
     description = _described(folder / METADATA)
     reader = _Reader(folder, description)
-    kinds = {name: (a.size, a.properties.dtype) for name, a in description.state_dict_metadata.items()}
-    layout = {name: torch.empty(size, dtype=dtype, device="meta") for name, (size, dtype) in kinds.items()}
+    about: Any = description.state_dict_metadata
+    layout = {name: torch.empty(a.size, dtype=a.properties.dtype, device="meta") for name, a in about.items()}
 
     def fill(name: str, tensor: Tensor) -> None:
         try:

@@ -14,7 +14,7 @@ from ..model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, fill
 from ..model.language_model import Config, LanguageModel
 from ..ops.device import choose_device
 from .checkpoint import Checkpoint, checkpoints, is_sharded, newest
-from .run_folder import RUN_FILE, identity
+from .run_record import RUN_FILE, identity
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:
