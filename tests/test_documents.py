@@ -5,12 +5,16 @@ import sys
 import zipfile
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megalodon_lm import ByteTokenizer
 from megalodon_lm.architectures import build, config_of
 from megalodon_lm.cli.main import main
+from megalodon_lm.data.subword import SubwordTokenizer
 from megalodon_lm.errors import InputError
 from megalodon_lm.evaluation.documents import TASKS, Document, DocumentRun, Question, find_task
 from megalodon_lm.evaluation.documents_data import load, solved_examples
@@ -18,7 +22,8 @@ from megalodon_lm.evaluation.read_once import Reader
 from megalodon_lm.evaluation.results import Results
 
 from .reading import TEXT
-from .test_architectures import values
+from .test_architectures import made, values
+from .test_tokenizers import byte_level
 
 BYTES = ByteTokenizer()
 STORY = TEXT[:1300].decode()
@@ -59,6 +64,36 @@ def test_rows_of_scrolls_become_documents(tmp_path):
     [story] = load(find_task("quality"), tmp_path)
     assert story.text == "A story.\n\nIts end."
     assert story.questions == [Question("m", "What?", ("two words",), ("one", "two words", "three", "four"))]
+
+
+def test_ids_and_outputs_that_are_unlike_others(tmp_path):
+    """One id under two questions stays two questions; an output that is no text, or no choice, is refused."""
+    scrolls(
+        tmp_path, "narrativeqa", [("n", "Who?\n\nTale.", "He"), ("n", "When?\n\nTale.", "Then"), ("e", "What?\n\n", "")]
+    )
+    tale, nothing = load(find_task("narrativeqa"), tmp_path)
+    assert tale.questions == [Question("n", "Who?", ("He",)), Question("n", "When?", ("Then",))]
+    assert nothing == Document("", [Question("e", "What?", ("",))])
+    for task, output, said in (
+        ("qasper", None, "the test split has no outputs"),
+        ("contractnli", "Maybe", "is none of its choices"),
+        ("quality", "five", "is none of its choices"),
+    ):
+        scrolls(tmp_path, task, [("i", f"What?\n\n{OPTIONS}\n\nA story.", output)])
+        with pytest.raises(InputError, match=said):
+            load(find_task(task), tmp_path)
+
+
+def test_what_nobody_asks_or_answers_is_left_out(tmp_path):
+    jsonl(tmp_path / "qmsum" / "val.jsonl", [meeting(["Hello ."], []), meeting(["Bye ."], [("What?", "Much.")])])
+    assert [document.text for document in load(find_task("qmsum"), tmp_path)] == ["Grad A: Bye ."]
+    tales = tmp_path / "fairytaleqa" / "data-by-train-split"
+    for kind in ("section-stories", "questions"):
+        (tales / kind / "val").mkdir(parents=True)
+    (tales / "section-stories/val/x-story.csv").write_text("section,text\n1,Once.\n")
+    (tales / "questions/val/x-questions.csv").write_text("question_id,question,answer1\n1,When?,\n2,Who?,he\n")
+    [tale] = load(find_task("fairytaleqa"), tmp_path)
+    assert [question.text for question in tale.questions] == ["Who?"]
 
 
 def test_archives_and_the_hub(tmp_path, monkeypatch):
@@ -194,6 +229,52 @@ def test_one_reading_is_as_good_as_many(metric, tiny):
     assert 2 * once.tokens_computed < many.tokens_computed
 
 
+@pytest.mark.parametrize("name", ["megalodon", "mamba"])
+@given(
+    st.integers(0, 700),
+    st.lists(
+        st.one_of(st.text("why?", max_size=40), st.integers(500, 700).map(lambda n: STORY[-n:])),
+        min_size=9,
+        max_size=10,
+    ),
+    st.booleans(),
+)
+@settings(max_examples=2, deadline=None)
+def test_any_questions_about_any_document(name, length, questions, shown):
+    """More than are written side by side, some of them the same, longer than the document, or nothing at all."""
+    asked = [Question(str(n), text, ("the count",)) for n, text in enumerate(questions)]
+    once, anew = (
+        DocumentRun(short("f1"), Reader(made(name, torch.float32), BYTES), EXAMPLE if shown else (), anew).result(
+            [Document(STORY[:length], asked), Document("", asked[:1])]
+        )
+        for anew in (False, True)
+    )
+    assert once[1] == anew[1]
+    assert [answer.id for answer in once[1]] == [*(question.id for question in asked), "0"]
+
+
+def test_tokens_never_reach_from_the_document_into_the_question():
+    """Though letters on either side of the border would make one token: the document is read before it is asked."""
+    tokenizer = SubwordTokenizer(byte_level())
+    at = next(at for at in range(1, len(STORY)) if len(tokenizer.encode(STORY[at - 1 : at + 1])) == 1)
+    model = made("megalodon", torch.float32, vocab_size=tokenizer.vocab_size)
+    task = replace(short("f1"), ask="{}")
+    asked = [
+        Question(str(n), text, ("the count",)) for n, text in enumerate((STORY[at : at + 40], STORY[at : at + 90]))
+    ]
+    once, anew = (
+        DocumentRun(task, Reader(model, tokenizer), (), anew).result([Document(STORY[:at], asked)])
+        for anew in (False, True)
+    )
+    assert once[1] == anew[1]
+    for question, answer in zip(asked, once[1], strict=True):
+        parts = [tokenizer.encode(STORY[:at], begin=True), tokenizer.encode(question.text)]
+        alone = Reader(model, tokenizer)
+        most = round(12 * len(parts[0][1:]) / at)
+        [said] = alone.write([alone.read(np.concatenate(parts))], most, ["\n"])
+        assert said.strip() == answer.said
+
+
 def short(metric):
     """A task with short answers."""
     return replace(TASKS["narrativeqa"], metric=metric, answer_bytes=12)
@@ -219,13 +300,17 @@ def test_choices_are_compared(tiny):
 
 def test_a_window_cuts_and_says_so():
     """So that the longest question and its answer fit; what stands last stays."""
-    seen = []
+    documents, seen = [], []
 
     class Watching(Reader):
+        def read(self, tokens, after=None):
+            if after is None:
+                documents.append(tokens)
+            return super().read(tokens, after)
+
         def each(self, texts, after=None):
-            assert after is None
-            seen.extend(texts)
-            return super().each(texts)
+            seen.extend(np.concatenate([documents[-1], text]) for text in texts)
+            return super().each(texts, after)
 
     llama = model("llama", window=600)
     result, _ = DocumentRun(short("f1"), Watching(llama, BYTES), EXAMPLE).result(DOCUMENTS)

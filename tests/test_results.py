@@ -1,6 +1,7 @@
 """Files of results, and tables of them beside published scores."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -58,6 +59,36 @@ def test_results_stand_beside_the_published_ones():
     assert "MPT, published" not in rows  # it shares no task
     assert rows["mine"] == ["25.1 ± 1.0", "50.1 ± 1.0", "30.0 ± 1.0", ""]
     assert rows["other"] == ["", "70.0 ± 1.0 (3-shot)", "", "12.346 ± 0.500"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"headline": "f1"}, {"scores": {"acc": ["much", None]}}, {"scores": {}}, {"shots": []}]
+)
+def test_damaged_results_are_refused(tmp_path, wrong):
+    results(mmlu=("acc", 0.25, 5)).save(tmp_path / "a.json")
+    values = json.loads((tmp_path / "a.json").read_text())
+    values["tasks"][0] |= wrong
+    (tmp_path / "a.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match="is no file of results"):
+        Results.load(tmp_path / "a.json")
+
+
+def test_what_should_not_be_compared_says_so():
+    mine, other = results(mmlu=("acc", 0.25, 5), own=("f1", 0.5, 1)), results("other", own=("f1", 0.5, 0))
+    later = TaskResult("mmlu", "2.0", 5, 1200, {"acc": Score(0.3)}, "acc")
+    other.tasks.append(later)
+    rows = {row[0]: row[1:] for row in table([mine, other]).rows}
+    assert rows["mine"] == ["25.0 ± 1.0 (version 1.0, 100 questions)", "50.0 ± 1.0 (1-shot)"]
+    assert rows["other"] == ["30.0 (version 2.0, 1,200 questions)", "50.0 ± 1.0"]
+
+
+def test_files_of_one_model_are_one_row():
+    """Unless both have the task; and another model of the same name is told from it."""
+    mine, more = results(mmlu=("acc", 0.25, 5)), results(own=("f1", 0.5, 0))
+    assert [row for row in table([mine, more]).rows if row[0] == "mine"] == [["mine", "25.0 ± 1.0", "50.0 ± 1.0"]]
+    assert [row[0] for row in table([mine, mine]).rows][-2:] == ["mine", "mine"]
+    twin = replace(more, model={"fingerprint": "0123456789abcdef"})
+    assert [row[0] for row in table([mine, twin]).rows][-2:] == ["mine f", "mine 01234567"]
 
 
 def test_every_published_score_has_a_column():

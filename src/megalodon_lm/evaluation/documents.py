@@ -15,7 +15,8 @@ import numpy as np
 
 from ..errors import InputError, nearest
 from ..generation.context import Context
-from .read_once import ROWS, Reader, window_of
+from ..training.memory import forget_peak, resident
+from .read_once import ROWS, Reader, reading_order, window_of
 from .results import Score, TaskResult
 from .text_metrics import Rouge, f1, geometric_mean, mean, rouge
 
@@ -150,6 +151,7 @@ class DocumentRun:
             InputError: no document, or a window too narrow for the questions.
         """
         began, answers, number = time.perf_counter(), [], 0
+        forget_peak()
         for document in documents:
             answers += self.answers(document)
             number += 1
@@ -166,21 +168,21 @@ class DocumentRun:
         return TaskResult(
             self.task.name, VERSION, len(self.examples), len(answers), scores, headline,
             seconds=time.perf_counter() - began, tokens_computed=self.reader.work.computed,
-            tokens_reread=self.reader.work.anew, notes=notes,
+            tokens_reread=self.reader.work.anew, notes=notes, peak_memory=resident(peak=True),
         ), answers  # fmt: skip
 
     def answers(self, document: Document) -> list[Answer]:
         """To each question of a document, in their order."""
         encode, task = self.reader.tokenizer.encode, self.task
         text, tails = encode(document.text), [encode(self._asked(question)) for question in document.questions]
-        bytes_per_token = len(document.text.encode()) / max(1, len(text))
+        bytes_per_token = max(1, len(document.text.encode())) / max(1, len(text))
         written = round(task.answer_bytes / bytes_per_token)
         choices = [[encode(f" {choice}") for choice in question.choices] for question in document.questions]
         longest = max(written, *(len(choice) for each in choices for choice in each), 1)
         shared, after = self._fitted(text, max(map(len, tails)) + longest)
         answered: dict[int, Answer] = {}
         waiting: list[tuple[int, Context]] = []
-        for number, context in self._each([np.concatenate([shared, tail]) for tail in tails], after):
+        for number, context in self._each(shared, tails, after):
             if task.metric == "acc":
                 answered[number] = self._chosen(document.questions[number], context, choices[number])
                 continue
@@ -213,14 +215,16 @@ class DocumentRun:
             self._read_before = self.reader.read(before)
         return text, self._read_before
 
-    def _each(self, texts: list[np.ndarray], after: Context | None) -> Iterable[tuple[int, Context]]:
-        if self.anew:
-            return ((number, self.reader.read(text)) for number, text in enumerate(texts))
-        return self.reader.each(texts, after)
+    def _each(
+        self, shared: np.ndarray, tails: list[np.ndarray], after: Context | None
+    ) -> Iterable[tuple[int, Context]]:
+        if self.anew:  # in the same order, so that the same answers are written side by side
+            return ((n, self.reader.read(np.concatenate([shared, tails[n]]))) for n in reading_order(tails))
+        return self.reader.each(tails, self.reader.read(shared, after))
 
     def _chosen(self, question: Question, context: Context, choices: list[np.ndarray]) -> Answer:
         likelihoods = [score.log_likelihood for score in self.reader.score(context, choices)]
-        by_length = [v / len(c.encode()) for v, c in zip(likelihoods, question.choices, strict=True)]
+        by_length = [v / max(1, len(c.encode())) for v, c in zip(likelihoods, question.choices, strict=True)]
         right = question.choices.index(question.references[0])
         scores = {"acc": float(np.argmax(likelihoods) == right), "acc_norm": float(np.argmax(by_length) == right)}
         return Answer(question.id, question.choices[int(np.argmax(by_length))], scores, tuple(likelihoods))

@@ -6,6 +6,7 @@ import json
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,14 +33,13 @@ def load(task: DocumentTask, data: Path | None, limit: int | None = None) -> lis
     Raises:
         InputError: nothing there, a damaged file, or no network.
     """
-    documents: dict[str, dict[str, Question]] = {}
+    documents: dict[str, dict[tuple[str, str], Question]] = {}
     for text, question in _pairs(task, "validation", data):
         if text not in documents and len(documents) == limit:
             continue
-        asked = documents.setdefault(text, {})
-        known = asked.get(question.id)
-        references = (known.references if known else ()) + question.references
-        asked[question.id] = Question(question.id, question.text, references, question.choices)
+        asked, key = documents.setdefault(text, {}), (question.id, question.text)
+        references = (asked[key].references if key in asked else ()) + question.references
+        asked[key] = replace(question, references=references)
     return [Document(text, list(asked.values())) for text, asked in documents.items()]
 
 
@@ -147,9 +147,11 @@ def _of_scrolls(task: DocumentTask, rows: Iterator[dict[str, Any]]) -> Pairs:
     """Rows of tau/scrolls: `id`, and `input`, in which the question stands before the document, and `output`."""
     for row in rows:
         try:
-            name, whole, output = str(row["id"]), str(row["input"]), str(row["output"])
+            name, whole, output = str(row["id"]), row["input"], row["output"]
         except KeyError as error:
             raise InputError(f"{task.name}: a row has no {error}; rows of tau/scrolls have id, input, output") from None
+        if not isinstance(whole, str) or not isinstance(output, str):
+            raise InputError(f"{task.name}: the input or output of {name} is no text; the test split has no outputs")
         if "{}" not in task.ask:
             yield whole, Question(name, "", (output,))
             continue
@@ -160,6 +162,8 @@ def _of_scrolls(task: DocumentTask, rows: Iterator[dict[str, Any]]) -> Pairs:
         elif task.name == "quality":
             end = text.find("\n\n", max(0, text.find("(D)")))
             choices, text, output = _options(text[:end]), text[end:].strip(), _plain(output)
+        if task.metric == "acc" and output not in choices:
+            raise InputError(f"{task.name}: the answer of {name}, {output!r}, is none of its choices {list(choices)}")
         yield text, Question(name, asked, (output,), choices)
 
 
@@ -210,7 +214,8 @@ def _of_fairy_tales(path: Path) -> Pairs:
             text = "\n".join(section["text"] for section in csv.DictReader(sections))
             for row in csv.DictReader(questions):
                 answers = tuple(a.strip() for k in range(1, 7) if (a := row.get(f"answer{k}") or "").strip())
-                yield text, Question(f"{name}-{row['question_id']}", row["question"], answers)
+                if answers:
+                    yield text, Question(f"{name}-{row['question_id']}", row["question"], answers)
 
 
 _OWN_LAYOUTS: dict[str, tuple[Callable[[Path], Pairs], dict[Split, tuple[str, ...]]]] = {

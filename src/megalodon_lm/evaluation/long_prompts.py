@@ -6,7 +6,7 @@ of two hops, whose answer takes two facts that stand apart. A document may have 
 reading.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from string import ascii_lowercase, ascii_uppercase
 
@@ -109,13 +109,11 @@ def _asked_for(key: str, number: str, others: Sequence[str], depth: float) -> Lo
     return LongQuestion(text, cue, (number,), choices, depth)
 
 
-def single(hay: Haystack, depths: Sequence[float]) -> list[LongDocument]:
+def single(hay: Haystack, depths: Sequence[float]) -> Iterator[LongDocument]:
     """One needle in each document."""
-    made = []
     for depth in depths:
         [key], (number, *others) = hay.keys(1), hay.numbers(CHOICES)
-        made.append(LongDocument(hay.hiding([(depth, _needle(key, number))]), [_asked_for(key, number, others, depth)]))
-    return made
+        yield LongDocument(hay.hiding([(depth, _needle(key, number))]), [_asked_for(key, number, others, depth)])
 
 
 def multi_key(hay: Haystack, depths: Sequence[float]) -> list[LongDocument]:
@@ -216,7 +214,7 @@ def two_hops(hay: Haystack, depths: Sequence[float]) -> list[LongDocument]:
     return [LongDocument(hay.hiding(needles), questions)]
 
 
-LONG_TASKS: dict[str, Callable[[Haystack, Sequence[float]], list[LongDocument]]] = {
+LONG_TASKS: dict[str, Callable[[Haystack, Sequence[float]], Iterable[LongDocument]]] = {
     "needle": single,
     "multi-key": multi_key,
     "multi-value": multi_value,

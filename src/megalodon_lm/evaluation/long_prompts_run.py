@@ -3,7 +3,7 @@
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import InputError, nearest
 from ..generation.context import Context
+from ..training.memory import forget_peak, resident
 from .intervals import wilson
 from .long_prompts import LONG_TASKS, MOST_NEEDLES, Haystack, LongDocument, LongQuestion
 from .read_once import Reader, Work, window_of
@@ -85,20 +86,24 @@ class LongRun:
         if not all(0 <= depth <= 1 for depth in self.depths):
             raise InputError(f"depths {list(self.depths)} must be parts of a document, from 0 to 1")
 
-    def documents(self, sample: int) -> list[LongDocument]:
-        """Those of a sample, from the seed."""
+    def documents(self, sample: int) -> Iterable[LongDocument]:
+        """Those of a sample, from the seed, one at a time."""
         kind = list(LONG_TASKS).index(self.task)
         random = np.random.default_rng([self.seed, kind, self.length, sample])
         return LONG_TASKS[self.task](Haystack(self.prose, self.length, random), self.depths)
 
-    def prompt(self, document: LongDocument, question: LongQuestion) -> np.ndarray:
-        """All that a model reads before its answer."""
+    def asked(self, reader: Reader, document: LongDocument) -> Iterator[tuple[LongQuestion, Context]]:
+        """Each question of a document, and what has read all that comes before its answer."""
         encode = self.prose.tokenizer.encode
         if self.question == "before":
-            head, tail = f"{question.text}\n\n", f"\n\n{question.cue}"
+            for question in document.questions:
+                told = reader.read(encode(f"{question.text}\n\n", begin=True))
+                yield question, reader.read(encode(f"\n\n{question.cue}"), reader.read(document.tokens, told))
         else:
-            head, tail = "", f"\n\n{question.text} {question.cue}"
-        return np.concatenate([encode(head, begin=True), document.tokens, encode(tail)])
+            whole = reader.read(document.tokens, reader.read(encode("", begin=True)))
+            tails = [encode(f"\n\n{question.text} {question.cue}") for question in document.questions]
+            for number, context in reader.each(tails, whole):
+                yield document.questions[number], context
 
     def result(self, reader: Reader, watch: Callable[[int], None] = lambda done: None) -> TaskResult:
         """Ask everything.
@@ -108,12 +113,11 @@ class LongRun:
             watch: called with the number of samples that are done.
         """
         began, reader.work = time.perf_counter(), Work()
+        forget_peak()
         found: dict[float | None, Found] = {}
         for sample in range(self.samples):
             for document in self.documents(sample):
-                prompts = [self.prompt(document, question) for question in document.questions]
-                for number, context in reader.each(prompts):
-                    question = document.questions[number]
+                for question, context in self.asked(reader, document):
                     self._ask(reader, context, question, found.setdefault(question.depth, Found()))
             watch(sample + 1)
         return self._summary(reader, found, time.perf_counter() - began)
@@ -149,5 +153,5 @@ class LongRun:
         questions = sum((each.chosen.of or each.contained.of) for each in found.values())
         return TaskResult(
             f"{self.task} {self.length}{order}", VERSION, 0, questions, scores, "contained", seconds,
-            reader.work.computed, reader.work.anew, notes,
+            reader.work.computed, reader.work.anew, notes, resident(peak=True),
         )  # fmt: skip

@@ -3,7 +3,8 @@
 To the last bit it is what reading everything anew gives. A `Context` reads in pieces counted from the beginning of the
 text; what a question is asked after is computed to its end by itself, and its answers go on from there. So a figure
 depends on the tokens before the answers, on the answers compared with it, and on nothing else: neither on what was
-shared nor on which other questions there were.
+shared nor on which other questions there were. Answers are written several at a time; those of a model without compiled
+steps may round by what is written beside them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from ..model.language_model import LanguageModel
 from ..training.precision import Precision, autocast
 
 BLOCK_LOGITS = 1 << 24  # in memory at a time
+BLOCK_TOKENS = 1 << 16  # of a long text, so that no copy is made of all of it
 ROWS = 8  # answers written side by side
 GREEDY = Sampling(temperature=0)
 
@@ -91,7 +93,8 @@ class Reader:
         """
         context = Context(self.model, self._generator.precision) if after is None else after.fork()
         before = context.position - context.waiting
-        context.read(tokens)
+        for begin in range(0, len(tokens), BLOCK_TOKENS):
+            context.read(tokens[begin : begin + BLOCK_TOKENS])
         self.work.computed += context.position - context.waiting - before
         return context
 
@@ -105,8 +108,7 @@ class Reader:
         Yields:
             The number of a text, and the context that has read all of it; in an order that keeps few states at a time.
         """
-        keys = [text.astype(">u4").tobytes() for text in texts]  # in the order of their tokens
-        order = sorted(range(len(texts)), key=keys.__getitem__)
+        order = reading_order(texts)
         common = [_common(texts[a], texts[b]) for a, b in pairwise(order)]
         trunks: list[tuple[int, Context | None]] = [(0, after)]  # each read so far, the beginning of the next
         for place, number in enumerate(order):
@@ -188,6 +190,12 @@ class Reader:
         """What was computed for continuations, of which nobody reads the last token."""
         self.work.computed += finished + steps
         self.work.anew += sum(c.position + n - 1 for c, n in zip(contexts, lengths, strict=True))
+
+
+def reading_order(texts: Sequence[np.ndarray]) -> list[int]:
+    """The numbers of texts by their tokens, so that those with a beginning in common follow each other."""
+    keys = [text.astype(">u4").tobytes() for text in texts]
+    return sorted(range(len(texts)), key=keys.__getitem__)
 
 
 def _forks(common: Sequence[int], beyond: int) -> list[int]:

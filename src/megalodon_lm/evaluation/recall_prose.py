@@ -101,10 +101,10 @@ class Prose:
         Where the text ends before, it goes on from its beginning, as often as need be.
         """
         begin = int(self.starts[random.integers(len(self.starts) - 1)])
-        rounds = np.arange(-(-(begin + length) // len(self.tokens)))[:, None] * len(self.tokens)
-        starts = (self.starts[:-1] + rounds).flatten() - begin
-        tokens = np.tile(self.tokens, len(rounds))[begin : begin + length]
-        return tokens, starts[(starts >= 0) & (starts < length)]
+        rounds = range(0, begin + length, len(self.tokens))  # where in it the text begins
+        starts = np.concatenate([self.starts[:-1] + at for at in rounds]) - begin
+        tokens = [self.tokens[max(0, begin - at) : begin + length - at] for at in rounds]
+        return np.concatenate(tokens), starts[(starts >= 0) & (starts < length)]
 
 
 def spliced(tokens: np.ndarray, cuts: np.ndarray, inserts: Sequence[np.ndarray]) -> np.ndarray:

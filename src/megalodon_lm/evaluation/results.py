@@ -54,6 +54,15 @@ class TaskResult:
     """That would have if every request had been read from its beginning."""
     notes: dict[str, Any] = field(default_factory=dict)
     """What else belongs to it, as plain values: what was cut or left out, scores of parts."""
+    peak_memory: int | None = None
+    """Bytes of the whole process at their most while it ran; None where the system does not tell."""
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether a table can show it: the headline is there, and figures are numbers."""
+        figures = [self.shots, self.samples, *(s.value for s in self.scores.values())]
+        errors = [s.standard_error for s in self.scores.values() if s.standard_error is not None]
+        return self.headline in self.scores and all(isinstance(f, int | float) for f in figures + errors)
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,8 @@ class Results:
                 TaskResult(**task | {"scores": {name: Score(*score) for name, score in task["scores"].items()}})
                 for task in values.pop("tasks")
             ]
+            if not all(task.is_sound for task in tasks):
+                raise ValueError
             return cls(tasks=tasks, **values)
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}") from None

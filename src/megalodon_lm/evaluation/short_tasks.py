@@ -11,6 +11,7 @@ import torch
 from lm_eval.evaluator import evaluate
 
 from ..errors import InputError
+from ..training.memory import forget_peak, resident
 from .harness import Cut, HarnessModel
 from .read_once import Work
 from .results import Score, TaskResult
@@ -54,6 +55,7 @@ def ask(
         for part, tasks in [(name, loaded)] if loaded.get("groups") else alone:
             began = time.perf_counter()
             lm.reader.work, lm.cut = Work(), Cut()
+            forget_peak()
             found = evaluate(
                 lm, tasks, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=False, apply_chat_template=chat,
                 fewshot_as_multiturn=chat,
@@ -87,7 +89,7 @@ def _result(name: str, found: Any, seconds: float, work: Work, notes: dict[str, 
         name, str(found["versions"][name]), int(found["n-shot"][tasks[0]]),
         sum(found["n-samples"][task]["effective"] for task in tasks), scores,
         wanted if wanted in scores else next(iter(scores)), seconds, work.computed, work.anew,
-        {key: value for key, value in (notes | {"parts": parts}).items() if value},
+        {key: value for key, value in (notes | {"parts": parts}).items() if value}, resident(peak=True),
     )  # fmt: skip
 
 
