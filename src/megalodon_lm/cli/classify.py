@@ -1,5 +1,6 @@
 """megalodon classify"""
 
+import json
 import math
 import sys
 from dataclasses import dataclass, field
@@ -13,9 +14,8 @@ from .options import Quiet
 
 if TYPE_CHECKING:
     from ..data.examples import Form
-    from ..evaluation.classification import Confusion
 
-REPORT, PICTURE = "classification.md", "classification.png"
+REPORT, FIGURES, PICTURE = "classification.md", "classification.json", "classification.png"
 
 
 @dataclass
@@ -65,6 +65,8 @@ class ClassifyTrain(Quiet):
         model = Encoder.load(folder, trainer.device).eval()
         found = confusion(model, examples.validation, examples.form, trainer.precision)
         draw_confusion(found, folder / PICTURE)
+        if finished:
+            write_atomically(folder / FIGURES, json.dumps(found.figures(), indent=2) + "\n")
         write_atomically(folder / REPORT, f"# Validation examples\n\n{found.markdown()}\n![]({PICTURE})\n")
         print(f"{found.accuracy:.2%} of {len(examples.validation.raw):,} validation examples are right")
         print(folder / REPORT)
@@ -93,6 +95,7 @@ class ClassifyEvaluate(Quiet):
         from ..data.example_sources import load_examples
         from ..data.examples import joined
         from ..evaluation.classification import confusion
+        from ..files import write_atomically
         from ..training.precision import choose_precision
 
         model, form = _load(self.model, self.device)
@@ -103,16 +106,7 @@ class ClassifyEvaluate(Quiet):
         found = confusion(model, joined(parts), form, choose_precision("auto", model.device))
         print(found.markdown(), end="")
         if self.json:
-            self._write(found)
-
-    def _write(self, found: "Confusion") -> None:
-        import json
-
-        from ..files import write_atomically
-
-        values: dict[str, Any] = {"accuracy": found.accuracy, "interval": found.interval, "loss": found.loss}
-        values |= {"classes": found.classes, "confusion": found.counts.tolist()}
-        write_atomically(self.json or Path(), json.dumps(values, indent=2) + "\n")
+            write_atomically(self.json, json.dumps(found.figures(), indent=2) + "\n")
 
 
 @dataclass

@@ -53,6 +53,17 @@ class Confusion:
         """(classes,), the part of each that is right; 0 where there are none."""
         return np.diag(self.counts) / np.maximum(self.counts.sum(1), 1)
 
+    def figures(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "accuracy": self.accuracy,
+            "interval": self.interval,
+            "loss": self.loss,
+            "examples": int(self.counts.sum()),
+            "classes": self.classes,
+            "confusion": self.counts.tolist(),
+        }
+
     def markdown(self) -> str:
         """A line with the accuracy, and a table of the counts, or of many classes of the most frequent mistakes."""
         low, high = self.interval
