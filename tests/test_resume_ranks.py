@@ -177,6 +177,21 @@ def again_described(path, **changes):
     (path / "manifest.json").write_text(json.dumps({**manifest, "checksum": checksum(manifest)}))
 
 
+def blind(rank, folder):
+    """The second rank writes to a disk that the first one does not see."""
+    ranks = Together(MeshSizes(shard=2, replicate=1), torch.device("cpu"))
+    trainer = Trainer(of_run(folder), folder / f"blind {rank}", ranks=ranks)
+    trainer.folder.mkdir(exist_ok=True)
+    with pytest.raises(InputError) as raised:
+        trainer.train()
+    return str(raised.value)
+
+
+def test_ranks_without_a_common_disk_end_with_a_line(runs):
+    for said in run_ranks(blind, 2, runs):
+        assert "shards/__1_0.distcp, which another rank has written, is not there" in said
+
+
 def refused(rank, folder):
     """Rows that cannot be shared; a damaged file, of which one rank alone finds it."""
     ranks = Together(MeshSizes(replicate=2), torch.device("cpu"))
@@ -246,7 +261,9 @@ def set_mesh(sizes):
     return ["--set", *(f"mesh.{name}={size}" for name, size in sizes.items())]
 
 
-SQUARES = [{"shard": 2, "tensor": 2, "replicate": 1}, {"replicate": 2, "chunk": 2, "shard": 1}]
+SQUARES = [
+    {"replicate": 1, "shard": 2, "tensor": 2}, {"replicate": 2, "chunk": 2}, {"replicate": 1, "chunk": 2, "tensor": 2},
+]  # fmt: skip
 OTHERS = [
     (1, {}),
     (2, {"replicate": 1, "shard": 2}), (2, {"replicate": 1, "tensor": 2}),

@@ -152,6 +152,8 @@ def _prepare(folder: Path) -> None:
 
 def _finish(folder: Path, target: Path, run_id: str, step: int, files: Mapping[str, dict[str, Any]]) -> None:
     """Give an unfinished checkpoint its manifest, and once all of it is on disk its name."""
+    if unseen := [name for name in files if not (folder / name).exists()]:
+        raise InputError(f"{unseen[0]}, which another rank has written, is not there; all must reach the same disk")
     if (folder / SHARDS).is_dir():
         flush(folder / SHARDS)
     write_manifest(folder, run_id, step, files)

@@ -75,7 +75,7 @@ class Trainer:
         recipe.check()  # also what was changed since it was read
         check_size(recipe, self.device)
         with ExitStack() as undo:
-            run = find_run(Path(folder), recipe, resume, self.ranks.is_first)
+            run = self.ranks.agreeing(lambda: find_run(Path(folder), recipe, resume, self.ranks.is_first))
             checkpoint: Checkpoint | None = None
             self.notes: list[str] = []
             if run is not None:
