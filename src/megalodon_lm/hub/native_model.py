@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 from ..model.backbone import Backbone
 from ..model.checkpoint import WEIGHTS_FILE, vouch
 
+_OF_A_PUSH = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "tags")
+
 
 class NativeModel(PreTrainedModel):
     """The native model, its weights drawn and saved.
@@ -108,12 +110,14 @@ class NativeModel(PreTrainedModel):
             self.config.auto_map = dict(code.FAMILIES[self.remote_family].auto_map)
             os.makedirs(save_directory, exist_ok=True)
             code.write_code(save_directory, self.remote_family)
+        sent = {name: kwargs.pop(name) for name in _OF_A_PUSH if push_to_hub and name in kwargs}
         super().save_pretrained(save_directory, *args, **kwargs)
         folder = Path(save_directory)
         if (folder / WEIGHTS_FILE).is_file() and not getattr(self, "_hf_peft_config_loaded", False):
             vouch(folder / WEIGHTS_FILE, self.config.choices)
-        if push_to_hub:
-            self.push_to_hub(kwargs.get("repo_id", folder.name), token=kwargs.get("token"))
+        if push_to_hub:  # after the file vouches
+            shards = {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
+            self.push_to_hub(**{"repo_id": folder.name} | sent | shards)
 
 
 def _is_loaded(parameter: Tensor) -> bool:
