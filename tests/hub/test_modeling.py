@@ -89,6 +89,21 @@ def test_a_folder_of_either_loads_into_the_other(choices, tmp_path, tokens):
     assert AutoConfig.from_pretrained(tmp_path / "transformers").choices == native.config
 
 
+@pytest.mark.parametrize("choices", [{}, {"share_emb": True}])
+def test_weights_in_several_files_load_natively_too(choices, tmp_path):
+    native = small(**choices)
+    MegalodonForCausalLM.of(native).save_pretrained(tmp_path, max_shard_size="150KB")
+    parts = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(parts) > 2
+    assert architectures.load(tmp_path).fingerprint() == native.fingerprint()
+    parts[1].unlink()
+    with pytest.raises(InputError, match=rf"{parts[1].name} cannot be read"):
+        architectures.load(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(InputError, match=r"index.json cannot be read, or does not fit"):
+        architectures.load(tmp_path)
+
+
 def test_the_file_of_weights_vouches_for_a_folder_of_transformers_too(model, tmp_path):
     model.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())

@@ -15,7 +15,7 @@ from ..files import write_atomically
 from ..ops.device import choose_device
 from .identity import digest, remember, weights
 from .language_model import Config
-from .stored_tensors import StoredTensors, read_tensors, shape_of, write_tensors
+from .stored_tensors import StoredTensors, read_shards, read_tensors, shape_of, write_tensors
 
 if TYPE_CHECKING:
     from .backbone import Backbone
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     B = TypeVar("B", bound=Backbone)
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"  # of weights in several files, as transformers writes large ones
 HASH = "fingerprint-2"  # of all values; older files have one of a sample, as "fingerprint"
 
 
@@ -105,19 +106,20 @@ def open_model(cls: "type[B]", folder: str | Path) -> "tuple[B, StoredTensors, s
         InputError: a file is missing or damaged, or the two do not fit each other.
     """
     folder = Path(folder)
-    path = folder / WEIGHTS_FILE
+    path, index = folder / WEIGHTS_FILE, folder / INDEX_FILE
     values, known = _vouched(path)
     within = _config(cls, values)
     known = known if within else None
     if not (folder / CONFIG_FILE).is_file() and within is None:
         raise InputError(f"no model in {folder}: {CONFIG_FILE} is missing")
-    if not path.is_file():
+    if not path.is_file() and not index.is_file():
         raise InputError(f"no model in {folder}: {path.name} is missing")
     config = within if within and not (folder / CONFIG_FILE).is_file() else cls.config_class.load(folder / CONFIG_FILE)
-    stored = read_tensors(path)
-    if config.num_parameters > path.stat().st_size:
+    stored = read_tensors(path) if path.is_file() else read_shards(index)
+    size = path.stat().st_size if path.is_file() else sum(t.nbytes for t in stored.layout.values())
+    if config.num_parameters > size:
         raise InputError(
-            f"{path} does not fit {folder / CONFIG_FILE}: it has {path.stat().st_size:,} bytes, and the configuration "
+            f"{path} does not fit {folder / CONFIG_FILE}: it has {size:,} bytes, and the configuration "
             f"{config.num_parameters:,} parameters"
         )
     with torch.device("meta"):

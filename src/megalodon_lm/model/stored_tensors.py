@@ -72,6 +72,28 @@ def read_tensors(path: Path) -> StoredTensors:
     return StoredTensors(layout, file.get_tensor)
 
 
+def read_shards(index: Path) -> StoredTensors:
+    """The tensors of several safetensors files, which transformers makes of a large model.
+
+    Args:
+        index: the file beside them that says which holds what.
+
+    Raises:
+        InputError: damaged, or one of the files is missing or damaged.
+    """
+    try:
+        places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        files = {name: read_tensors(index.parent / Path(name).name) for name in set(places.values())}
+        layout = {name: files[place].layout[name] for name, place in places.items()}
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{index} cannot be read, or does not fit the files beside it ({error}); copy them again"
+        ) from None
+    return StoredTensors(layout, lambda name: files[places[name]][name])
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file, with no more than one tensor of it in memory beside what the mapping holds.
 
