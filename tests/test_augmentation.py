@@ -58,8 +58,8 @@ def test_pictures_of_all_sizes_are_scaled_and_cut_to_squares(pictures):
     assert grey.form(16).input == {"input": "patches", "patch_dim": 256, "pairs": False}
     with pytest.raises(InputError, match=r"must be of one size.*data\.side scales them"):
         load_examples(str(pictures)).form()
-    with pytest.raises(InputError, match=r"data\.patch = 17 is more than pictures of 16 x 16"):
-        found.form(17)
+    with pytest.raises(InputError, match=r"data\.patch = 5 must divide the sides of pictures of 16 x 16"):
+        found.form(5)
 
 
 def test_the_middle_is_taken_and_the_patches_are_squares_of_colours(tmp_path):

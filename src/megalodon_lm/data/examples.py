@@ -94,8 +94,7 @@ class Form:
         if self.patch == 1:
             return numbers.reshape(-1, 3) if self.colour else numbers.reshape(-1)
         height, width = (n // self.patch for n in numbers.shape[:2])
-        cut = numbers[: height * self.patch, : width * self.patch]
-        cut = cut.reshape(height, self.patch, width, self.patch, -1)
+        cut = numbers.reshape(height, self.patch, width, self.patch, -1)
         return cut.swapaxes(1, 2).reshape(height * width, -1)
 
 
@@ -147,7 +146,7 @@ class Examples(NamedTuple):
         """What they are made of, normalised by their own mean and deviation.
 
         Raises:
-            InputError: pictures of different sizes, or smaller than a patch.
+            InputError: pictures of different sizes, or that are no whole patches.
         """
         if self.kind not in ("picture", "sound"):
             return Form(self.kind, self.classes, longest=self.longest)
@@ -167,8 +166,8 @@ class Examples(NamedTuple):
                 f"pictures must be of one size, not {', '.join(map(str, sorted(shapes)[:3]))}; data.side scales them"
             )
         height, width, *colours = shapes.pop()
-        if patch > min(height, width):
-            raise InputError(f"data.patch = {patch} is more than pictures of {width} x {height} have")
+        if height % patch or width % patch:
+            raise InputError(f"data.patch = {patch} must divide the sides of pictures of {width} x {height}")
         return Form(
             self.kind, self.classes, 0, (width, height), patch, mean, deviation, bool(colours),
             any(file.side for file in files),
