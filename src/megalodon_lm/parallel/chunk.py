@@ -87,7 +87,7 @@ class ChunkParallel:
         keep = None if logits_to_keep is None else max(0, here.stop - max(here.start, length - logits_to_keep))
         counts = valid if learnt is None else valid & learnt.cpu()
         if line.place < 0:
-            made, after = self._nothing(), None
+            made, after = self._nothing(tokens[:, :1], targets, reduction), None
         else:
             positions = positions_at(entry, starts, valid, cuts)
             piece = Piece(line, self.exchange if len(line.members) == self.ranks else "chain", valid, starts, cuts,
@@ -101,6 +101,8 @@ class ChunkParallel:
                 document_starts=None if document_starts is None else document_starts[:, here],
                 mask=None if mask is None else mask[:, here],
             )  # fmt: skip
+        before = [] if state is None else [t for t in state.tensors().values() if t.requires_grad]
+        reached = [*before, made] if made.requires_grad else before
         if targets is not None and reduction == "mean":
             made = self._shared(made * (int(counts[:, here].sum()) / max(1, int(counts.sum()))))
         else:
@@ -110,10 +112,9 @@ class ChunkParallel:
                 kept = length if logits_to_keep is None else min(length, logits_to_keep)
                 shape, first = (batch, kept, self.model.config.vocab_size), max(0, here.start - (length - kept))
             made = self._assembled(made, shape, first)
-        before = [] if state is None else [t for t in state.tensors().values() if t.requires_grad]
         if before and torch.is_grad_enabled():
             made = Connect.apply(made, *before)
-        return made, self._at_end(line, after, batch, before)
+        return made, self._at_end(line, after, batch, reached)
 
     def _remember(self, line: Line) -> None:
         """Count what past lines have sent; of those that may still send gradients, keep the last few."""
@@ -121,9 +122,19 @@ class ChunkParallel:
         if len(self._lines) > 8:
             self.sent += self._lines.pop(0).sent
 
-    def _nothing(self) -> Tensor:
-        """Of a rank without tokens: no logits, a loss of 0."""
-        return next(self.model.parameters()).flatten()[:0].sum()
+    def _nothing(self, some: Tensor, targets: Tensor | None, reduction: Reduction) -> Tensor:
+        """Of a rank without tokens: no logits or losses, or a mean of 0, with a gradient of zero for every parameter.
+
+        The model runs all the same, since FSDP2 exchanges weights and gradients in its forward and backward passes.
+
+        Args:
+            some: (B, 1) any tokens.
+            targets, reduction: of the call.
+        """
+        none = None if targets is None else torch.zeros_like(some, dtype=torch.bool)
+        answers = None if targets is None else some
+        made, _ = self.model(some, targets=answers, learnt=none, reduction=reduction, logits_to_keep=0)
+        return made[:, :0] if made.dim() else made
 
     def _entry(self, piece: Piece, state: State | None, position: Tensor) -> State:
         """What stands for the State at the entry of this rank's part."""
@@ -161,8 +172,8 @@ class ChunkParallel:
             whole = whole + own
         return whole
 
-    def _at_end(self, line: Line, after: State | None, batch: int, before: list[Tensor]) -> State:
-        """The State after the last token, on every rank; its gradients reach the tensors of the State before it."""
+    def _at_end(self, line: Line, after: State | None, batch: int, reached: list[Tensor]) -> State:
+        """The State after the last token, on every rank; a backward pass from it reaches these tensors."""
         spec = self.model.state_spec
         leaves = [leaf for _, leaf in named(spec)]
         tensors: list[Tensor] = []
@@ -175,8 +186,8 @@ class ChunkParallel:
         dist.broadcast(header, group=self.group, group_src=line.members[-1])
         forms = forms_told(header, leaves, batch)
         anchor = torch.zeros((), device=device, requires_grad=torch.is_grad_enabled())
-        if before and torch.is_grad_enabled():
-            anchor = Connect.apply(anchor, *before)
+        if reached and torch.is_grad_enabled():
+            anchor = Connect.apply(anchor, *reached)
         made = Broadcast.apply(line, forms, anchor, *tensors)
         whole = iter(
             widened(t, (batch, *leaf.shape)).to("cpu" if leaf.on_cpu else device)

@@ -104,7 +104,7 @@ class LayerEntry:
             return x, self.given
         forms = fixed_forms(self.leaves, self.piece.rows, self.piece.dtype)
         made = Receive.apply(self.piece.line, self.tag, forms, self.kept, self.piece.anchor())
-        return x, self._tree(made)
+        return Connect.apply(x, *made), self._tree(made)  # whether the layer uses it or not, its gradient is waited for
 
     def _combined(self, layer: nn.Module, x: Tensor, boundaries: Any) -> tuple[Tensor, Tree]:
         line = self.piece.line
@@ -153,6 +153,7 @@ class BlockEntry:
     layers: dict[str, nn.Module]
     kept: list[Tensor] = field(default_factory=list)
     forms: list[Form] = field(default_factory=list)
+    received: list[Tensor] = field(default_factory=list)
     forms_sent: list[Form] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -188,6 +189,7 @@ class BlockEntry:
             header = piece.line.receive(16 * len(leaves), -1, self.tag, piece.device)
             self.forms += forms_told(header, leaves, piece.rows)
         made = Receive.apply(piece.line, self.tag, self.forms, self.kept, piece.anchor())
+        self.received = list(made)
         whole = iter(
             widened(t, (piece.rows, *leaf.shape)).to("cpu" if leaf.on_cpu else piece.device)
             for t, leaf in zip(made, leaves, strict=True)
@@ -197,6 +199,7 @@ class BlockEntry:
     def leave(self, x: Tensor, leaving: Tree) -> Tensor:
         """x, and the rest of the exit state to the next rank."""
         line = self.piece.line
+        x, self.received = Connect.apply(x, *self.received), []  # as of a layer
         if line.is_last or not self.travels(line.place + 1):
             return x
         rest = {name: leaving[name] for name in self.rest} if self.layers else leaving

@@ -161,8 +161,8 @@ class Classification:
     def base(self) -> None:
         """Nothing: weights are drawn."""
 
-    def passes(self, model: Any, precision: Literal["bf16", "float32"], device: torch.device) -> Any:
-        """See ClassificationPass."""
+    def passes(self, model: Any, precision: Literal["bf16", "float32"], device: torch.device, in_step: bool) -> Any:
+        """See ClassificationPass: every batch has something to learn."""
         return ClassificationPass(model, precision, device)
 
     def trials(self) -> list[ExampleBatch]:

@@ -33,8 +33,8 @@ class Subject(Protocol):
     def base(self) -> LanguageModel | None:
         """The model to begin from, if there is one."""
 
-    def passes(self, model: LanguageModel, precision: Any, device: torch.device) -> Pass:
-        """From batches to gradients."""
+    def passes(self, model: LanguageModel, precision: Any, device: torch.device, in_step: bool) -> Pass:
+        """From batches to gradients; see passes.Forward."""
 
     def trials(self) -> list[Any]:
         """Batches that run every kernel once."""
@@ -60,9 +60,11 @@ class Text:
         """See load_base."""
         return load_base(self.recipe, self.tokenizer)
 
-    def passes(self, model: LanguageModel, precision: Literal["bf16", "float32"], device: torch.device) -> Pass:
+    def passes(
+        self, model: LanguageModel, precision: Literal["bf16", "float32"], device: torch.device, in_step: bool
+    ) -> Pass:
         """See build_pass."""
-        return build_pass(Forward(model, precision, device), self.recipe.training)
+        return build_pass(Forward(model, precision, device, in_step), self.recipe.training)
 
     def trials(self) -> list[Batch]:
         """With a document's start, and without."""

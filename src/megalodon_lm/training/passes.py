@@ -46,14 +46,19 @@ class Forward:
         model: to run.
         precision: of its products.
         device: where it is.
+        in_step: with ranks of other rows: each runs every pass forward and back, whether its own rows have something to
+            learn or not, since gradients and shares of weights are exchanged meanwhile.
     """
 
     model: LanguageModel
     precision: Literal["bf16", "float32"]
     device: torch.device
+    in_step: bool = False
 
     def loss(self, batch: Batch, state: State | None) -> tuple[Tensor, State]:
         """The mean over the targets that are learnt, in nats, and the State after the batch."""
+        if self._is_padding(batch):
+            return self._nothing(batch), self._unchanged(batch, state)
         inputs, targets = batch.inputs.to(self.device), batch.targets.to(self.device)
         with autocast(self.precision, self.device):
             return self.model(
@@ -62,9 +67,25 @@ class Forward:
 
     def state(self, batch: Batch, state: State | None) -> State:
         """The State after the batch alone, without what the head would make of it."""
+        if self._is_padding(batch):
+            self._nothing(batch)
+            return self._unchanged(batch, state)
         inputs = batch.inputs.to(self.device)
         with autocast(self.precision, self.device):
             return self.model(inputs, state, logits_to_keep=0, document_starts=batch.starts, mask=batch.mask)[1]
+
+    def _is_padding(self, batch: Batch) -> bool:
+        """Whether other ranks may have tokens and this one has none."""
+        return self.in_step and batch.mask is not None and not bool(batch.mask.any())
+
+    def _nothing(self, batch: Batch) -> Tensor:
+        """A loss of 0, with a gradient of 0 for each parameter, by the blocks that the other ranks run."""
+        some = batch.inputs[:, :1].to(self.device)
+        with autocast(self.precision, self.device):
+            return self.model(some, targets=some, learnt=torch.zeros_like(some, dtype=torch.bool))[0]
+
+    def _unchanged(self, batch: Batch, state: State | None) -> State:
+        return self.model.empty_state(len(batch.inputs)) if state is None else state
 
 
 @dataclass(frozen=True)
@@ -80,7 +101,7 @@ class OnePass:
     def __call__(self, batch: Batch, state: State | None, learnt: int) -> Passed:
         """See Pass."""
         share = batch.num_learnt / learnt
-        if not share:
+        if not share and not self.forward.in_step:
             with torch.no_grad():
                 return Passed(0.0, self.forward.state(batch, state))
         loss, after = self.forward.loss(batch, state)

@@ -76,17 +76,18 @@ class SegmentedPass:
             Its share of the loss, the State after it, and the gradients of that before it.
         """
         share = segment.num_learnt / learnt
-        if not share and not gradients:
+        learns = bool(share) or self.forward.in_step
+        if not learns and not gradients:
             with torch.no_grad():
                 return 0.0, self.forward.state(segment, entry), {}
         if entry is not None and differentiate:
             entry = entry.map(lambda t: t.detach().requires_grad_(t.is_floating_point()))
-        if share:
+        if learns:
             loss, after = self.forward.loss(segment, entry)
         else:
             loss, after = torch.zeros(()), self.forward.state(segment, entry)
         leaving = {name: t for name, t in after.tensors().items() if name in gradients and t.requires_grad}
-        ends = [loss * share] if share else []
+        ends = [loss * share] if learns else []
         torch.autograd.backward(
             [*ends, *leaving.values()], [*map(torch.ones_like, ends), *(gradients[name] for name in leaving)]
         )

@@ -94,7 +94,7 @@ class Trainer:
             compiling = (lambda model: compile_blocks(model, self.device)) if t.compile else None
             self.reader = self.ranks.apply(self.model, compiling)
             self.precision = choose_precision(t.precision, self.device)
-            own = self.subject.passes(self.reader, self.precision, self.device)
+            own = self.subject.passes(self.reader, self.precision, self.device, self.ranks.ranks > 1)
             self.passes = shared(own, self.ranks)
             self.optimizer = build_optimizer(self.model, t, self.precision)
             self.average = WeightAverage(self.model, t.average) if t.average else None
