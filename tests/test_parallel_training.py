@@ -4,35 +4,48 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
+from megalodon_lm.architectures import load
 from megalodon_lm.cli.training import train_with_progress
-from megalodon_lm.errors import RankLost
+from megalodon_lm.errors import InputError, RankLost
 from megalodon_lm.evaluation import validation
+from megalodon_lm.evaluation.perplexity import score
 from megalodon_lm.parallel.mesh import MeshSizes
 from megalodon_lm.parallel.ranks import Ranks, Together
 from megalodon_lm.training.checkpoint import checkpoints
 from megalodon_lm.training.trainer import Trainer
 
 from .ranks import run_ranks
-from .runs import metrics, recipe
+from .runs import TEXT, metrics, recipe
 
 STEPS = 20
 CHOICES = {
     "length": 64, "batch_size": 4, "steps": STEPS, "warmup_steps": 2, "checkpoint_steps": 10, "accumulate": 2,
-    "learning_rate": 1e-3,
+    "learning_rate": 1e-3, "validate_steps": 5,
 }  # fmt: skip
-MODEL = {"dropout": 0.0, "chunk_size": 16, "num_layers": 2}
+OTHERS = {
+    "optimizer": "muon", "average": 0.8, "clip": 0.1, "segment": 24, "ramp_steps": 12, "activation_checkpointing": True,
+    "schedule": "wsd",
+}  # fmt: skip
+MODEL = {"dropout": 0.0, "chunk_size": 16, "num_layers": 2, "num_heads": 2}
+TEXT_READ = np.frombuffer(TEXT, np.uint8)[:200].astype(np.int64)
 MESHES = {
     2: [
         {"replicate": 2}, {"shard": 2, "replicate": 1}, {"chunk": 2}, {"chunk": 2, "exchange": "parallel"},
+        {"tensor": 2},
     ],
     4: [
         {"replicate": 2, "chunk": 2}, {"replicate": 1, "shard": 2, "chunk": 2}, {"replicate": 2, "shard": 2},
-        {"chunk": 4}, {"replicate": 1, "shard": 2, "chunk": 2, "exchange": "parallel"},
+        {"chunk": 4}, {"replicate": 1, "shard": 2, "chunk": 2, "exchange": "parallel"}, {"chunk": 2, "tensor": 2},
     ],
 }  # fmt: skip
+WITH_OTHERS = {
+    2: [{"replicate": 1, "shard": 2}, {"chunk": 2}],
+    4: [{"replicate": 1, "shard": 2, "chunk": 2}, {"chunk": 2, "tensor": 2}, {"replicate": 1, "shard": 2, "tensor": 2}],
+}
 
 
 def train(rank, folder, runs):
@@ -40,25 +53,35 @@ def train(rank, folder, runs):
     torch.set_num_threads(1)
     for sizes, name, resume in runs:
         ranks = Together(MeshSizes(**sizes), torch.device("cpu"))
-        Trainer(of_run(folder), folder / name, ranks=ranks, resume=resume).train()
+        Trainer(of_run(folder), folder / name, ranks=ranks, resume=resume).train(validate=validate)
 
 
 def of_run(folder):
-    return recipe(folder, MODEL, {"section": 150}, **CHOICES)
+    """The recipe of a folder's runs: of one that is named so with other choices."""
+    others = OTHERS if folder.name.startswith("others") else {}
+    return recipe(folder, MODEL, {"section": 150}, **CHOICES, **others)
+
+
+def validate(model):
+    return score(model, [TEXT_READ], 64).mean
+
+
+def trained_alone(folder):
+    Trainer(of_run(folder), folder / "run").train(validate=validate)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """A folder with the run of one process."""
-    folder = tmp_path_factory.mktemp("alone")
-    Trainer(of_run(folder), folder / "run").train()
-    return folder
+    return trained_alone(tmp_path_factory.mktemp("alone"))
 
 
 def follows(run, alone):
-    """Its losses are those of one process, and it stopped at the same place."""
-    losses = [[m["bits_per_token"] for m in metrics(folder)] for folder in (run, alone / "run")]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5), run
+    """Its losses are those of one process, on the validation text too, and it stopped at the same place."""
+    for kind in ("bits_per_token", "validation"):
+        losses = [[m[kind] or 0.0 for m in metrics(folder)] for folder in (run, alone / "run")]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-5), (run, kind)
     places = [json.loads((checkpoints(f)[0] / "progress.json").read_bytes())["place"] for f in (run, alone / "run")]
     assert places[0] == places[1], run
     return True
@@ -96,6 +119,30 @@ def test_samples_are_those_of_one_process_and_written_once(tmp_path):
     assert alone.count("bits per byte\nabc") == 2
     for name in SAMPLING:
         assert (tmp_path / name / "samples.txt").read_text() == alone, name
+
+
+def with_others(ranks, folder):
+    """Muon, averaged weights, clipping that bites, segments, batches that grow more: on meshes that share weights."""
+    trained_alone(folder)
+    runs = [(sizes, f"{ranks} ranks, {number}", "no") for number, sizes in enumerate(WITH_OTHERS[ranks])]
+    run_ranks(train, ranks, folder, runs)
+    for _, name, _ in runs:
+        assert follows(folder / name, folder)
+        assert validate(load(folder / name)) == pytest.approx(metrics(folder / name)[-1]["validation"], abs=1e-5)
+
+
+def test_other_choices_follow_one_process_and_what_is_validated_are_the_weights_of_then(tmp_path_factory):
+    with_others(2, tmp_path_factory.mktemp("others"))
+
+
+@pytest.mark.slow
+def test_other_choices_on_meshes_of_two_dimensions_follow_one_process(tmp_path_factory):
+    with_others(4, tmp_path_factory.mktemp("others"))
+
+
+def test_chunk_ranks_do_not_compile(tmp_path):
+    with pytest.raises(InputError, match=r"compile = true cannot go with mesh\.chunk = 2"):
+        recipe(tmp_path, compile=True).changed("mesh.chunk=2")
 
 
 def half(run, folder):

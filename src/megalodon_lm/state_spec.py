@@ -17,7 +17,7 @@ Tree = Any
 
 
 class Sealed:
-    """The entry state of a module, in an object that wrappers of modules do not look into; see State."""
+    """The entry or exit state of a module, in an object that wrappers of modules do not look into; see State."""
 
     def __init__(self, tree: Tree):
         self.tree = tree

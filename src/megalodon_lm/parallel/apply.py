@@ -8,12 +8,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ..model.decoder import Decoder
 from ..model.language_model import LanguageModel
+from ..ops.derived import forget
+from ..state_spec import Sealed
 from .tensor import apply_tensor_parallel
 
 
@@ -56,10 +59,38 @@ def shard(model: Any, mesh: DeviceMesh, precision: MixedPrecisionPolicy) -> None
     reshard = mesh["chunk"].size() == 1
     for part in (*model.layers, model):
         fully_shard(part, mesh=owners, mp_policy=precision, reshard_after_forward=reshard)
+    for part in model.layers:
+        part.register_forward_hook(_seal, prepend=True)
+        part.register_forward_hook(_open)
     for part in model.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)  # gloo knows no sum that divides
+            part.register_forward_pre_hook(_forget_weights)
+            part.register_forward_hook(_give_back_weights)
+
+
+def _seal(part: nn.Module, given: Any, made: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Hide a block's exit state from FSDP2, which gathers its weights at the first gradient of what it sees.
+
+    A tensor that a block hands through has its gradient before all others, on the ranks whose rows have one.
+    """
+    return (*made[:-1], Sealed(made[-1]))
+
+
+def _open(part: nn.Module, given: Any, made: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (*made[:-1], made[-1].tree)
+
+
+def _forget_weights(part: nn.Module, given: Any) -> None:
+    """What was made of gathered weights when they had other values: they are written again uncounted."""
+    forget(p._local_tensor if isinstance(p, DTensor) else p for p in part.parameters())
+
+
+def _give_back_weights(part: nn.Module, given: Any, made: Any) -> None:
+    """Without a backward pass to follow, which would do so: others may have changed when they are needed again."""
+    if not torch.is_grad_enabled() and isinstance(part, FSDPModule):
+        part.reshard()
 
 
 def sum_gradients(model: LanguageModel, mesh: DeviceMesh) -> None:

@@ -205,18 +205,18 @@ class _Hooks:
         module.register_forward_hook(self.leave)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        x, state, *others = args if len(args) > 1 else (*args, None)
-        found = state.tree if isinstance(state, Sealed) else state
-        self.open = found if isinstance(found, BlockEntry | LayerEntry) else None
-        if self.open is None:
+        bare = [arg.tree if isinstance(arg, Sealed) else arg for arg in args]
+        at = next((i for i, arg in enumerate(bare) if isinstance(arg, BlockEntry | LayerEntry)), None)
+        self.open = None if at is None else bare[at]
+        if at is None:
             return None
-        x, opened = self.open.enter(module, x, *others)
-        sealed = isinstance(state, Sealed)
-        return (x, Sealed(opened) if sealed and opened is not None else opened, *others)
+        x, opened = self.open.enter(module, args[0], *args[at + 1 :])
+        sealed = isinstance(args[at], Sealed) and opened is not None
+        return (x, *args[1:at], Sealed(opened) if sealed else opened, *args[at + 1 :])
 
     def leave(self, module: nn.Module, args: Any, made: Any) -> Any:
         entry, self.open = self.open, None
-        return None if entry is None else (entry.leave(*made), made[1])
+        return None if entry is None else (entry.leave(made[0], made[-1]), *made[1:])
 
 
 def _associative_layers(block: nn.Module) -> dict[str, nn.Module]:
