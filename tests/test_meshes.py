@@ -20,6 +20,8 @@ from megalodon_lm.training.recipe import TrainingRecipe
 from megalodon_lm.training.segments import build_pass
 
 from .ranks import run_ranks
+from .test_architectures import EVERY
+from .test_architectures import made as baseline
 from .test_cut_invariant import CHUNK, build
 
 CPU = torch.device("cpu")
@@ -78,7 +80,9 @@ def draw(kind, seed):
 
 
 def made(case):
-    model = build(torch.float64 if case.numbers == "float64" else torch.float32, **MODELS[case.model])
+    dtype = torch.float64 if case.numbers == "float64" else torch.float32
+    choices = MODELS.get(case.model)
+    model = baseline.__wrapped__(case.model, dtype) if choices is None else build(dtype, **choices)
     model.activation_checkpointing = case.recompute
     return model
 
@@ -160,6 +164,8 @@ TWO = [
     Case("shard 2", "some rows empty"),
     Case("replicate 2", "some rows empty", segment=10),
     Case("tensor 2", segment=10, recompute=True),
+    Case("chunk 2", model="llama"),
+    Case("shard 2", "one row learns", model="llama"),
 ]
 FOUR = [
     Case("chunk 2 x tensor 2"),
@@ -195,6 +201,14 @@ def every(ranks):
         )
         for numbers in ("float32", "bf16")
     ]
+
+
+@pytest.mark.slow
+def test_other_architectures_share_sequences_weights_and_rows():
+    """Their states go from rank to rank in a chain; of layers, tensor ranks share none."""
+    meshes = [("chunk 2", "packed, padded, carried"), ("shard 2", "one row learns"), ("replicate 2", "plain")]
+    names = [name for name in EVERY if name not in MODELS]
+    check(2, [Case(mesh, kind, segment=10, model=name) for mesh, kind in meshes for name in names], timeout=1500)
 
 
 @pytest.mark.slow

@@ -59,15 +59,15 @@ def shard(model: Any, mesh: DeviceMesh, precision: MixedPrecisionPolicy) -> None
     reshard = mesh["chunk"].size() == 1
     for part in (*model.layers, model):
         fully_shard(part, mesh=owners, mp_policy=precision, reshard_after_forward=reshard)
-    for part in model.layers:
-        part.register_forward_hook(_seal, prepend=True)
-        part.register_forward_hook(_open)
+        if part is not model:
+            part.register_forward_hook(_seal, prepend=True)
+            part.register_forward_hook(_open)
+        part.register_forward_pre_hook(_forget_weights)
+        part.register_forward_hook(_give_back_weights)
     for part in model.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)  # gloo knows no sum that divides
-            part.register_forward_pre_hook(_forget_weights)
-            part.register_forward_hook(_give_back_weights)
 
 
 def _seal(part: nn.Module, given: Any, made: tuple[Any, ...]) -> tuple[Any, ...]:
