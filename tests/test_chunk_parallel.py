@@ -106,6 +106,7 @@ def other_cases(rank):
         "recomputed": compare(rank, torch.float64, list(MODELS), KINDS[-2:-1], EXCHANGES, recompute=True),
         "bytes": {exchange: bytes_sent(exchange) for exchange in EXCHANGES},
         "reading": reading(),
+        "state alone": state_alone(),
     }
 
 
@@ -133,7 +134,27 @@ def reading():
         context.read(tokens)
         losses = score(read_by, [tokens], 0)
         last = read_by(torch.from_numpy(tokens)[None], logits_to_keep=2)[0].detach()
-        found.append((losses.mean, context.loss(), context.finish()[0], last, read_by(torch.zeros(2, 9).long())[0]))
+        one, few = torch.zeros(2, 1).long(), torch.zeros(2, 9).long()  # of one token, the first rank has none
+        each = read_by(one, targets=one, reduction="none")[0]
+        found.append((losses.mean, context.loss(), context.finish()[0], last, read_by(few)[0], read_by(one)[0], each))
+    return found
+
+
+def state_alone():
+    """Gradients of the exit State, by whoever reads the sequence."""
+    tokens = torch.arange(4 * CHUNK + 5).view(1, -1) % 30
+    found = []
+    for shared in (False, True):
+        model = build(num_layers=2)
+        reader = ChunkParallel(model, dist.group.WORLD) if shared else model
+        _, state = reader(tokens, logits_to_keep=0)
+        weight = 1.0 if not shared or dist.get_rank() == 0 else 0.0
+        (weight * sum(t.square().sum() for t in state.tensors().values() if t.requires_grad)).backward()
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+        if shared:
+            for gradient in gradients:
+                dist.all_reduce(gradient)
+        found.append(gradients)
     return found
 
 
@@ -162,6 +183,12 @@ def test_bytes_between_ranks_are_those_of_the_formula_whatever_the_length(others
         gradients = 3 * (2 * layer + final)  # counts have none
         assert last[0][1] == gradients
         assert first[0][1] == (0 if exchange == "chain" else gradients)
+
+
+def test_gradients_of_the_state_alone_come_back_along_the_sequence(others):
+    for found in others:
+        for alone, together in zip(*found["state alone"], strict=True):
+            torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
 
 
 def test_reading_without_gradients(others):

@@ -18,7 +18,7 @@ from ..state import State
 from ..state_spec import Sealed, named, tree_map
 from .associative import ASSOCIATIVE
 from .entries import BlockEntry, LayerEntry, Piece, used_of_caches
-from .exchange import Broadcast, Connect, Line, forms_told, header_of, settle, widened
+from .exchange import Broadcast, Connect, Line, Share, forms_told, header_of, settle, widened
 from .mesh import Exchange
 
 
@@ -155,8 +155,7 @@ class ChunkParallel:
         shares = torch.zeros(self.ranks, dtype=torch.float64, device=own.device)
         shares[self.rank] = own.detach()
         dist.all_reduce(shares, group=self.group)
-        shares[self.rank] = 0
-        return own + shares.sum().to(own.dtype)
+        return Share.apply(own, shares.sum().to(own.dtype))
 
     def _assembled(self, own: Tensor, shape: tuple[int, ...], first: int) -> Tensor:
         """Columns of all ranks, with the gradient of this rank's."""

@@ -256,6 +256,18 @@ class Broadcast(torch.autograd.Function):
         return None, None, of_anchor, *wide
 
 
+class Share(torch.autograd.Function):
+    """A value that all ranks have alike to the last bit, with the gradient of this rank's share of it."""
+
+    @staticmethod
+    def forward(ctx: Any, share: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], None
+
+
 class Connect(torch.autograd.Function):
     """x, with a gradient of zero for each of some tensors: a backward pass that reaches x reaches them too."""
 
