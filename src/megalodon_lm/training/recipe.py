@@ -239,11 +239,12 @@ class Recipe:
         self.mesh.check()
         _rule(d.order in ORDERS, "data.order", d.order, f"must be one of {', '.join(ORDERS)}")
         self.check_values()
-        if t.compile and self.mesh.chunk != 1:
-            raise InputError(
-                f"training.compile = true cannot go with mesh.chunk = {self.mesh.chunk}: blocks that wait for other "
-                "ranks are not compiled; set one of them to false or 1"
-            )
+        for name in ("chunk", "tensor"):
+            if t.compile and (size := getattr(self.mesh, name)) != 1:
+                raise InputError(
+                    f"training.compile = true cannot go with mesh.{name} = {size}: blocks in which ranks exchange "
+                    f"tensors are not compiled; set compile to false or {name} to 1"
+                )
         if d.order == "shuffled" and t.carry_state:
             raise InputError('data.order = "shuffled" has no state to carry; set training.carry_state = false')
         if d.weights:
