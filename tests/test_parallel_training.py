@@ -140,8 +140,8 @@ def test_other_choices_on_meshes_of_two_dimensions_follow_one_process(tmp_path_f
     with_others(4, tmp_path_factory.mktemp("others"))
 
 
-@pytest.mark.parametrize("dimension", ["chunk", "tensor"])
-def test_ranks_that_exchange_tensors_within_blocks_do_not_compile(tmp_path, dimension):
+@pytest.mark.parametrize("dimension", ["shard", "chunk", "tensor"])
+def test_ranks_that_share_blocks_do_not_compile(tmp_path, dimension):
     with pytest.raises(InputError, match=rf"compile = true cannot go with mesh\.{dimension} = 2"):
         recipe(tmp_path, compile=True).changed(f"mesh.{dimension}=2")
 

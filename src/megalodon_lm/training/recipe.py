@@ -239,11 +239,11 @@ class Recipe:
         self.mesh.check()
         _rule(d.order in ORDERS, "data.order", d.order, f"must be one of {', '.join(ORDERS)}")
         self.check_values()
-        for name in ("chunk", "tensor"):
+        for name in ("shard", "chunk", "tensor"):
             if t.compile and (size := getattr(self.mesh, name)) != 1:
                 raise InputError(
-                    f"training.compile = true cannot go with mesh.{name} = {size}: blocks in which ranks exchange "
-                    f"tensors are not compiled; set compile to false or {name} to 1"
+                    f"training.compile = true cannot go with mesh.{name} = {size}: blocks that ranks share are not "
+                    f"compiled; set compile to false or {name} to 1"
                 )
         if d.order == "shuffled" and t.carry_state:
             raise InputError('data.order = "shuffled" has no state to carry; set training.carry_state = false')
