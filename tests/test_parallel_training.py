@@ -38,10 +38,14 @@ MESHES = {
         {"tensor": 2},
     ],
     4: [
-        {"replicate": 2, "chunk": 2}, {"replicate": 1, "shard": 2, "chunk": 2}, {"replicate": 2, "shard": 2},
         {"chunk": 4}, {"replicate": 1, "shard": 2, "chunk": 2, "exchange": "parallel"}, {"chunk": 2, "tensor": 2},
     ],
 }  # fmt: skip
+MORE = [
+    {"replicate": 2, "chunk": 2}, {"replicate": 1, "shard": 2, "chunk": 2}, {"replicate": 2, "shard": 2},
+    {"replicate": 2, "tensor": 2}, {"replicate": 1, "shard": 2, "tensor": 2},
+    {"chunk": 2, "tensor": 2, "exchange": "parallel"},
+]  # fmt: skip
 WITH_OTHERS = {
     2: [{"replicate": 1, "shard": 2}, {"chunk": 2}],
     4: [{"replicate": 1, "shard": 2, "chunk": 2}, {"chunk": 2, "tensor": 2}, {"replicate": 1, "shard": 2, "tensor": 2}],
@@ -91,6 +95,13 @@ def follows(run, alone):
 def test_steps_on_each_mesh_follow_those_of_one_process(alone, ranks):
     runs = [(sizes, f"{ranks} ranks, {number}", "no") for number, sizes in enumerate(MESHES[ranks])]
     run_ranks(train, ranks, alone, runs)
+    assert all(follows(alone / name, alone) for _, name, _ in runs)
+
+
+@pytest.mark.slow
+def test_steps_on_more_meshes_follow_those_of_one_process(alone):
+    runs = [(sizes, f"more, {number}", "no") for number, sizes in enumerate(MORE)]
+    run_ranks(train, 4, alone, runs)
     assert all(follows(alone / name, alone) for _, name, _ in runs)
 
 
