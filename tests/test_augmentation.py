@@ -173,3 +173,9 @@ def test_damaged_pictures_are_named(tmp_path, pictures):
                 PictureFile(tmp_path / "a" / f"{name}.png", side, True).read()
     with pytest.raises(InputError, match=r"there is no such file|No such file"):
         PictureFile(tmp_path / "a" / "missing.png", 16).read()
+
+
+def test_pictures_of_16_bits_keep_their_shades(tmp_path):
+    Image.fromarray(np.array([[0, 257 * 100], [257 * 200, 65535]], np.uint16)).save(tmp_path / "x.png")
+    assert PictureFile(tmp_path / "x.png", 0, False, (2, 2)).read().tolist() == [[0, 100], [200, 255]]
+    assert PictureFile(tmp_path / "x.png", 0, True, (2, 2)).read()[0, 1].tolist() == [100] * 3

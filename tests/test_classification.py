@@ -246,7 +246,8 @@ def test_what_is_wrong_on_standard_input_is_one_line(tmp_path, hearing, capsys, 
         through_a_pipe(tmp_path / "nothing.wav", 1, monkeypatch, str(hearing[2]), "--raw")
     assert "no samples" in capsys.readouterr().err
     for options, message in {
-        ("--raw",): "--raw is for --stream - alone", ("--stream", "--every", "0"): "must be a positive number",
+        ("--raw",): "--raw is for --stream - alone", ("-",): "standard input, is for --stream",
+        ("--stream", "--every", "0"): "must be a positive number",
         ("--stream", "--every", "nan"): "must be a positive number",
     }.items():  # fmt: skip
         with pytest.raises(InputError, match=message):
@@ -423,6 +424,8 @@ def test_every_recipe_makes_a_step_when_shrunk(name, tmp_path, folders):
         (dict(training={"begin_from": "x"}), "training.begin_from"),
         (dict(held_out_part=1.5), "held_out_part"),
         (dict(patch=0), "data.patch"),
+        (dict(held_out="("), "held_out = .* is no regular expression"),
+        (dict(side=-1), "data.side"),
         (dict(training={"steps": 0}), "steps"),
         (dict(weights=[1.0]), "unknown key 'weights'"),
     ],

@@ -146,6 +146,8 @@ class ClassifyPredict(Quiet):
             raise InputError(f"--every {self.every} must be a positive number of milliseconds")
         if self.raw and (not self.stream or self.files != ["-"]):
             raise InputError("--raw is for --stream - alone")
+        if "-" in self.files and not self.stream:
+            raise InputError("-, standard input, is for --stream")
         number = 2 if form.kind == "texts" else 1
         if len(self.files) % number:
             raise InputError(f"{self.model} classifies {form.described}: give an even number of files")

@@ -56,7 +56,10 @@ def read_picture(path: str | Path, side: int = 0, colour: bool = False) -> NDArr
         with Image.open(path) as image:
             if side:
                 image.draft("RGB" if colour else "L", (side, side))  # lets JPEG be decoded no larger than needed
-            picture: Image.Image = image.convert("RGB" if colour else "L")
+            picture: Image.Image = image
+            if image.mode.startswith("I"):  # 16 bits, which the library would cut off at 255
+                picture = Image.fromarray((np.asarray(image).clip(0, 0xFFFF) // 257).astype(np.uint8))
+            picture = picture.convert("RGB" if colour else "L")
         if side:
             scale = side / min(picture.size)
             width, height = (max(side, round(n * scale)) for n in picture.size)

@@ -93,6 +93,10 @@ class ClassificationRecipe(Recipe):
             raise InputError(f"data.held_out_part = {d.held_out_part} must be between 0 and 1")
         if d.patch < 1:
             raise InputError(f"data.patch = {d.patch} must be at least 1")
+        try:
+            re.compile(d.held_out)
+        except re.error as error:
+            raise InputError(f"data.held_out = {d.held_out!r} is no regular expression: {error}") from None
         for key in ("side", "longest"):
             if (value := getattr(d, key)) < 0:
                 raise InputError(f"data.{key} = {value} must not be negative")
