@@ -16,6 +16,7 @@ from megalodon_lm.errors import InputError
 from megalodon_lm.evaluation.harness import HarnessModel
 from megalodon_lm.hub import MegalodonForCausalLM
 from megalodon_lm.hub.tokenization import save_tokenizer, special_tokens
+from megalodon_lm.hub.transformers_model import load_transformers
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "tests" / "files" / "tasks"
@@ -130,15 +131,15 @@ def test_chats_are_those_of_the_models_own_form(both, answer):
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
 
 
-def test_a_model_without_a_form_of_chats_is_not_asked_in_one(tmp_path):
-    llama(tmp_path, False, None)
-    here, _ = PATHS.sides(tmp_path, torch.float32, 1)
-    with pytest.raises(InputError, match="has no chat template: the model knows no chats"):
-        here.apply_chat_template(CHAT)
-    llama(tmp_path, False, "{{ raise_exception('never') }}")
-    here, _ = PATHS.sides(tmp_path, torch.float32, 1)
-    with pytest.raises(InputError, match="refuses a chat: never"):
-        here.apply_chat_template(CHAT)
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [(None, "has no chat template: the model knows no chats"), ("{{ raise_exception('no') }}", "refuses a chat: no")],
+)
+def test_a_model_without_a_form_of_chats_is_not_asked_in_one(template, says, tmp_path):
+    llama(tmp_path, False, template)
+    model, tokenizer = load_transformers(tmp_path)
+    with pytest.raises(InputError, match=says):
+        HarnessModel(model, tokenizer).apply_chat_template(CHAT)
 
 
 @pytest.mark.slow
