@@ -253,6 +253,22 @@ def test_any_questions_about_any_document(name, length, questions, shown):
     assert [answer.id for answer in once[1]] == [*(question.id for question in asked), "0"]
 
 
+def test_answers_are_written_beside_the_same_others(tiny):
+    """Read once or anew: models without compiled steps round by the company that a row has."""
+    together = []
+
+    class Watching(Reader):
+        def write(self, contexts, max_tokens, stop=()):
+            together.append([context.position for context in contexts])
+            return super().write(contexts, max_tokens, stop)
+
+    asked = [Question(str(n), "why" * (7 * n % 10), ("the count",)) for n in range(10)]
+    for anew in (False, True):
+        DocumentRun(short("f1"), Watching(tiny, BYTES), (), anew).result([Document("", asked)])
+    assert [len(positions) for positions in together] == [8, 2, 8, 2]
+    assert together[:2] == together[2:]
+
+
 def test_tokens_never_reach_from_the_document_into_the_question():
     """Though letters on either side of the border would make one token: the document is read before it is asked."""
     tokenizer = SubwordTokenizer(byte_level())
