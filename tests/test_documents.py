@@ -1,6 +1,7 @@
 """Long documents: where they come from, what a model is shown of them, and that one reading serves all questions."""
 
 import json
+import subprocess
 import sys
 import zipfile
 from dataclasses import replace
@@ -367,6 +368,7 @@ def test_the_command(tmp_path, saved, capsys, monkeypatch):
     found = Results.load(out)
     assert [(task.task, task.shots, task.samples) for task in found.tasks] == [("qmsum", 1, 2), ("quality", 0, 1)]
     assert set(found.tasks[0].scores) == {"rouge1", "rouge2", "rougeL", "rouge"}
+    assert all(task.peak_memory is None or task.peak_memory > 1 << 24 for task in found.tasks)
     lines = [json.loads(line) for line in said.read_text().splitlines()]
     assert [line["id"] for line in lines] == ["val-0-0", "val-0-1", "m"]
     main([*arguments, "--out", str(out), "--answers", str(said), "--limit", "1", "--quiet"])  # replaces its own kind
@@ -374,3 +376,29 @@ def test_the_command(tmp_path, saved, capsys, monkeypatch):
         with pytest.raises(SystemExit):
             main([*arguments, *wrong])
         assert capsys.readouterr().err.startswith("megalodon: error: ")
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_document(saved, tmp_path):
+    """In processes of their own: five questions about a thousand bytes, and about a million."""
+    peaks = []
+    for times in (1, 1000):
+        text = (STORY[:1000] * times).replace("\n\n", "\n")
+        rows = [(str(n), f"What {n}?\n\n{OPTIONS}\n\n{text}", "three") for n in range(5)]
+        scrolls(tmp_path / str(times), "quality", rows)
+        out = tmp_path / f"{times}.json"
+        command = [
+            "evaluate",
+            "documents",
+            "quality",
+            str(saved),
+            "--data",
+            str(tmp_path / str(times)),
+            "--out",
+            str(out),
+        ]
+        subprocess.run([sys.executable, "-m", "megalodon_lm", *command, "--quiet"], check=True)
+        peaks.append(Results.load(out).tasks[0].peak_memory)
+    if None in peaks:
+        pytest.skip("the system does not tell")
+    assert peaks[1] < 1.08 * peaks[0]

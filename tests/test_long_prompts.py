@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megalodon_lm import ByteTokenizer
+from megalodon_lm import ByteTokenizer, Megalodon
 from megalodon_lm.cli.main import main
 from megalodon_lm.data.books import bundled
 from megalodon_lm.errors import InputError
@@ -178,6 +178,10 @@ def test_the_command(saved, tmp_path, capsys):
     assert "95 %" in shown
     assert [task.task for task in Results.load(out).tasks] == ["needle 1024", "variables 1024"]
     assert json.loads(out.read_text())["tasks"][0]["notes"]["depths"][0]["depth"] == 0.5
+    assert json.loads(out.read_text())["settings"]["seed"] == 0
+    assert Results.load(out).model["fingerprint"] == Megalodon.load(saved).fingerprint()
+    main(["evaluate", "report", str(out), str(out)])
+    assert "variables 1024" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main([*arguments, "--depths", "2"])
     assert "from 0 to 1" in capsys.readouterr().err

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 COLUMNS = ("task", "metric", "score", "shots", "questions", "minutes", "tokens computed", "of tokens reread")
 
+MOST_COLUMNS = 14  # the model, and every task that has published scores
+
 
 @dataclass
 class Tasks(Quiet):
@@ -124,8 +126,11 @@ class Report:
         if not self.results:
             raise InputError("name at least one file of results")
         made = table([Results.load(path) for path in self.results])
-        shown = Table(*made.columns, caption=f"Percent. Published: {made.source}", caption_justify="left")
-        for row in made.rows:
+        lines = [made.columns, *made.rows]
+        if len(made.columns) > MOST_COLUMNS:  # of many tasks, a row each
+            lines = [list(line) for line in zip(*lines, strict=True)]
+        shown = Table(*lines[0], caption=f"Percent. Published: {made.source}", caption_justify="left")
+        for row in lines[1:]:
             shown.add_row(*row)
         results.print(shown)
 
