@@ -64,10 +64,10 @@ def train(rank, folder, runs):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with a run of one process, and one cut off on each mesh of two ranks, its three rows shared unevenly."""
+    """A folder with a run of one process, and two that were cut off, of ranks that share weights, and layers."""
     folder = tmp_path_factory.mktemp("runs")
     Trainer(of_run(folder), folder / "alone").train()
-    run_ranks(train, 2, folder, [(sizes, f"cut {n}", "no", {}, True) for n, sizes in enumerate(MESHES)])
+    run_ranks(train, 2, folder, [(sizes, f"cut {n}", "no", {}, True) for n, sizes in enumerate(MESHES[:2])])
     return folder
 
 
@@ -76,7 +76,7 @@ def losses(run):
 
 
 def test_one_process_goes_on_with_what_ranks_began(runs):
-    for number in range(len(MESHES)):
+    for number in range(2):
         run = runs / f"back {number}"
         shutil.copytree(runs / f"cut {number}", run)
         assert is_sharded(checkpoints(run)[0])
@@ -118,12 +118,11 @@ def test_an_exported_model_is_never_older_than_the_checkpoints(runs):
     shutil.copytree(runs / "alone", run)
     before = load(run).fingerprint()
     longer = {"steps": 12, "checkpoint_steps": 2}
-    goes_on = {"steps": 20, "checkpoint_steps": 10}
     run_ranks(prolong, 2, runs, longer)
     assert not (run / "model.safetensors").exists()
     cut = load(run).fingerprint()
     assert cut != before
-    run_ranks(train, 2, runs, [({"chunk": 2}, "longer", "last", goes_on, False)])
+    run_ranks(train, 2, runs, [({"chunk": 2}, "longer", "last", longer, False)])
     assert load(run).fingerprint() == Megalodon.load(run).fingerprint() != cut
 
 

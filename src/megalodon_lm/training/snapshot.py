@@ -48,7 +48,7 @@ def capture(
     if state is not None:
         training |= prefixed(_of("state", ranks.rows(batch_size).start), ranks.carried(state))
     used = weights if average is None else average.weights
-    return tuple({name: _copied(t) for name, t in part.items()} for part in (used, training))  # type: ignore[return-value]
+    return {name: _copied(t) for name, t in used.items()}, {name: _copied(t) for name, t in training.items()}
 
 
 def reinstate(
