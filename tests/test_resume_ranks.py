@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -298,6 +299,7 @@ def test_ranks_killed_while_they_save_leave_a_whole_checkpoint(tmp_path):
         )
         seen = newest_step(run)
         while agent.poll() is None:
+            time.sleep(0.002)
             if list((run / "checkpoints").glob(".step-*")) and newest_step(run) > seen + 2:
                 children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
                 os.kill(int(chosen.choice(children)), signal.SIGKILL)
