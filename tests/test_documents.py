@@ -330,7 +330,7 @@ def test_a_window_cuts_and_says_so():
             return super().each(texts, after)
 
     llama = model("llama", window=600)
-    result, _ = DocumentRun(short("f1"), Watching(llama, BYTES), EXAMPLE).result(DOCUMENTS)
+    result, answers = DocumentRun(short("f1"), Watching(llama, BYTES), EXAMPLE).result(DOCUMENTS)
     assert result.notes["window"] == 600
     assert result.notes["documents_cut"] == 2
     whole = len(BYTES.encode(EXAMPLE[0].text + "\n\nQuestion: Why?\nAnswer: who knows\n\n\n", begin=True))
@@ -339,6 +339,8 @@ def test_a_window_cuts_and_says_so():
     assert result.notes["tokens_cut"] == sum(whole + n + q + 12 - 600 for n, q in zip(lengths, asked, strict=True))
     assert [len(text) + 12 for text in seen] == [600] * 4
     assert all(text[0] == BYTES.begin for text in seen)
+    _, anew = DocumentRun(short("f1"), Reader(llama, BYTES), EXAMPLE, anew=True).result(DOCUMENTS)
+    assert anew == answers
     assert BYTES.decode(seen[-1]).endswith(STORY[800:900] + "\n\nQuestion: Where?\nAnswer:")
     with pytest.raises(InputError, match="a window of 40 tokens has no room"):
         DocumentRun(short("f1"), Reader(model("llama", window=40), BYTES)).result(DOCUMENTS)

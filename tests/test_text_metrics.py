@@ -33,6 +33,9 @@ def test_normalisation(text, expected):
         ("unanswerable", ["Unanswerable"], 1),
         ("the", ["the"], 0),  # nothing is left of either
         ("", ["Unanswerable"], 0),
+        ("", [""], 0),  # as in SCROLLS; SQuAD 2 would say 1
+        ("the count", [""], 0),
+        ("Yes, it does.", ["Yes"], 2 * (1 / 3) / (1 / 3 + 1)),
     ],
 )
 def test_f1(said, references, expected):
@@ -51,7 +54,7 @@ def test_rouge():
     assert rouge("On the mat: CATS", ["cat on mat"]) == pytest.approx((2 * 2 / (4 + 3), 0, 2 * 2 / (4 + 3)))  # no stems
     best = rouge("a b c d", ["a b x y", "d c b a"])  # each kind from its best reference
     assert best == pytest.approx((1, 1 / 3, 2 / 4))
-    assert rouge("", ["a"]) == (0, 0, 0)
+    assert rouge("", ["a"]) == rouge("a", [""]) == rouge("", [""]) == (0, 0, 0)
 
 
 def test_means():
