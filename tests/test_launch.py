@@ -77,8 +77,10 @@ def test_the_example_for_kubernetes_parses():
 
 
 def failures(*codes):
-    """Of ranks in the order in which they ended."""
-    return {rank: SimpleNamespace(exitcode=code, timestamp=at) for at, (rank, code) in enumerate(codes)}
+    """Of ranks in the order in which they ended, and some seconds later."""
+    return {
+        rank: SimpleNamespace(exitcode=code, timestamp=at + sum(later)) for at, (rank, code, *later) in enumerate(codes)
+    }
 
 
 @pytest.mark.parametrize(
@@ -87,6 +89,7 @@ def failures(*codes):
         (((2, LOST), (1, -9), (0, -15)), "rank 1 of 4 was ended by signal 9"),
         (((3, 2), (0, LOST), (1, -9)), 2),
         (((3, 130), (0, 130)), 130),
+        (((0, LOST), (1, -9, 29)), "rank 1 of 4 did not answer in time"),
         (((0, LOST), (1, LOST), (2, -15)), "one of 4 ranks was lost or did not answer in time"),
     ],
 )

@@ -17,6 +17,8 @@ LAUNCHED = "MEGALODON_LAUNCHED"
 """Set for ranks that a command started: it says itself how they were lost."""
 LOST, INTERRUPTED = 3, 130
 """Exit codes: another rank was lost; a signal ended the command."""
+STUCK = 20
+"""Seconds after the first of them at which a rank that then ends was killed by the agent, after 30 of asking."""
 PATIENCE = 600
 """Seconds that ranks have to save what they did when the command is told to end."""
 
@@ -66,13 +68,16 @@ def launch(arguments: Sequence[str], ranks: int, restarts: int = 0) -> int:
 def _judged(failures: Mapping[int, Any], ranks: int) -> int:
     """The exit code of the rank that the others fell with."""
     goes_on = "--resume last, of a training, goes on from the last checkpoint with as many ranks as you like"
-    for rank, failure in sorted(failures.items(), key=lambda item: item[1].timestamp):
+    ended = sorted(failures.items(), key=lambda item: item[1].timestamp)
+    for rank, failure in ended:
         code: int = failure.exitcode
-        if code in (LOST, -signal.SIGTERM):  # these fell with another one, which the agent ended too, or which is stuck
+        if code in (LOST, -signal.SIGTERM):  # these fell with another one
             continue
-        if code < 0:
-            raise RankLost(f"rank {rank} of {ranks} was ended by signal {-code}; {goes_on}")
-        return code
+        if code > 0:
+            return code
+        stuck = failure.timestamp - ended[0][1].timestamp > STUCK
+        how = "did not answer in time" if stuck else f"was ended by signal {-code}"
+        raise RankLost(f"rank {rank} of {ranks} {how}; {goes_on}")
     raise RankLost(f"one of {ranks} ranks was lost or did not answer in time; {goes_on}")
 
 
