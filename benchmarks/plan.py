@@ -10,7 +10,7 @@ So the peak beyond what was there before the model is measured in a process whos
 system at once (`tensors`), which is what was planned; and, for comparison, in one with the settings of a training run
 (`training`).
 
-The configurations here are none of those that the planner's constants were set with: they are in FITTED.
+The configurations here are none of those that the planner was made with: they are in FITTED.
 """
 
 import json
@@ -32,7 +32,7 @@ from megalodon_lm.architectures import build
 from megalodon_lm.config import ModelConfig
 from megalodon_lm.data.batches import Batch
 from megalodon_lm.files import write_atomically
-from megalodon_lm.planning.devices import measured
+from megalodon_lm.planning.here import measured
 from megalodon_lm.planning.layout import Layout
 from megalodon_lm.planning.plan import Plan
 from megalodon_lm.planning.times import times
@@ -45,11 +45,13 @@ WIDE = {"num_layers": 4, "model_dim": 384, "z_dim": 192, "value_dim": 768, "ffn_
         "norm_num_groups": 12}  # fmt: skip
 Case = tuple[str, dict[str, int], int, int, Literal["bf16", "float32"], bool]
 FRESH: dict[str, Case] = {
-    "micro, 16 x 512, bf16": ("micro", {}, 16, 512, "bf16", False),
-    "384 wide, 4 layers, 2 x 2,048, bf16": ("small", WIDE, 2, 2048, "bf16", False),
+    "mini, 4 x 1,024, float32": ("mini", {}, 4, 1024, "float32", False),
+    "nano, 3 x 2,048, bf16": ("nano", {}, 3, 2048, "bf16", False),
     "bench22M, 3 layers, 1,024, float32, recomputed": ("bench22M", {"num_layers": 3}, 1, 1024, "float32", True),
 }
 FITTED: dict[str, Case] = {
+    "micro, 16 x 512, bf16": ("micro", {}, 16, 512, "bf16", False),
+    "384 wide, 4 layers, 2 x 2,048, bf16": ("small", WIDE, 2, 2048, "bf16", False),
     "small, 2 x 1,024, float32": ("small", {}, 2, 1024, "float32", False),
     "bench22M, 1 x 2,048, bf16": ("bench22M", {}, 1, 2048, "bf16", False),
     "small, 4 x 1,024, bf16, recomputed": ("small", {}, 4, 1024, "bf16", True),
@@ -104,7 +106,7 @@ def found(name: str, what: str, rounds: int) -> dict[str, Any]:
     for _ in range(2):  # loads and compiles
         warm.take()
     layout = Layout(config, length, rows, precision=precision, checkpointing=checkpointing)
-    plan = Plan.of(layout, measured(precision, time.process_time))
+    plan = Plan.of(layout, measured(config, precision, time.process_time))
     forget_peak()
     before = resident() or 0
     steps = Steps(config, case)
@@ -114,7 +116,7 @@ def found(name: str, what: str, rounds: int) -> dict[str, Any]:
         return {what: (resident(peak=True) or 0) - before, "planned_bytes": plan.memory.peak}
     turns = []
     for _ in range(rounds):
-        device = measured(precision, time.process_time)
+        device = measured(config, precision, time.process_time)
         planned = times(plan.layout, plan.run, plan.traffic, device)
         turns.append({"seconds": min(steps.take(), steps.take()), "planned": planned.step, "parts": vars(planned)})
     return {"turns": turns, "ratio": median(t["planned"] / t["seconds"] for t in turns)}

@@ -60,17 +60,34 @@ def test_examples_for_torchrun_parse():
         check(*words_of(command.split("\n\n")[0].split("\n    torchrun")[0]))
 
 
+def test_commands_in_the_documentation_parse():
+    lines = [line for line in (DOCS / "distributed.md").read_text().splitlines() if line.startswith("    megalodon ")]
+    assert len(lines) == 5
+    for line in lines:
+        parse(line.split()[1:])
+
+
 def test_the_example_for_slurm_parses():
     path = DOCS / "launch" / "slurm.sbatch"
     subprocess.run(["bash", "-n", path], check=True)
-    text = path.read_text().split("srun torchrun")[1].replace('"$SLURM_NNODES"', "4")
+    settings, text = path.read_text().split("srun torchrun")
+    warned = int(settings.split("--signal=TERM@")[1].split()[0])  # seconds before the end
+    assert int(settings.split("TORCH_ELASTIC_SHUTDOWN_TIMEOUT=")[1].split()[0]) < warned
+    text = text.replace('"$SLURM_NNODES"', "4")
     check(*words_of(text.replace('"', "")))
 
 
 def test_the_example_for_kubernetes_parses():
-    spec = yaml.safe_load((DOCS / "launch" / "jobset.yaml").read_text())["spec"]
-    job = spec["replicatedJobs"][0]["template"]["spec"]
-    command = job["template"]["spec"]["containers"][0]["command"]
+    given = yaml.safe_load((DOCS / "launch" / "jobset.yaml").read_text())
+    name, jobs = given["metadata"]["name"], given["spec"]["replicatedJobs"][0]
+    job = jobs["template"]["spec"]
+    pod = job["template"]["spec"]
+    container = pod["containers"][0]
+    command, environment = container["command"], {e["name"]: e["value"] for e in container["env"]}
+    assert int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
+    assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+    assert f"--rdzv-endpoint={name}-{jobs['name']}-0-0.{name}:29500" in command
+    assert f"--nproc-per-node={container['resources']['limits']['nvidia.com/gpu']}" in command
     at = command.index("megalodon_lm")
     check(command[1:at], command[at + 1 :])
     assert f"--nnodes={job['parallelism']}" in command

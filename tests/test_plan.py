@@ -12,6 +12,7 @@ import torch
 from megalodon_lm import Megalodon, ModelConfig
 from megalodon_lm.cli.main import main
 from megalodon_lm.errors import InputError
+from megalodon_lm.planning import here
 from megalodon_lm.planning.devices import DEVICES
 from megalodon_lm.planning.dry_run import Record, dry_run
 from megalodon_lm.planning.layout import Layout
@@ -32,11 +33,14 @@ def test_a_dry_run_finds_the_bytes_and_operations_of_a_real_one(precision):
     model.zero_grad(set_to_none=True)
     with Record(32.5) as record:
         with autocast(precision, torch.device("cpu")):
-            loss, _ = model.output(model.body(model.embed(tokens))[0], targets=tokens)
+            x, *carried = model.body(model.embed(tokens))
+            loss, *norm = model.output(x, targets=tokens)
+            carried += norm
         kept, forward = record.now, record.total()
         loss.backward()
-    assert planned.kept == pytest.approx(kept, rel=0.1)
+    assert planned.kept == pytest.approx(kept, rel=0.05)
     assert planned.forward.products == pytest.approx(forward.products, rel=1e-6)
+    assert planned.forward.attention == pytest.approx(forward.attention, rel=1e-6)
     assert (planned.forward + planned.backward).vectors == pytest.approx(record.total().vectors, rel=1e-6)
 
 
@@ -54,7 +58,7 @@ def test_operations_are_those_of_the_configuration(size):
     run = dry_run(config, 1, 2 * config.chunk_size, "bf16")
     total = run.forward + run.backward
     needed = 2 * config.chunk_size * config.flops_per_token(backward=True)
-    assert total.products + total.vectors == pytest.approx(needed, rel=0.05)
+    assert total.products + total.attention + total.vectors == pytest.approx(needed, rel=0.05)
 
 
 def test_memory_and_traffic_by_hand():
@@ -143,6 +147,18 @@ def test_the_command_plans_a_million_tokens_on_thousands_of_devices(capsys):
     shown = capsys.readouterr().out
     assert "memory of one device" in shown
     assert "between nodes" not in shown
+
+
+def test_this_machine_is_a_device_whose_rates_are_those_of_the_models_own_parts(capsys, monkeypatch):
+    monkeypatch.setattr(here, "SECONDS", 0.01)
+    monkeypatch.setattr(here, "TOKENS", 512)
+    main(["plan", "--model", "tiny", "--device", "here", "--context", "1024", "--json"])
+    plan = json.loads(capsys.readouterr().out)
+    device, times = plan["device"], plan["times"]
+    assert all(device[rate] > 0 for rate in ("products", "attention", "vectors", "elementwise", "bandwidth", "call"))
+    work = [sum(plan["work"][way][kind] for way in ("forward", "backward")) for kind in ("attention", "moved")]
+    assert times["attention"] == pytest.approx(work[0] / device["attention"])
+    assert times["moved"] == pytest.approx(work[1] / device["elementwise"])
 
 
 @pytest.mark.parametrize(

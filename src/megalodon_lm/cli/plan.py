@@ -51,13 +51,17 @@ class PlanCommand:
         import json
 
         from ..planning.devices import find_device
+        from ..planning.here import measured
         from ..planning.plan import Plan
         from .progress import results
 
         if not all(0 < part <= 1 for part in self.attained):
             raise InputError(f"--attained {self.attained[0]} {self.attained[1]}: parts must be above 0 and at most 1")
-        device = find_device(self.device, self.precision)
-        plan = Plan.of(self._layout(), device if self.device == "here" else device.attaining(*self.attained))
+        if self.device == "here":
+            layout = self._layout()
+            plan = Plan.of(layout, measured(layout.config, self.precision))
+        else:
+            plan = Plan.of(self._layout(), find_device(self.device).attaining(*self.attained))
         if self.json:
             print(json.dumps(plan.to_dict(), indent=2))
             return

@@ -1,16 +1,8 @@
-"""Devices as a plan knows them: a few published figures, or those of this machine, measured."""
+"""Devices as a plan knows them, by a few published figures; here.py measures this machine."""
 
-import os
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
-
-import torch
 
 from ..errors import InputError, nearest
-from ..layers.complex_ema import ComplexEMA
-from ..training.machine import product_rate
 
 
 @dataclass(frozen=True)
@@ -30,6 +22,8 @@ class Device:
         far: bytes/s that it sends to another node.
         node: devices in a node.
         latency: seconds until a message arrives.
+        attention: FLOP/s of products in attention; 0 for those of others.
+        elementwise: bytes/s that norms, gates and sums read and write; 0 for those of the memory.
     """
 
     name: str
@@ -44,6 +38,8 @@ class Device:
     far: float = 0.0
     node: int = 1
     latency: float = 10e-6
+    attention: float = 0.0
+    elementwise: float = 0.0
 
     def link(self, span: int) -> float:
         """Bytes/s between neighbours of a group that spans so many devices in a row."""
@@ -71,59 +67,13 @@ DEVICES = {
 }  # fmt: skip
 """Peaks as published; links in one direction."""
 
-SECONDS = 0.3  # of each measurement
-OF_A_STATE = 16
-"""FLOPs of CEMA for a token and a state: decay, input and output, complex."""
 
-
-def find_device(name: str, precision: Literal["bf16", "float32"]) -> Device:
-    """A device by its name; `here` is this machine's processor, measured.
+def find_device(name: str) -> Device:
+    """A device by its name.
 
     Raises:
         InputError: unknown name; the message lists the known ones.
     """
-    if name == "here":
-        return measured(precision)
     if name not in DEVICES:
         raise InputError(f"unknown device {name!r}{nearest(name, DEVICES)}; known: {', '.join(DEVICES)}, here")
     return DEVICES[name]
-
-
-def measured(precision: Literal["bf16", "float32"], clock: Callable[[], float] = time.perf_counter) -> Device:
-    """This machine's processor, in a second or two.
-
-    Args:
-        precision: of the products that will be planned.
-        clock: seconds; those of the processor where other work runs beside.
-    """
-    cpu = torch.device("cpu")
-    rates = {kind: product_rate(kind, cpu, clock) for kind in {"float32", precision}}
-    small, large = torch.ones(64), torch.ones(1 << 25)
-    out = torch.empty_like(large)
-    adding = _seconds(lambda: torch.add(large, 1.0, out=out), clock)
-    return Device(
-        "here", f"measured, {torch.get_num_threads()} threads",
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        rates[precision], rates["float32"], _averaging(clock), 2 * large.nbytes / adding,
-        _seconds(lambda: small + small, clock), near=5e9, far=1e9, latency=50e-6,
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def _averaging(clock: Callable[[], float]) -> float:
-    """FLOP/s of CEMA's recurrence over 1,024 tokens of 256 channels with 16 states each."""
-    with torch.random.fork_rng():
-        averages = ComplexEMA(256, 16)
-        averages.init_weights()
-    x = torch.ones(1, 1024, 256)
-    return OF_A_STATE * 16 * x.numel() / _seconds(lambda: averages(x), clock)
-
-
-def _seconds(work: Callable[[], object], clock: Callable[[], float]) -> float:
-    """The least that a call took."""
-    work()  # takes the memory that it needs
-    best, ends = float("inf"), clock() + SECONDS
-    while (began := clock()) < ends:
-        work()
-        best = min(best, clock() - began)
-    return best

@@ -30,9 +30,9 @@ from ..model.language_model import Config
 from ..ops import backend, rotary
 from ..ops.cpu import rotary as cpu_rotary
 from ..training.precision import autocast
-from .devices import OF_A_STATE
 
 _CPU = torch.device("cpu")
+_OF_A_STATE = 16  # FLOPs of CEMA for a token and a state: decay, input and output, complex
 _BACKWARD = 3  # times those of CEMA's forward pass: states again, their gradients, those of the coefficients
 _ATTENTION_BACKWARD = 2.5  # times those forward: scores again, and four products
 
@@ -42,13 +42,15 @@ class Work:
     """What operators do.
 
     Attributes:
-        products: FLOPs of matrix products.
+        products: FLOPs of matrix products outside attention.
+        attention: FLOPs of matrix products in it.
         vectors: FLOPs of recurrences.
         moved: bytes that all other operators read and write.
         calls: of operators.
     """
 
     products: float = 0.0
+    attention: float = 0.0
     vectors: float = 0.0
     moved: float = 0.0
     calls: float = 0.0
@@ -117,11 +119,12 @@ def _of(config: Config, rows: int, length: int, precision: Literal["bf16", "floa
         with _without_numbers():
             _give_memory(model)
             tokens = torch.zeros(rows, length, dtype=torch.int64)
-            with Record(_span(config, length)) as record:
+            with Record(span_of(config, length)) as record:
                 with autocast(precision, _CPU):
-                    x, _ = model.body(model.embed(tokens))
+                    x, *carried = model.body(model.embed(tokens))
                     body = record.total()
-                    loss, _ = model.output(x, targets=tokens)
+                    loss, *norm = model.output(x, targets=tokens)
+                    carried += norm  # a State at the end is in memory too
                 kept, forward = record.now, record.total()
                 residual = x.numel() * x.element_size()
                 record.peak = record.now
@@ -205,7 +208,8 @@ class Record(TorchDispatchMode):
         return sum(chosen, Work())
 
 
-def _span(config: Any, length: int) -> float:
+def span_of(config: Any, length: int) -> float:
+    """Tokens that one sees in attention, in the mean."""
     chunk = min(config.reading_unit, length)
     return (chunk + 1) / 2 + (chunk if getattr(config, "attention", "chunk") == "sliding" and chunk < length else 0)
 
@@ -227,8 +231,8 @@ def _work(op: Any, args: Any, kwargs: Any, made: Any, moved: float, span: float)
     if name.startswith("megalodon.attention_"):
         q, v = (args[1], args[3]) if back else (args[0], args[2])
         flops = 2 * math.prod(q.shape[:3]) * span * (q.shape[3] + v.shape[3])
-        return Work(products=flops * (_ATTENTION_BACKWARD if back else 1), calls=1)
+        return Work(attention=flops * (_ATTENTION_BACKWARD if back else 1), calls=1)
     if name.startswith("megalodon.cema_"):
         states = args[7 if back else 3].shape[2]
-        return Work(vectors=OF_A_STATE * args[0].numel() * states * (_BACKWARD if back else 1), calls=1)
+        return Work(vectors=_OF_A_STATE * args[0].numel() * states * (_BACKWARD if back else 1), calls=1)
     return Work(moved=moved, calls=1)

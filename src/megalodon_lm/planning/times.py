@@ -17,7 +17,7 @@ class Times:
     """Seconds of a step.
 
     Attributes:
-        products, vectors, moved, calls: work by kind, see dry_run.Work.
+        products, attention, vectors, moved, calls: work by kind, see dry_run.Work.
         optimizer: the update.
         tensor: exchange inside layers, which nothing hides.
         waiting: of the last rank of a sequence for the others, or the work of the parallel exchange.
@@ -26,6 +26,7 @@ class Times:
     """
 
     products: float
+    attention: float
     vectors: float
     moved: float
     calls: float
@@ -36,11 +37,12 @@ class Times:
     step: float
 
 
-def seconds(work: Work, device: Device, precision: str) -> tuple[float, float, float, float]:
-    """Products, recurrences, moved bytes and calls."""
+def seconds(work: Work, device: Device, precision: str) -> tuple[float, float, float, float, float]:
+    """Products, those of attention, recurrences, moved bytes and calls."""
     rate = device.products if precision == "bf16" else device.float32_products
     return (
-        work.products / rate, work.vectors / device.vectors, work.moved / device.bandwidth, work.calls * device.call
+        work.products / rate, work.attention / (device.attention or rate), work.vectors / device.vectors,
+        work.moved / (device.elementwise or device.bandwidth), work.calls * device.call,
     )  # fmt: skip
 
 
@@ -56,7 +58,7 @@ def times(layout: Layout, run: DryRun, sent: Traffic, device: Device) -> Times:
     passes = layout.accumulate * layout.segments
     body = run.forward + run.head.times(-1)
     work = (run.forward + run.backward).times(passes) + body.times(forwards_again(layout))
-    products, vectors, moved, calls = seconds(work, device, layout.precision)
+    products, attention, vectors, moved, calls = seconds(work, device, layout.precision)
     share = layout.config.num_parameters / layout.tensor / layout.owners
     optimizer = OPTIMIZER_BYTES * share / device.bandwidth
     spans = layout.spans()
@@ -65,10 +67,10 @@ def times(layout: Layout, run: DryRun, sent: Traffic, device: Device) -> Times:
         for name in ("replicate", "shard", "tensor")
     }
     waiting = passes * lost(layout, run, sent, device)[layout.exchange]
-    computed = products + vectors + moved + calls
+    computed = products + attention + vectors + moved + calls
     gradients = max(0.0, over["replicate"] + over["shard"] - computed)
     step = computed + optimizer + over["tensor"] + waiting + gradients
-    return Times(products, vectors, moved, calls, optimizer, over["tensor"], waiting, gradients, step)
+    return Times(products, attention, vectors, moved, calls, optimizer, over["tensor"], waiting, gradients, step)
 
 
 def lost(layout: Layout, run: DryRun, sent: Traffic, device: Device) -> dict[str, float]:
