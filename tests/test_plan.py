@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megalodon_lm import Megalodon, ModelConfig
+from megalodon_lm.baselines.llama import LlamaConfig
 from megalodon_lm.cli.main import main
 from megalodon_lm.errors import InputError
 from megalodon_lm.planning import here
@@ -184,6 +185,8 @@ def test_plans_that_cannot_be(arguments, message, capsys):
 def test_a_model_whose_operators_look_at_numbers_is_refused():
     with pytest.raises(InputError, match="this megalodon cannot be planned: its operators look at numbers"):
         dry_run(ModelConfig.named("gecko_tiny"), 1, 64, "float32")
+    with pytest.raises(InputError, match="this llama cannot be planned: only a Megalodon"):
+        here.measured(LlamaConfig(), "float32")
 
 
 @pytest.mark.slow

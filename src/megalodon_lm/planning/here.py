@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from ..config import ModelConfig
+from ..errors import InputError
 from ..layers.complex_ema import ComplexEMA
 from ..layers.norms import LayerNorm, RMSNorm, TimestepNorm
 from ..model.assembly import build_block
@@ -36,7 +38,12 @@ def measured(
         config: of the model that is planned, a Megalodon with attention in chunks.
         precision: of its products.
         clock: seconds; those of the processor where other work runs beside.
+
+    Raises:
+        InputError: a model of another architecture.
     """
+    if not isinstance(config, ModelConfig):
+        raise InputError(f"this {config.architecture} cannot be planned: only a Megalodon with chunk attention can")
     with torch.random.fork_rng():  # a run needs its own numbers
         torch.manual_seed(0)
         rates = {kind: _rate(config, precision, kind, work, clock) for kind, work in _pieces(config, precision).items()}
@@ -59,18 +66,19 @@ def _pieces(config: Any, precision: str) -> dict[str, Callable[[], tuple[Sequenc
     x = torch.randn(1, tokens, dim, requires_grad=True)
     narrow = torch.randn(1, tokens, dim).to(width).requires_grad_()
     weight = torch.randn(config.ffn_hidden_dim, dim).to(width).requires_grad_()
-    heads = [
+    q, k, v = (
         torch.randn(1, length, config.num_heads, size // config.num_heads).to(width).requires_grad_()
         for size in (config.z_dim, config.z_dim, config.value_dim)
-    ]
+    )
     averages, norm = ComplexEMA(dim, config.cema_ndim), LayerNorm(dim, config.norm_eps)
     over_time = TimestepNorm(dim, dim // config.norm_num_groups, config.norm_eps)
     rms = RMSNorm(dim, config.norm_eps)
     block = build_block(config.named("tiny"), 0)
     for layer in (averages, norm, over_time, rms, block):
         for module in layer.modules():
-            if hasattr(module, "init_weights"):
-                module.init_weights()
+            draw: Any = getattr(module, "init_weights", None)
+            if draw is not None:
+                draw()
     few = torch.randn(1, 4, 64, requires_grad=True)
     wide = [
         torch.randn(1, tokens, size).to(width).requires_grad_()
@@ -86,7 +94,7 @@ def _pieces(config: Any, precision: str) -> dict[str, Callable[[], tuple[Sequenc
 
     return {
         "products": lambda: ([linear(narrow, weight)], [narrow, weight]),
-        "attention": lambda: ([chunk_attention(*heads, config.chunk_size, config.rope_base)[0]], heads),
+        "attention": lambda: ([chunk_attention(q, k, v, config.chunk_size, config.rope_base)[0]], [q, k, v]),
         "vectors": lambda: ([averages(x)[0]], [x, *averages.parameters()]),
         "moved": elementwise,
         "calls": lambda: ([block(few)[0]], [few, *block.parameters()]),
