@@ -169,10 +169,14 @@ class ClassifyPredict(Quiet):
         """Show a decision on each piece of a sound."""
         from statistics import median
 
+        import numpy as np
+
         from ..data.sound import pcm_blocks, sound_blocks, wav_blocks
         from ..evaluation.classification import decisions
 
         size = max(1, round(form.rate * self.every / 1000 / form.patch)) * form.patch
+        silence = np.zeros(size, np.float32)
+        list(decisions(model, form, [silence, silence]))  # loads the kernels, before anything waits for them
         if file != "-":
             blocks = sound_blocks(file, form.rate, size)
         elif self.raw:
