@@ -19,6 +19,9 @@ from megalodon_lm.data.subword import SentencePieceTokenizer, SubwordTokenizer, 
 from megalodon_lm.data.tokenizer import load_tokenizer
 from megalodon_lm.data.tokenizer_record import RECORD
 from megalodon_lm.errors import InputError
+from megalodon_lm.training.inputs import find_tokenizer
+
+from .runs import recipe
 
 NOVEL = bundled("validation")["dracula"].decode()
 LEARNT = NOVEL[20_000:60_000] + " café, 世界!\n" * 20
@@ -382,6 +385,21 @@ def saved(folder, tokenizer, vocab_size=None):
     Megalodon(ModelConfig.named("tiny", vocab_size=vocab_size or tokenizer.vocab_size)).save(folder)
     tokenizer.save(folder)
     return folder
+
+
+def test_a_folder_keeps_what_the_file_of_a_tokenizer_does_not_say(tmp_path):
+    """Which of its special tokens begin and end a text, and whether texts begin with one: in training here they do."""
+    ours = SubwordTokenizer(train_bpe([LEARNT], 400), begin="<|pad|>", end="<|begin|>", begins=False)
+    folder = saved(tmp_path / "model", ours)
+    back = load_tokenizer(folder)
+    assert (back.begin, back.end) == (ours.begin, ours.end) == (2, 0)
+    assert not back.begins
+    model = {"vocab_size": ours.vocab_size}
+    begun = find_tokenizer(recipe(tmp_path, model, {"tokenizer": str(folder)}), None)
+    assert begun.begins
+    begun.save(tmp_path)
+    assert load_tokenizer(tmp_path).begins
+    assert load_tokenizer(tmp_path).end == ours.end
 
 
 def test_a_model_knows_its_tokenizer(tmp_path):
