@@ -15,6 +15,8 @@ from megalodon_lm.config import GECKO, LATER_GECKO
 from megalodon_lm.data.batches import Batch
 from megalodon_lm.parallel.mesh import MeshSizes
 from megalodon_lm.parallel.ranks import Ranks, Together, whole
+from megalodon_lm.parallel.tensor_state import gather_state
+from megalodon_lm.training.averaging import WeightAverage
 from megalodon_lm.training.passes import Forward, shared
 from megalodon_lm.training.recipe import TrainingRecipe
 from megalodon_lm.training.segments import build_pass
@@ -98,22 +100,28 @@ def entry(case, model):
 
 
 def step(case, ranks):
-    """Loss, State and gradients of two batches."""
+    """Loss and gradients of two batches, and the State of this rank's rows."""
     model = made(case)
     before = entry(case, model)
     reader = ranks.apply(model, None)
     forward = Forward(reader, "bf16" if case.numbers == "bf16" else "float32", CPU, ranks.ranks > 1)
     passes = shared(build_pass(forward, TrainingRecipe(segment=case.segment)), ranks)
-    state = None if before is None else ranks.own_rows(State.from_tensors(before, model, model.declare_state()))
+    rows, state = list(ranks.rows(ROWS)), None
+    if before is not None:
+        state = ranks.own_share(State.from_tensors(before, model, model.declare_state()).select(rows))
     batches = [draw(case.kind, seed) for seed in (1, 2)]
     learnt, loss = sum(batch.num_learnt for batch in batches), 0.0
     for batch in batches:
         share, state = passes(batch, state, learnt)
         loss += share
     ranks.sum_gradients(model)
-    state = ranks.all_rows(state)
+    if "tensor" in case.mesh:
+        state = gather_state(state, model, ranks.mesh["tensor"])
     gradients = {n: p.grad if p.grad is None else whole(p.grad) for n, p in model.named_parameters()}
-    return {"loss": torch.tensor(loss, dtype=torch.float64), **gradients, **state.tensors()}
+    return {
+        "loss": torch.tensor(loss, dtype=torch.float64), "rows": torch.tensor(rows), **gradients,
+        **{f"state {name}": t for name, t in state.tensors().items()},
+    }  # fmt: skip
 
 
 def on_ranks(rank, cases):
@@ -121,25 +129,32 @@ def on_ranks(rank, cases):
     for case in cases:
         print(case)
         made = step(case, Together(case.sizes, CPU))
-        found[case] = {n: t.detach() for n, t in made.items()} if rank == 0 else made["loss"]
+        found[case] = {
+            n: t.detach() for n, t in made.items() if rank == 0 or n in ("loss", "rows") or n[:6] == "state "
+        }
     return found
+
+
+def reference(case):
+    """The same by one process in one pass, in float64."""
+    return alone(case._replace(mesh="", segment=0, numbers="float64", exchange="chain", recompute=False))
 
 
 @cache
 def alone(case):
-    """The same by one process in one pass, in float64."""
     return step(case, Ranks())
 
 
 def worst(found, case):
     """The name and size of the largest relative difference."""
-    expected = alone(case._replace(mesh="", segment=0, numbers="float64", exchange="chain", recompute=False))
-    assert found.keys() == expected.keys()
-    differences = {}
-    for name, t in expected.items():
-        assert found[name].shape == t.shape, name
+    expected, differences = reference(case), {}
+    for name, other in found.items():
+        t = expected[name]
+        if name == "rows" or name[:6] == "state ":
+            t = t[found["rows"]]
+        assert other.shape == t.shape, name
         scale = t.double().norm().clamp(min=1e-3)
-        differences[name] = ((found[name].double() - t.double()).norm() / scale).item()
+        differences[name] = ((other.double() - t.double()).norm() / scale).item()
     name = max(differences, key=differences.get)
     return name, differences[name]
 
@@ -148,13 +163,14 @@ TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "bf16": 0.1}
 
 
 def check(ranks, cases, timeout=300):
-    first, *others = run_ranks(on_ranks, ranks, cases, timeout=timeout)
-    wrong = {}
+    found, wrong = run_ranks(on_ranks, ranks, cases, timeout=timeout), {}
     for case in cases:
-        name, difference = worst(first[case], case)
-        if not difference < TOLERANCES[case.numbers]:
-            wrong[case] = (name, difference)
-        assert all(torch.equal(first[case]["loss"], other[case]) for other in others), case
+        assert found[0][case].keys() == reference(case).keys()
+        for of_rank in found:
+            name, difference = worst(of_rank[case], case)
+            if not difference < TOLERANCES[case.numbers]:
+                wrong[case] = (name, difference)
+            assert torch.equal(found[0][case]["loss"], of_rank[case]["loss"]), case
     assert not wrong, "\n".join(map(str, wrong.items()))
 
 
@@ -215,3 +231,42 @@ def test_other_architectures_share_sequences_weights_and_rows():
 @pytest.mark.parametrize("ranks", MESHES)
 def test_every_step_on_every_mesh_is_that_of_one_process(ranks):
     check(ranks, every(ranks), timeout=1500)
+
+
+def read_between_steps(rank, meshes):
+    return {mesh: losses_and_readings(Together(Case(mesh).sizes, CPU)) for mesh in meshes}
+
+
+def losses_and_readings(ranks):
+    """Of some steps, and of averaged weights after each, rounded: what is kept of them must go."""
+    model = made(Case("", numbers="float32"))
+    reader = ranks.apply(model, None)
+    passes = shared(build_pass(Forward(reader, "float32", CPU, ranks.ranks > 1), TrainingRecipe()), ranks)
+    optimizer, average = torch.optim.AdamW(model.parameters(), lr=0.02, fused=True), WeightAverage(model, 0.5)
+    losses, readings, batch = [], [], draw("plain", 1)
+    for _ in range(4):
+        optimizer.zero_grad()
+        losses.append(passes(batch, None, batch.num_learnt).loss)
+        ranks.sum_gradients(model)
+        optimizer.step()
+        average.update(model)
+        with average.applied(model), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            readings.append(reader(batch.inputs, targets=batch.targets)[0].item())
+    return losses, readings
+
+
+def check_readings(ranks, meshes):
+    expected = losses_and_readings(Ranks())
+    assert expected[1][0] - expected[1][-1] > 0.3  # it learns, so that old weights would tell
+    for losses, readings in run_ranks(read_between_steps, ranks, meshes)[0].values():
+        assert losses == pytest.approx(expected[0], rel=1e-5)
+        assert readings == pytest.approx(expected[1], rel=1e-3)
+
+
+def test_readings_between_steps_are_those_of_one_process():
+    check_readings(2, MESHES[2])
+
+
+@pytest.mark.slow
+def test_readings_between_steps_on_meshes_of_two_dimensions_are_those_of_one_process():
+    check_readings(4, ["shard 2 x chunk 2", "shard 2 x tensor 2", "replicate 2 x shard 2"])

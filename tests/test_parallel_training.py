@@ -171,7 +171,7 @@ def test_any_number_of_ranks_goes_on_with_a_checkpoint(alone):
     run_ranks(train, 2, alone, runs)
     assert all(follows(alone / name, alone) for _, name, _ in runs)
     half(alone / "on 1", alone / "back")
-    Trainer(of_run(alone), alone / "back", resume="last").train()
+    Trainer(of_run(alone), alone / "back", resume="last").train(validate=validate)
     assert follows(alone / "back", alone)
 
 
