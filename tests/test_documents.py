@@ -19,7 +19,9 @@ from megalodon_lm.data.subword import SubwordTokenizer
 from megalodon_lm.errors import InputError
 from megalodon_lm.evaluation.documents import TASKS, Document, DocumentRun, Question, find_task
 from megalodon_lm.evaluation.documents_data import load, solved_examples
+from megalodon_lm.evaluation.long_prompts_run import LongRun
 from megalodon_lm.evaluation.read_once import Reader
+from megalodon_lm.evaluation.recall_prose import Prose, ProseTask
 from megalodon_lm.evaluation.results import Results
 
 from .reading import TEXT
@@ -290,6 +292,32 @@ def test_tokens_never_reach_from_the_document_into_the_question():
         most = round(12 * len(parts[0][1:]) / at)
         [said] = alone.write([alone.read(np.concatenate(parts))], most, ["\n"])
         assert said.strip() == answer.said
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_texts_begin_as_those_the_model_learnt_from(tiny, begins):
+    """With the begin token, or without: documents, long prompts of either kind, needles in prose."""
+    read = []
+
+    class Told(ByteTokenizer):
+        pass
+
+    class Watching(Reader):
+        def read(self, tokens, after=None):
+            context = super().read(tokens, after)
+            read.extend([token] for token in tokens[:1] if after is None or not after.position)
+            return context
+
+    Told.begins = begins
+    reader = Watching(tiny, Told())
+    DocumentRun(short("f1"), reader).result([Document(STORY, [Question("0", "why", ("the count",))])])
+    prose = Prose([TEXT], Told())
+    for question in ("after", "before"):
+        LongRun("needle", prose, 600, (0.5,), 1, question=question).result(reader)
+    assert len(read) >= 3
+    assert all((first == [BYTES.begin]) == begins for first in read)
+    sequences = ProseTask("passkey", prose, 256, 1, "after").sequences(8, 1, [0])
+    assert (sequences.tokens[0, 0] == BYTES.begin) == begins
 
 
 def short(metric):

@@ -135,7 +135,7 @@ class DocumentRun:
         for document in self.examples:
             question = document.questions[0]
             solved += f"{document.text}{self._asked(question)} {question.references[0]}\n\n\n"
-        self._before = self.reader.tokenizer.encode(solved, begin=True)
+        self._before = self.reader.tokenizer.encode(solved, begin=self.reader.tokenizer.begins)
         self._read_before: Context | None = None
 
     def result(

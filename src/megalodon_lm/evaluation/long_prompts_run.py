@@ -94,13 +94,13 @@ class LongRun:
 
     def asked(self, reader: Reader, document: LongDocument) -> Iterator[tuple[LongQuestion, Context]]:
         """Each question of a document, and what has read all that comes before its answer."""
-        encode = self.prose.tokenizer.encode
+        encode, begins = self.prose.tokenizer.encode, self.prose.tokenizer.begins
         if self.question == "before":
             for question in document.questions:
-                told = reader.read(encode(f"{question.text}\n\n", begin=True))
+                told = reader.read(encode(f"{question.text}\n\n", begin=begins))
                 yield question, reader.read(encode(f"\n\n{question.cue}"), reader.read(document.tokens, told))
         else:
-            whole = reader.read(document.tokens, reader.read(encode("", begin=True)))
+            whole = reader.read(document.tokens, reader.read(encode("", begin=begins)))
             tails = [encode(f"\n\n{question.text} {question.cue}") for question in document.questions]
             for number, context in reader.each(tails, whole):
                 yield document.questions[number], context

@@ -63,7 +63,7 @@ class Reader:
     """A model that reads, and is asked at any place of what it read; it counts what that takes.
 
     reader = Reader(model, tokenizer)
-    document = reader.read(tokenizer.encode(text, begin=True))
+    document = reader.read(tokenizer.encode(text, begin=tokenizer.begins))
     for question in questions:
         asked = reader.read(tokenizer.encode(question), document)
         scores = reader.score(asked, [tokenizer.encode(answer) for answer in answers])
@@ -84,7 +84,7 @@ class Reader:
         """Read on in a fork; what came before stays as it is.
 
         Args:
-            tokens: (L,) int64; those of a text begin with the begin token.
+            tokens: (L,) int64; those of a text after the begin token, where the tokenizer `begins` texts.
             after: what was read before; None for nothing.
 
         Raises:
@@ -102,7 +102,7 @@ class Reader:
         """Read texts, and once what several of them begin with.
 
         Args:
-            texts: (L,) int64 each; with the begin token, unless something was read before.
+            texts: (L,) int64 each; see `read`.
             after: what was read before each of them; None for nothing.
 
         Yields:

@@ -275,7 +275,7 @@ class _Words:
         self.answers = [tokenizer.encode(a) for a in wording.answers]
         self.stop = tokenizer.encode(".")
         asked = [wording.question.format(s) for s in wording.subjects]
-        self.heads = [tokenizer.encode(f"{q}\n\n" if before else "", begin=True) for q in asked]
+        self.heads = [tokenizer.encode(f"{q}\n\n" if before else "", begin=tokenizer.begins) for q in asked]
         self.tails = [tokenizer.encode(f"\n\n{wording.cue if before else f'{q} {wording.cue}'}") for q in asked]
         longest_answer = max(map(len, self.answers))
         self.longest_needle = max(map(len, self.statements)) + longest_answer + len(self.stop)
