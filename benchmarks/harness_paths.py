@@ -76,7 +76,7 @@ def questions(task: str, data: Path, number: int) -> tuple[Any, list[list[Any]]]
     """A task, and the requests of its first questions, question by question."""
     ((_, made),) = Definitions([task], data).load(task)["tasks"].items()
     if made.get_config("num_fewshot") != 0:
-        made.set_config("num_fewshot", usual_shots("mmlu" if task.startswith("mmlu_") else task))
+        made.set_config("num_fewshot", usual_shots(task))
     made.set_fewshot_seed(SEED)
     made.build_all_requests(limit=number)
     by_question: dict[int, list[Any]] = {}

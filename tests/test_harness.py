@@ -18,7 +18,7 @@ from megalodon_lm.errors import InputError
 from megalodon_lm.evaluation.harness import HarnessModel
 from megalodon_lm.evaluation.results import Results
 from megalodon_lm.evaluation.short_tasks import ask
-from megalodon_lm.evaluation.task_definitions import Definitions
+from megalodon_lm.evaluation.task_definitions import Definitions, usual_shots
 from megalodon_lm.generation.sampling import Sampling
 
 from . import reading
@@ -179,6 +179,10 @@ def test_what_a_window_has_no_room_for_is_cut_and_said():
         nats += losses.sum().item()
     assert rolled == pytest.approx(-nats, rel=1e-5)
     assert (lm.cut.requests, lm.cut.tokens) == (3, 39 + 21 + 86)
+
+
+def test_a_part_of_mmlu_has_the_solved_examples_of_the_whole():
+    assert [usual_shots(name) for name in ("mmlu", "mmlu_anatomy", "nq_open", "winogrande", "other")] == [5, 5, 5, 0, 0]
 
 
 def test_tasks_give_results():

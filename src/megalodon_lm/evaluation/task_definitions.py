@@ -126,6 +126,6 @@ class _OverLocalCopies(TaskFactory):
 
 
 def usual_shots(name: str) -> int:
-    """Solved examples in a prompt of the paper's table, 0 for other tasks."""
+    """Solved examples in a prompt of the paper's table, also for a part of MMLU alone; 0 for other tasks."""
     columns = {column["task"]: column.get("shots", 0) for column in published()["columns"]}
-    return int(columns.get(name, 0))
+    return int(columns.get("mmlu" if name.startswith("mmlu_") else name, 0))
