@@ -49,6 +49,21 @@ def test_any_source_in_any_blocks_gives_the_same_tokens(generator, short_pieces,
     assert all(tokens == found[0] for tokens in found[1:])
 
 
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_text_begins_as_those_the_model_learnt_from(generator, begins):
+    """And if it is empty, there is still something to go on from."""
+
+    class Told(ByteTokenizer):
+        pass
+
+    Told.begins = begins
+    other = Generator(generator.model, Told(), generator.precision)
+    assert other.read(b"ab").position == 2 + begins
+    assert other.read([b"ab", b"c"]).position == generator.read([b"ab", b"c"]).position - (not begins)
+    assert other.read(b"").last == Told.begin
+    assert written(other, other.read(b""), GREEDY) == written(generator, generator.read(b""), GREEDY)
+
+
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "all"])
 @pytest.mark.parametrize("sampling", [GREEDY, pytest.param(SEEDED, marks=pytest.mark.slow)], ids=["greedy", "seeded"])
 def test_a_bookmark_goes_on_as_if_the_text_had_been_read_in_one_go(generator, short_pieces, tmp_path, sampling, every):

@@ -61,7 +61,7 @@ class Generator:
         DecodingEngine(self.model, state, self.precision).step(logits.argmax(-1))
 
     def context(self, bookmark: Path | None = None) -> Context:
-        """What to read into: empty but for the begin token, or as a bookmark keeps it.
+        """What to read into: empty but for the begin token, where texts begin with it, or as a bookmark keeps it.
 
         Raises:
             InputError: the bookmark is missing, broken, or of another model or tokenizer.
@@ -69,7 +69,7 @@ class Generator:
         if bookmark is not None:
             return Context.load(bookmark, self.model, self.tokenizer, self.precision)
         context = Context(self.model, self.precision)
-        context.read(self.tokenizer.encode(b"", begin=True))
+        context.read(self.tokenizer.encode(b"", begin=self.tokenizer.begins))
         return context
 
     def read(
@@ -96,6 +96,8 @@ class Generator:
             for tokens in self.tokenizer.encode_blocks(text):
                 context.read(tokens)
                 watch(context)
+        if not context.position:  # nothing to go on from: the begin token, whether or not texts begin with it
+            context.read(self.tokenizer.encode(b"", begin=True))
         return context
 
     def write(
