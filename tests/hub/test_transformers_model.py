@@ -162,7 +162,7 @@ def test_a_folder_reads_and_writes_like_a_native_one(llama, tmp_path):
     generator = Generator(model, tokenizer, "float32")
     written = generator.write(prompts, Sampling(temperature=0, max_tokens=9))
     for prompt, text in zip(prompts, written, strict=True):
-        tokens = torch.from_numpy(tokenizer.encode(prompt, begin=True))[None]
+        tokens = torch.from_numpy(tokenizer.encode(prompt, begin=tokenizer.begins))[None]
         out = llama.inner.generate(tokens, max_new_tokens=9, do_sample=False, pad_token_id=0, bad_words_ids=[[258]])
         assert tokenizer.decode(out[0, tokens.shape[1] :].tolist(), int(tokens[0, -1])).startswith(text)
     context = Context(model, "float32")
