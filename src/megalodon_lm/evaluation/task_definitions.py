@@ -44,7 +44,8 @@ class Definitions:
         """By group, the tasks of which there is no local copy."""
         wanted = [name for given in names for name in (TABLE if given == "paper" else [OTHER_NAMES.get(given, given)])]
         self.names = list(dict.fromkeys(wanted))
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        for library in ("lm_eval", "huggingface_hub"):  # the latter tries again several times, with two lines each
+            logging.getLogger(library).setLevel(logging.ERROR)
         datasets.disable_progress_bars()
         base = Path(lm_eval.tasks.__file__).parent
         kinds = [name if name in FOLDERS else name.split("_")[0] for name in self.names]  # also mmlu_anatomy
