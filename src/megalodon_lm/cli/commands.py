@@ -1,6 +1,5 @@
 """The commands, and which of them a command line names."""
 
-import os
 import sys
 from typing import Annotated, Any, get_args
 
@@ -9,6 +8,7 @@ from tyro.conf import arg, subcommand
 
 from .. import __version__
 from ..errors import InputError, nearest
+from ..parallel.started import started_ranks
 from .bench import Bench
 from .chat import Chat
 from .classify import Classify
@@ -83,6 +83,6 @@ def parse(arguments: list[str] | None = None) -> Any:
         console.quiet = chosen.quiet
     if isinstance(chosen, Shared):
         Shared.words = arguments
-    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each would do all of it
+    elif started_ranks() > 1:  # each would do all of it
         raise InputError(f"megalodon {first} is one process and cannot be shared; start it without torchrun")
     return command

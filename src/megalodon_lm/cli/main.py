@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import TextIO
 
 from ..errors import InputError, InputNote, RankLost
+from ..parallel.started import started_ranks
 
 DEBUG = "MEGALODON_DEBUG"
 LONGEST = 1000  # characters of a message
@@ -51,10 +52,10 @@ def main(arguments: list[str] | None = None) -> None:
     except (Exception, KeyboardInterrupt) as error:
         code = _said(error)
     except SystemExit as ended:
-        if not _is_rank():
+        if started_ranks() == 1:
             raise
         code = ended.code if isinstance(ended.code, int) else 0
-    if _is_rank():
+    if started_ranks() > 1:
         os._exit(code)  # threads that talk to other ranks, which may be gone, hold up the interpreter's own end
     if code:
         sys.exit(code)
@@ -80,16 +81,12 @@ def _flush(stream: TextIO) -> None:
         raise
 
 
-def _is_rank() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def _said(error: BaseException) -> int:
     """Say what went wrong, in a line; the exit code."""
     if os.environ.get(DEBUG):
         raise error
     code, message = _verdict(error)
-    if _is_rank():
+    if started_ranks() > 1:
         from ..parallel.launch import to_say
 
         message = message if to_say(error, message) else ""
@@ -139,7 +136,7 @@ def _show(
     line: str | None = None,
 ) -> None:
     """A note in one line; other warnings as Python shows them. What all ranks are warned of, the first one shows."""
-    if _is_rank() and os.environ.get("RANK", "0") != "0":
+    if started_ranks() > 1 and os.environ.get("RANK", "0") != "0":
         return
     if issubclass(category, InputNote):
         print(f"megalodon: {message}", file=sys.stderr)

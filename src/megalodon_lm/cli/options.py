@@ -40,7 +40,7 @@ class Shared(Quiet):
             RankLost: one was lost.
         """
         from ..parallel.launch import launch
-        from ..parallel.mesh import started_ranks
+        from ..parallel.started import started_ranks
 
         if self.ranks < 1:
             raise InputError(f"--ranks {self.ranks} must be at least 1")

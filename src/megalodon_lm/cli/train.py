@@ -43,8 +43,8 @@ class Train(Shared):
         """Carry out the command."""
         from ..ops.device import choose_device
         from ..parallel.launch import restarted
-        from ..parallel.mesh import started_ranks
         from ..parallel.ranks import join
+        from ..parallel.started import started_ranks
         from ..training.recipe import Recipe
         from ..training.run_folder import free_run_folder, recorded_recipe
         from ..training.tensorboard import summary_writer

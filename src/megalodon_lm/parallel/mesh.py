@@ -1,6 +1,5 @@
 """The mesh of ranks: which of them share rows, weights, the length of a sequence, and the width of layers."""
 
-import os
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
@@ -88,11 +87,6 @@ def build_mesh(sizes: MeshSizes, device: torch.device | str = "cpu") -> DeviceMe
     """
     shape = sizes.over(dist.get_world_size())
     return init_device_mesh(torch.device(device).type, tuple(shape.values()), mesh_dim_names=tuple(shape))
-
-
-def started_ranks() -> int:
-    """How many ranks torchrun, or whatever sets its variables, started together with this process; 1 for none."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rows_of(mesh: DeviceMesh, rows: int) -> range:

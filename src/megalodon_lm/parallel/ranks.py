@@ -14,7 +14,8 @@ from torch import Tensor
 from ..errors import InputError, RankLost
 from ..model.language_model import LanguageModel
 from ..state import State
-from .mesh import MeshSizes, build_mesh, rows_of, started_ranks
+from .mesh import MeshSizes, build_mesh, rows_of
+from .started import started_ranks
 
 T = TypeVar("T")
 TIMEOUT = 600.0
