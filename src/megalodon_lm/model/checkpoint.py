@@ -15,7 +15,7 @@ from ..files import write_atomically
 from ..ops.device import choose_device
 from .identity import digest, remember, weights
 from .language_model import Config
-from .stored_tensors import StoredTensors, read_shards, read_tensors, shape_of, write_tensors
+from .stored_tensors import StoredTensors, read_indexed, read_tensors, shape_of, write_tensors
 
 if TYPE_CHECKING:
     from .backbone import Backbone
@@ -115,7 +115,7 @@ def open_model(cls: "type[B]", folder: str | Path) -> "tuple[B, StoredTensors, s
     if not path.is_file() and not index.is_file():
         raise InputError(f"no model in {folder}: {path.name} is missing")
     config = within if within and not (folder / CONFIG_FILE).is_file() else cls.config_class.load(folder / CONFIG_FILE)
-    stored = read_tensors(path) if path.is_file() else read_shards(index)
+    stored = read_tensors(path) if path.is_file() else read_indexed(index)
     size = path.stat().st_size if path.is_file() else sum(t.nbytes for t in stored.layout.values())
     if config.num_parameters > size:
         raise InputError(

@@ -72,7 +72,7 @@ def read_tensors(path: Path) -> StoredTensors:
     return StoredTensors(layout, file.get_tensor)
 
 
-def read_shards(index: Path) -> StoredTensors:
+def read_indexed(index: Path) -> StoredTensors:
     """The tensors of several safetensors files, which transformers makes of a large model.
 
     Args:
