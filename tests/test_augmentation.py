@@ -108,6 +108,19 @@ def test_changes_are_others_in_each_epoch_and_the_same_whatever_was_read_before(
     assert torch.equal(plain.read([0, 0]).inputs, ExampleBatches(examples, examples.form(), 12, 1).read([0, 0]).inputs)
 
 
+def test_each_example_and_each_seed_has_changes_of_its_own(pictures, tmp_path):
+    """Seen in one picture many times over."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(6):
+            (tmp_path / name / f"{i}.png").write_bytes((pictures / "a" / "4.png").read_bytes())
+    examples = load_examples(str(tmp_path), Taking(side=16))
+    seeds = [ExampleBatches(examples, examples.form(), 12, seed, EVERYTHING).read([0, 0]).inputs for seed in (1, 2)]
+    kinds = [{row.numpy().tobytes() for row in found} for found in seeds]
+    assert min(map(len, kinds)) > 9
+    assert len(kinds[0] & kinds[1]) < 4
+
+
 @settings(deadline=None, max_examples=40)
 @given(
     height=st.integers(1, 9), width=st.integers(1, 9), shift=st.integers(0, 20), flip=st.booleans(),

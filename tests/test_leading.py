@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import torch
 from megalodon_lm import ByteTokenizer
 from megalodon_lm.cli.main import main
 from megalodon_lm.generation.context import Context
+from megalodon_lm.parallel.leading import Leading
 
 from .ranks import run_ranks
 
@@ -154,6 +156,28 @@ def test_an_interrupted_reading_is_saved_once_and_others_end_quietly(saved, tiny
     assert "interrupted within" in first[2]
     assert other == (0, "", "")
     assert Context.load(book, tiny, ByteTokenizer()).position >= 1
+
+
+def test_an_interrupt_waits_for_the_end_of_a_call():
+    """The others are in the middle of it then; afterwards they are told that there is nothing more."""
+    told, done = [], []
+
+    class Alone(Leading):
+        def _tell(self, call):
+            told.append(call)
+
+    def reader(tokens, state):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        done.append(tokens)
+        return tokens, state
+
+    leading = Alone(reader, None)
+    with pytest.raises(KeyboardInterrupt):
+        leading(torch.zeros(1, 3, dtype=torch.int64))
+    assert len(told) == len(done) == 1
+    leading.dismiss()
+    assert told[1:] == [None]
 
 
 def test_what_cannot_be_read_is_said_by_one_rank(saved, tmp_path):
