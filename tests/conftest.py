@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megalodon_lm import ByteTokenizer, Generator, Megalodon, ModelConfig
+from megalodon_lm.cli.main import main
 from megalodon_lm.ops import backend
 
 torch.set_num_threads(2)
@@ -46,3 +47,34 @@ def generator():
     """bf16 where the processor has it, so that rounding would show."""
     torch.manual_seed(0)
     return Generator(Megalodon(ModelConfig.named("tiny")).eval(), ByteTokenizer())
+
+
+@pytest.fixture
+def run(capfd):
+    """A command in this process: its exit code, output and errors."""
+
+    def run(*arguments):
+        capfd.readouterr()
+        try:
+            main([str(argument) for argument in arguments])
+            code = 0
+        except SystemExit as ended:
+            code = ended.code or 0
+        return code, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refused(run):
+    """What a command says that must refuse, in one line."""
+
+    def refused(*arguments):
+        code, _, said = run(*arguments)
+        assert code == 2, said
+        assert said.startswith("megalodon: error: ")
+        assert said.count("\n") == 1
+        assert len(said) < 1100
+        return said
+
+    return refused

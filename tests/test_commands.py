@@ -18,37 +18,6 @@ from megalodon_lm.cli.main import main
 from megalodon_lm.errors import InputError
 
 
-@pytest.fixture
-def run(capfd):
-    """A command in this process: its exit code, output and errors."""
-
-    def run(*arguments):
-        capfd.readouterr()
-        try:
-            main([str(argument) for argument in arguments])
-            code = 0
-        except SystemExit as ended:
-            code = ended.code or 0
-        return code, *capfd.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def refused(run):
-    """What a command says that must refuse, in one line."""
-
-    def refused(*arguments):
-        code, _, said = run(*arguments)
-        assert code == 2, said
-        assert said.startswith("megalodon: error: ")
-        assert said.count("\n") == 1
-        assert len(said) < 1100
-        return said
-
-    return refused
-
-
 class Raising:
     def __init__(self, error):
         self.error = error

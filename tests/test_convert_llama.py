@@ -8,7 +8,6 @@ import torch
 from megalodon_lm.architectures import load
 from megalodon_lm.errors import InputError
 from megalodon_lm.hub.llama import open_llama
-from tests.test_commands import run  # noqa: F401  # fixture
 
 pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning", "default::FutureWarning")
 SIZES = dict(vocab_size=259, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
@@ -32,7 +31,7 @@ def theirs(folder, **changes):
     [{}, {"num_key_value_heads": 2, "tie_word_embeddings": True, "rms_norm_eps": 1e-3}],
     ids=["plain", "grouped"],
 )
-def test_a_llama_computes_the_same_natively(changes, tmp_path, run):  # noqa: F811
+def test_a_llama_computes_the_same_natively(changes, tmp_path, run):
     model = theirs(tmp_path / "theirs", **changes)
     code, out, _ = run("convert", tmp_path / "theirs", "--to", "native", "--out", tmp_path / "ours")
     assert code == 0

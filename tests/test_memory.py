@@ -1,16 +1,19 @@
 """Memory of the process."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
 
 import pytest
 
+from megalodon_lm.cli.main import KEPT_PRODUCTS
 from megalodon_lm.training.memory import resident
 
 KEEP = """
 import json, resource, torch
+from megalodon_lm.cli.main import KEPT_PRODUCTS
 from megalodon_lm.training.memory import keep_freed_memory, resident
 kept, before = keep_freed_memory(), resident()
 faults = []
@@ -35,3 +38,35 @@ def test_freed_memory_is_kept_and_soon_no_more_is_taken():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_resident_memory_is_told():
     assert 0 < resident() <= resident(peak=True)
+
+
+PRODUCTS = """
+import sys
+from megalodon_lm.cli.main import main
+if sys.argv[1] == "command":
+    try:
+        main(["--version"])
+    except SystemExit:
+        pass
+import torch
+from megalodon_lm.cli.main import KEPT_PRODUCTS
+from megalodon_lm.training.memory import resident
+torch.set_num_threads(1)
+weight = torch.ones(256, 256, dtype=torch.bfloat16, requires_grad=True)
+before = resident()
+for rows in range(500, 900):
+    torch.nn.functional.linear(torch.ones(rows, 256, dtype=torch.bfloat16), weight).sum().backward()
+print("grown by", resident() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_products_of_many_shapes_are_not_kept_for_ever():
+    environment = {k: v for k, v in os.environ.items() if k not in KEPT_PRODUCTS}
+    grown = {}
+    for way in ("command", "library"):
+        done = subprocess.run(
+            [sys.executable, "-c", PRODUCTS, way], capture_output=True, text=True, check=True, env=environment
+        )
+        grown[way] = int(done.stdout.split()[-1]) >> 20
+    assert grown["command"] < 250 or grown["command"] < grown["library"] / 2, grown

@@ -9,8 +9,10 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from megalodon_lm import Encoder, EncoderConfig
+from megalodon_lm.data.examples import Form
 from megalodon_lm.errors import InputError
 from megalodon_lm.hub import MegalodonEncoderConfig, MegalodonForSequenceClassification
+from megalodon_lm.training.classification import FORM_FILE, load_form, save_form
 
 SHAPES = {
     "tokens": {}, "numbers": {"input": "numbers", "attention": "laplace", "chunk_size": 8},
@@ -81,6 +83,29 @@ def test_hidden_states_are_the_inputs_of_blocks_and_head(shape):
     assert all(h.shape == first.shape for h in out.hidden_states)
     assert not any(h[~mask.bool()].any() for h in out.hidden_states)
     assert model(**given).hidden_states is None
+
+
+def test_a_classifier_is_converted_with_its_classes(tmp_path, run, refused):
+    native = small("tokens")
+    native.save(tmp_path / "native")
+    save_form(Form("text", ("bad", "fair", "good")), tmp_path / "native")
+    convert = ("convert",)
+    out = "--to", "transformers", "--out"
+    code, said, _ = run(*convert, tmp_path / "native", *out, tmp_path / "theirs")
+    assert (code, "bad, fair, good" in said) == (0, True)
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "theirs")
+    assert theirs.config.id2label == {0: "bad", 1: "fair", 2: "good"}
+    assert theirs.native.fingerprint() == native.fingerprint()
+    code, *_ = run(*convert, tmp_path / "theirs", "--to", "native", "--out", tmp_path / "again")
+    assert code == 0
+    assert Encoder.load(tmp_path / "again").fingerprint() == native.fingerprint()
+    assert load_form(tmp_path / "again") == load_form(tmp_path / "native")
+    (tmp_path / "theirs" / FORM_FILE).unlink()
+    code, said, _ = run(*convert, tmp_path / "theirs", "--to", "native", "--out", tmp_path / "nameless")
+    assert (code, "classes: 3" in said) == (0, True)
+    assert "another kind, encoder" in refused(
+        *convert, tmp_path / "native", "--to", "official", "--out", tmp_path / "x"
+    )
 
 
 def test_classes_by_the_names_of_transformers():

@@ -17,7 +17,6 @@ from megalodon_lm.evaluation.results import Results
 from megalodon_lm.evaluation.short_tasks import ask
 from megalodon_lm.evaluation.task_definitions import Definitions
 from tests.runs import TEXT
-from tests.test_commands import refused, run  # noqa: F401  # fixtures
 
 from .test_harness_paths import FOLDER, llama
 
@@ -78,7 +77,7 @@ def transformers(folder):
     return folder
 
 
-def evaluated(run, model, out, *more):  # noqa: F811
+def evaluated(run, model, out, *more):
     code, shown, said = run("evaluate", "tasks", "winogrande,mmlu_marketing", model, "--data", FOLDER, "--shots", "0",
                             "--limit", "2", "--precision", "float32", "--out", out, *more)  # fmt: skip
     assert code == 0, said
@@ -87,7 +86,7 @@ def evaluated(run, model, out, *more):  # noqa: F811
 
 
 @pytest.mark.parametrize(("make", "begins"), [(gguf, False), (transformers, True)])
-def test_models_of_other_programs_and_what_is_made_of_them(make, begins, tmp_path, run):  # noqa: F811
+def test_models_of_other_programs_and_what_is_made_of_them(make, begins, tmp_path, run):
     """A Llama scores natively what it scores as a model of transformers: its texts begin alike, and end alike."""
     (tmp_path / "theirs").mkdir()
     source = make(tmp_path / "theirs")
@@ -111,7 +110,7 @@ def test_models_of_other_programs_and_what_is_made_of_them(make, begins, tmp_pat
     ] * 2
 
 
-def test_the_run_of_a_baseline(tmp_path, run):  # noqa: F811
+def test_the_run_of_a_baseline(tmp_path, run):
     (tmp_path / "text.txt").write_bytes(TEXT)
     (tmp_path / "recipe.toml").write_text(
         '[model]\narchitecture = "llama"\nvocab_size = 259\nnum_layers = 1\nmodel_dim = 32\nnum_heads = 2\n'
@@ -129,7 +128,7 @@ def test_the_run_of_a_baseline(tmp_path, run):  # noqa: F811
     assert [task.scores for task in found.tasks] == [task.scores for task in expected]
 
 
-def test_data_that_is_nowhere_is_one_line(saved, refused, monkeypatch):  # noqa: F811
+def test_data_that_is_nowhere_is_one_line(saved, refused, monkeypatch):
     """Neither in a folder nor, without a network, on the hub."""
     assert "the data of piqa is not in" in refused("evaluate", "tasks", "piqa", saved, "--data", FOLDER)
 

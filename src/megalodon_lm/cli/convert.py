@@ -20,7 +20,7 @@ class Convert:
     """Write a model in another format.
 
     Which format MODEL has is seen from its files. Weights keep their type, and pass tensor by tensor from the files of
-    the one to those of the other. The tokenizer goes with them.
+    the one to those of the other. The tokenizer goes with them; with a classifier, what its examples are made of.
     """
 
     model: Positional[Path]
@@ -39,6 +39,7 @@ class Convert:
         from ..config import ModelConfig
         from ..files import make_folder
         from ..model.checkpoint import write_model
+        from ..model.encoder_config import EncoderConfig
         from ..model.official import write_official
 
         if self.parts != 1 and self.to != "official":
@@ -46,9 +47,18 @@ class Convert:
         if self.out.is_dir() and any(self.out.iterdir()):
             raise InputError(f"--out {self.out} is not empty; name another folder")
         config, tensors, tokenizer = _opened(self.model)
-        if self.to != "native" and not isinstance(config, ModelConfig):
-            raise InputError(f"a {config.architecture} has no form but the native one; --to {self.to} is for Megalodon")
+        known = (ModelConfig, EncoderConfig) if self.to == "transformers" else ModelConfig
+        if self.to != "native" and not isinstance(config, known):
+            raise InputError(
+                f"--to {self.to} is for Megalodon; {self.model} is a model of another kind, "
+                f"{config.architecture}, which has no such form"
+            )
         make_folder(self.out)
+        if isinstance(config, EncoderConfig):
+            write_model(config, tensors, self.out)
+            classes = _describe_classes(self.model, config, self.to == "transformers", self.out)
+            print(f"{self.out}: {config.num_parameters:,} parameters, {self.to}, {classes}")
+            return
         if self.to == "official":
             unnamed = 0 if tokenizer is None else config.vocab_size - tokenizer.vocab_size
             write_official(config, tensors, self.out, self.parts, unnamed)
@@ -111,6 +121,22 @@ def _describe(config: Any, tensors: "Mapping[str, Tensor]", tokenizer: "Tokenize
     dtype = str(tensors["embed.weight"].dtype).removeprefix("torch.")
     named = {"architectures": [MegalodonForCausalLM.__name__], "dtype": dtype}
     MegalodonConfig.of(config, **named, **tokens).save_pretrained(folder)
+
+
+def _describe_classes(source: Path, config: Any, for_transformers: bool, folder: Path) -> str:
+    """Put beside a classifier's weights what its examples are made of, where that is known; a word on it."""
+    from ..training.classification import FORM_FILE, load_form, save_form
+
+    form = load_form(source) if (source / FORM_FILE).exists() else None
+    if form is not None:
+        save_form(form, folder)
+    if for_transformers:
+        from ..hub import MegalodonEncoderConfig, MegalodonForSequenceClassification
+
+        names = {} if form is None else {"id2label": dict(enumerate(form.classes))}
+        kind = MegalodonForSequenceClassification.__name__
+        MegalodonEncoderConfig.of(config, architectures=[kind], **names).save_pretrained(folder)
+    return f"classes: {config.num_classes}" if form is None else f"classes: {', '.join(form.classes)}"
 
 
 def _name(tokenizer: "Tokenizer | None") -> str:
