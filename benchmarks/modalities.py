@@ -9,7 +9,6 @@ The table is of the last weights of each run, none chosen by what they are measu
 """
 
 import json
-import platform
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -89,7 +88,7 @@ class Modalities:
             write_atomically(self.docs, before + BEGIN + "\n" + markdown(results) + END + rest.partition(END)[2])
 
     def _results(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "runs": {}}
+        found: dict[str, Any] = {"runs": {}}
         for task in TASKS:
             for average in AVERAGES:
                 folder = self.out / f"{task}-{average}"

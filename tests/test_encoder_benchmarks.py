@@ -1,4 +1,4 @@
-"""The table of what small encoders reach follows from the run folders."""
+"""The benchmarks of encoders: tables of accuracy follow from the run folders, and rivals are as large."""
 
 import importlib.util
 import json
@@ -10,15 +10,15 @@ from megalodon_lm.training.recipe import bundled_recipes
 ROOT = Path(__file__).parent.parent
 
 
-def benchmark():
-    spec = importlib.util.spec_from_file_location("modalities", ROOT / "benchmarks" / "modalities.py")
+def benchmark(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def test_finished_runs_are_shown_and_written_between_the_comments_of_a_page(tmp_path, capsys):
-    made = benchmark()
+    made = benchmark("modalities")
     assert {recipe for recipe, _, _ in made.TASKS.values()} <= set(bundled_recipes())
     assert f"{made.BEGIN}\n" in (ROOT / "docs" / "modalities.md").read_text(encoding="utf-8")
     for task in made.TASKS:
@@ -38,3 +38,16 @@ def test_finished_runs_are_shown_and_written_between_the_comments_of_a_page(tmp_
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["runs"]["mnist-complex"]["steps"] == 7
     assert "75.00%" in capsys.readouterr().out
+
+
+def test_encoders_are_timed_beside_a_transformer_of_their_size(tmp_path, capsys):
+    out = tmp_path / "encoders.json"
+    benchmark("encoders").Encoders("encoder_small", [64], 16, rounds=1, json=out).run()
+    found = json.loads(out.read_text())
+    ours, theirs = found["parameters"]
+    assert abs(theirs / ours - 1) < 0.01
+    assert [(row["work"], row["type"]) for row in found["rows"]] == [
+        ("training", "float32"), ("training", "bf16"), ("reading", "float32"), ("reading", "bf16")
+    ]  # fmt: skip
+    assert all(row["ours"] > 0 and row["theirs"] > 0 for row in found["rows"])
+    assert "Transformer" in capsys.readouterr().out
