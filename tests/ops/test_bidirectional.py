@@ -1,5 +1,7 @@
 """The ops of the encoder against their definitions, and what padding and chunks may not change."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,9 +9,10 @@ from hypothesis import strategies as st
 
 from megalodon_lm.ops import bidirectional_definitions as definitions
 from megalodon_lm.ops.bidirectional_attention import bidirectional_attention
-from megalodon_lm.ops.bidirectional_cema import bidirectional_cema, reverse
+from megalodon_lm.ops.bidirectional_cema import bidirectional_cema
 from megalodon_lm.ops.boundaries import Boundaries
 from megalodon_lm.ops.cema import cema_coefficients, ema_coefficients
+from megalodon_lm.ops.padding import reverse, zero_padding
 from megalodon_lm.ops.sequence_norm import sequence_norm
 
 from .cases import assert_close, boundaries, gradients
@@ -83,6 +86,46 @@ def test_norm_equals_definition_with_all_gradients(kind, groups, length):
     expected = gradients(lambda *a: [definitions.sequence_norm(*a, groups, 1e-5, where)], inputs)
     assert_close(actual[0], expected[0], 1e-12)
     assert_close(actual[1], expected[1], 1e-10)
+
+
+@pytest.mark.parametrize("lengths", [None, (150, 0, 63), (1, 64, 2)])
+def test_norm_of_each_feature_natively_equals_definition(lengths):
+    where = None if lengths is None else Boundaries(None, torch.tensor(lengths))
+    inputs = [t + 5 * (i == 0) for i, t in enumerate(draw((B, 150, 32), (32,), (32,), seed=1))]
+
+    def run(op):
+        return lambda *a: [op(*a, 32, 1e-5, where)]
+
+    expected = gradients(run(definitions.sequence_norm), inputs)
+    for dtype, near in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+        given = [inputs[0].to(dtype), *(t.float() for t in inputs[1:])]
+        assert sequence_norm.implementation(*given, 32, 1e-5, where) is not sequence_norm.portable
+        rounded = gradients(run(definitions.sequence_norm), [t.double() for t in given])
+        actual = gradients(run(sequence_norm), given)
+        assert actual[0][0].dtype == actual[1][0].dtype == dtype
+        assert_close(actual[0], rounded[0], near)
+        assert_close(actual[1], rounded[1], 10 * near)
+    assert_close(gradients(run(sequence_norm), inputs)[0], expected[0], 1e-12)
+    if where is not None:
+        x = inputs[0].float()
+        x[~where.valid(150)] = math.nan
+        y = sequence_norm(x, *(t.float() for t in inputs[1:]), 32, 1e-5, where)
+        assert (y[~where.valid(150)] == 0).all()
+        assert y.isfinite().all()
+
+
+@given(st.integers(1, 9), st.lists(st.integers(0, 9), min_size=2, max_size=2), st.integers(0, 1))
+@settings(deadline=None, max_examples=30)
+def test_padding_is_zeroed_and_rows_reversed_natively_as_by_choosing(length, lengths, late):
+    (x,) = draw((2, length, 3), dtype=torch.float32)
+    ends = torch.tensor(lengths).clamp(max=length)
+    x[~Boundaries(None, ends).valid(length)] = math.nan
+    for op, more in ((zero_padding, ()), (reverse, (late,))):
+        assert op.implementation(x, ends, *more) is not op.portable
+        found = gradients(lambda t, op=op, more=more: [op(t, ends, *more)], [x])
+        expected = gradients(lambda t, op=op, more=more: [op.portable(t, ends, *more)], [x])
+        assert_close(found[0], expected[0], 0)
+        assert_close(found[1], expected[1], 0)
 
 
 def test_norm_of_a_feature_has_mean_0_and_variance_1_over_its_valid_steps():

@@ -21,6 +21,7 @@ from ..layers.linear import Linear
 from ..layers.norms import RMSNorm, TimestepNorm
 from ..layers.sequence_norm import SequenceNorm
 from ..ops.boundaries import Boundaries, Padding
+from ..ops.padding import zero_padding
 from ..state import State
 from ..state_spec import Sealed, Tree, declare
 from .assembly import build_feed_forward, mixer_sizes
@@ -68,7 +69,7 @@ class ClassificationHead(nn.Module):
             x = F.silu(self.proj(x) + x)
             x = x.to(torch.promote_types(x.dtype, torch.float64 if carries else torch.float32))
             if boundaries is not None and boundaries.lengths is not None:
-                x = torch.where(boundaries.valid(x.shape[1])[..., None].to(x.device), x, 0)
+                x = zero_padding(x, boundaries.lengths)
             total = x.sum(1) if entry is None else entry["sum"] + x.sum(1)
             leaving = {"final": final, "sum": total} if carries else {}
         else:

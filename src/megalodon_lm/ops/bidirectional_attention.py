@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .backend import op
 from .boundaries import Boundaries
+from .padding import zero_padding
 from .rotary import rope, slot_turns
 
 AttentionKind = Literal["softmax", "laplace"]
@@ -53,18 +54,16 @@ def bidirectional_attention(
     valid = None
     if lengths is not None or length % size:
         ends = torch.full((batch,), length) if lengths is None else lengths
-        valid = (torch.arange(chunks * size) < ends[:, None]).to(q.device)
         rest = (0, 0, 0, 0, 0, chunks * size - length)
-        q, k, v = (torch.where(valid[..., None, None], F.pad(t, rest), 0) for t in (q, k, v))
-        valid = valid.view(-1, size)
+        q, k, v = (t if lengths is None else zero_padding(t, lengths) for t in (q, k, v))
+        q, k, v = (F.pad(t, rest) if chunks * size > length else t for t in (q, k, v))
+        valid = (torch.arange(chunks * size) < ends[:, None]).to(q.device).view(-1, size)
     q, k, v = (t.reshape(-1, size, *t.shape[2:]).transpose(1, 2) for t in (q, k, v))
     counts = None if valid is None else valid.sum(1).clamp(min=1).view(-1, 1, 1, 1)
     out = [_tile(part, k, v, valid, counts, kind, dropout) for part in q.split(TILE_SIZE, 2)]
     joined = out[0] if len(out) == 1 else torch.cat(out, 2)
     joined = joined.transpose(1, 2).reshape(batch, chunks * size, *v.shape[1:2], v.shape[-1])[:, :length]
-    if valid is not None:
-        joined = torch.where(valid.view(batch, -1)[:, :length, None, None], joined, 0)
-    return joined
+    return joined if lengths is None else zero_padding(joined, lengths)
 
 
 def laplace(scores: Tensor, counts: Tensor | int) -> Tensor:

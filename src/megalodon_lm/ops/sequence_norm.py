@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .backend import op
 from .boundaries import Boundaries
+from .padding import zero_padding
 
 
 @op()
@@ -40,12 +41,11 @@ def sequence_norm(
         y = (groups - mean) * (var + eps).rsqrt()
         y = y.view(batch, length, dim) * (weight.to(dtype) + 1) + bias.to(dtype)
     else:
-        valid = (torch.arange(length) < lengths[:, None]).to(x.device)
         count = (lengths.clamp(min=1) * groups.shape[-1]).view(-1, 1, 1, 1).to(x.device, dtype)
-        groups = torch.where(valid[..., None, None], groups, 0)
+        groups = zero_padding(groups, lengths)
         mean = groups.sum((1, 3), keepdim=True) / count
-        centred = torch.where(valid[..., None, None], groups - mean, 0)
+        centred = zero_padding(groups - mean, lengths)
         y = centred * (centred.square().sum((1, 3), keepdim=True) / count + eps).rsqrt()
         y = y.view(batch, length, dim) * (weight.to(dtype) + 1) + bias.to(dtype)
-        y = torch.where(valid[..., None], y, 0)
+        y = zero_padding(y, lengths)
     return y.to(out_dtype or x.dtype)
