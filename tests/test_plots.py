@@ -27,6 +27,7 @@ from megalodon_lm.evaluation.recall_tasks import VOCAB_SIZE, AssociativeRecall
 from megalodon_lm.evaluation.recall_trials import Result, Trial
 from megalodon_lm.evaluation.report import Report
 from megalodon_lm.plots import finite, picture, short
+from megalodon_lm.training.metrics import EXAMPLES
 from megalodon_lm.training.recipe import TrainingRecipe
 from megalodon_lm.training.report import write_report
 
@@ -149,6 +150,19 @@ def test_training_and_validation_share_one_axis_in_bits_per_byte(tmp_path, figur
     assert [axis.get_title(loc="left") for axis in small] == [
         "Learning rate", "Norm of the gradient", "Tokens per second",
     ]  # fmt: skip
+    check_legible(figures[0])
+
+
+def test_the_whole_of_what_a_classifier_learns_is_in_sight(tmp_path, figures):
+    wrong = {50: 0.4, 70: 0.1, 100: 0.2}
+    steps = [step(n, bits_per_token=3.3 * 0.9**n, validation=wrong.get(n)) for n in range(1, 101)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
+    write_report(tmp_path, 0.0, EXAMPLES)
+    loss, *_, right, _ = figures[0].axes
+    smoothed = loss.lines[1].get_ydata()
+    assert loss.get_ylim()[0] <= min(smoothed) < 0.01 < 2 < max(smoothed) <= loss.get_ylim()[1]
+    assert list(right.lines[0].get_ydata()) == [0.6, 0.9, 0.8]
+    assert right.get_title(loc="left") == "80.00% right at the end, 90.00% right at best"
     check_legible(figures[0])
 
 

@@ -140,7 +140,9 @@ def _draw_loss(axis: Any, records: list[dict[str, Any]], bytes_per_token: float,
         shown = smooth + y
     elif smooth:
         axis.set_title(f"{smooth[-1]:.3f} bits per {unit} in training")
-    if shown:
+    if shown and units.of_classes:  # which a run may learn all but whole
+        axis.set_ylim(0, 1.1 * max(shown))
+    elif shown:
         low = min(shown)
         high = min(max(shown), 3 * low)
         room = 0.1 * (high - low) or 0.1
@@ -156,6 +158,7 @@ def _draw_accuracy(axis: Any, records: list[dict[str, Any]], units: Units) -> No
     axis.plot(x, [1 - wrong for wrong in y], "o-", color="tab:orange", markersize=4)
     best = _best(records)
     assert best is not None
-    axis.set(xlabel=units.read, title=f"{units.validated(best['validation'])} at best")
+    last = f"{units.validated(y[-1])} at the end" if y else "no finite number"
+    axis.set(xlabel=units.read, title=f"{last}, {units.validated(best['validation'])} at best")
     axis.yaxis.set_major_formatter("{x:.0%}")
     amount_axis(axis.xaxis)
