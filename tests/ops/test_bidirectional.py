@@ -150,6 +150,15 @@ def test_attention_equals_definition_with_all_gradients(kind, weights, chunk):
     assert_close(actual[1], expected[1], 1e-11)
 
 
+@pytest.mark.parametrize("weights", ["softmax", "laplace"])
+def test_attention_natively_equals_definition(weights):
+    where, inputs = boundaries("padding", B, 20), draw(*[(B, 20, H, 6)] * 2, (B, 20, H, 5), seed=1)
+    expected = gradients(lambda *a: [definitions.bidirectional_attention(*a, 8, 1e4, weights, where)], inputs)
+    actual = gradients(lambda *a: [bidirectional_attention(*a, 8, 1e4, weights, where)], [t.float() for t in inputs])
+    assert_close(actual[0], expected[0], 1e-5)
+    assert_close(actual[1], expected[1], 1e-4)
+
+
 def test_attention_in_tiles_equals_that_in_one(monkeypatch):
     inputs, where = draw(*[(2, 11, 1, 4)] * 3), Boundaries(None, torch.tensor([11, 7]))
     whole = bidirectional_attention(*inputs, 0, 1e4, "softmax", where)

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from .backend import op
 from .boundaries import Boundaries
+from .laplace import laplace
 from .padding import zero_padding
 from .rotary import rope, slot_turns
 
 AttentionKind = Literal["softmax", "laplace"]
 TILE_SIZE = 256  # queries
-LAPLACE_MEAN, LAPLACE_DEVIATION = math.sqrt(0.5), math.sqrt(0.25 / math.pi)
 
 
 @op(rounded=3)
@@ -59,32 +59,24 @@ def bidirectional_attention(
         q, k, v = (F.pad(t, rest) if chunks * size > length else t for t in (q, k, v))
         valid = (torch.arange(chunks * size) < ends[:, None]).to(q.device).view(-1, size)
     q, k, v = (t.reshape(-1, size, *t.shape[2:]).transpose(1, 2) for t in (q, k, v))
-    counts = None if valid is None else valid.sum(1).clamp(min=1).view(-1, 1, 1, 1)
+    counts = torch.full((len(q),), size) if valid is None else valid.sum(1).clamp(min=1)
     out = [_tile(part, k, v, valid, counts, kind, dropout) for part in q.split(TILE_SIZE, 2)]
     joined = out[0] if len(out) == 1 else torch.cat(out, 2)
     joined = joined.transpose(1, 2).reshape(batch, chunks * size, *v.shape[1:2], v.shape[-1])[:, :length]
     return joined if lengths is None else zero_padding(joined, lengths)
 
 
-def laplace(scores: Tensor, counts: Tensor | int) -> Tensor:
-    """0.5 (1 + erf((s / counts - mean) / (deviation sqrt(2)))): the distribution of a normal one that fits relu^2."""
-    width = LAPLACE_DEVIATION * math.sqrt(2)
-    shift, half = (torch.full((), c, dtype=scores.dtype, device=scores.device) for c in (-LAPLACE_MEAN / width, 0.5))
-    factor = torch.full((), 1 / width, dtype=scores.dtype, device=scores.device) / counts
-    return torch.add(half, torch.erf(torch.addcmul(shift, scores, factor)), alpha=0.5)  # as few passes as can be
-
-
 def _tile(
-    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, counts: Tensor | None, kind: AttentionKind, dropout: float
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, counts: Tensor, kind: AttentionKind, dropout: float
 ) -> Tensor:
-    """Some queries (M, H, Q, dk) to all keys (M, H, K, dk) that are valid (M, K); counts (M, 1, 1, 1) of them."""
+    """Some queries (M, H, Q, dk) to all keys (M, H, K, dk) that are valid (M, K); counts (M,) of them."""
     scores = q @ k.transpose(-1, -2)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if kind == "softmax":
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         if valid is not None:  # a chunk without any sees zeros
             hidden = ~valid & valid.any(1, keepdim=True)
             scores = scores.masked_fill(hidden[:, None, None], -math.inf)
-        weights = scores.softmax(-1)
+        weights = scores.softmax(-1).to(v.dtype)
     else:
-        weights = laplace(scores, k.shape[2] if counts is None else counts)  # of padding too, whose values are 0
-    return F.dropout(weights.to(v.dtype), dropout) @ v
+        weights = laplace(scores, counts.to(scores.device), out_dtype=v.dtype)  # of padding too, whose values are 0
+    return F.dropout(weights, dropout) @ v

@@ -305,6 +305,31 @@ def sigmoid(typingctx: Any, value: Any) -> Any:
     return float32x16(float32x16), codegen
 
 
+_ERF = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
+
+
+@intrinsic
+def normal_integral(typingctx: Any, value: Any) -> Any:
+    """0.5 (1 + erf(z)) of each lane, to about 3e-7. NaN stays.
+
+    Abramowitz and Stegun 7.1.26: erfc(z) = e^-z^2 times a polynomial of 1 / (1 + 0.3275911 z), for z from 0.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        z = args[0]
+        size = _limited(builder, _call(builder, "fabs", z), ">", 12.0)
+        t = _reciprocal(builder, _multiply_add(builder, size, _constant(0.3275911), _constant(1.0)))
+        series = _constant(_ERF[0])
+        for factor in (*_ERF[1:], 0.0):
+            series = _multiply_add(builder, series, t, _constant(factor))
+        power = _exp(builder, builder.fneg(builder.fmul(size, size)))
+        beyond = builder.fmul(builder.fmul(series, power), _constant(0.5))
+        negative = builder.fcmp_ordered("<", z, _constant(0.0))
+        return builder.select(negative, beyond, builder.fsub(_constant(1.0), beyond))
+
+    return float32x16(float32x16), codegen
+
+
 def _binary(symbol: Any, instruction: str) -> None:
     @infer_global(symbol)
     class _Typing(ConcreteTemplate):
