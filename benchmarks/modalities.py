@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/modalities.py --data DIR --out runs/modalities --docs docs/modalities.md
 
-Trains five recipes twice each, one after the other, by `megalodon classify train`: DIR holds what they name (fsdd/,
+Trains six recipes twice each, one after the other, by `megalodon classify train`: DIR holds what they name (fsdd/,
 mnist/, cifar10_gray/, listops/). Ctrl-C leaves a checkpoint; the same command goes on, and passes over what is
 finished.
 The table is of the last weights of each run, none chosen by what they are measured on.
@@ -26,7 +26,8 @@ from megalodon_lm.training.metrics import read_metrics
 TASKS = {
     "digits": ("classify_digits", "spoken digits, 8 kHz samples, recordings 35-39", 0.93),
     "mnist": ("classify_mnist", "MNIST pixel by pixel, 7,000 to learn from", 0.95),
-    "cifar": ("classify_cifar", "CIFAR-10 in grey, 8,000 to learn from", 0.5),
+    "cifar": ("classify_cifar", "CIFAR-10 in grey patches of 2 x 2, 8,000 to learn from", 0.5),
+    "pixels": ("classify_cifar_pixels", "CIFAR-10 in grey, pixel by pixel, 8,000 to learn from", 0.5),
     "listops": ("classify_listops_short", "ListOps of depth 20, the authors' file", 0.6),
     "pathfinder": ("classify_pathfinder_small", "Pathfinder 32 x 32, 6 dashes", 0.7),
 }

@@ -379,7 +379,8 @@ SMALLER = {
     "listops": "listops:0:8", "listops_short": "listops-d20:0:8", "image": "pathfinder:0:8",
     "pathfinder": "pathfinder:0:8",
     "pathx": "pathfinder:0:8", "pathfinder_small": "pathfinder:0:8:6", "mnist": "pathfinder:0:8",
-    "cifar": "pathfinder:0:8", "digits": "sounds", "digits_stream": "sounds", "text": "texts", "retrieval": "pairs",
+    "cifar": "pathfinder:0:8", "cifar_pixels": "pathfinder:0:8",
+    "digits": "sounds", "digits_stream": "sounds", "text": "texts", "retrieval": "pairs",
     "patches": "pictures",
 }  # fmt: skip
 
