@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+import shutil
 import signal
+import statistics
 import tomllib
 from pathlib import Path
 
@@ -14,14 +16,15 @@ from hypothesis import strategies as st
 
 from megalodon_lm import Megalodon
 from megalodon_lm.errors import Diverged, InputError
-from megalodon_lm.evaluation import comparison_runs, comparison_standings
+from megalodon_lm.evaluation import comparison_runs, comparison_speeds, comparison_standings
 from megalodon_lm.evaluation.comparison import Comparison, best_rate, next_rate
 from megalodon_lm.evaluation.comparison_report import tables, write
 from megalodon_lm.evaluation.comparison_runs import carry_out_all, find
+from megalodon_lm.evaluation.comparison_speeds import ROUNDS, SPEEDS_FILE, Speeds, measure_speeds
 from megalodon_lm.evaluation.comparison_standings import UNITS, at_equal, gather
 from megalodon_lm.training import machine
 from megalodon_lm.training.recipe import Recipe
-from megalodon_lm.training.run_lock import RunLock
+from megalodon_lm.training.run_lock import LOCK_FILE, RunLock
 
 from .processes import Nursery
 from .runs import TEXT, same_weights
@@ -351,6 +354,34 @@ def test_a_killed_comparison_goes_on_as_if_it_had_not_been(places, tmp_path, com
 
 
 # What is said
+
+
+def test_speeds_are_measured_in_turns_once_and_give_the_seconds(finished, tmp_path, monkeypatch):
+    comparison, out, _ = finished
+    own = tmp_path / "own"
+    shutil.copytree(out, own)
+    before, said = gather(comparison, own), []
+    assert [s.pace for s in before] == [None, None, None]
+    lock = RunLock(own)
+    measure_speeds(comparison, own, comparison_runs.CPU, said.append)  # another process is at it
+    assert (said, (own / SPEEDS_FILE).exists()) == ([], False)
+    lock.release()
+    measure_speeds(comparison, own, comparison_runs.CPU, said.append)
+    assert len(said) == 1
+    assert {p.name for p in own.iterdir()} == {*(p.name for p in out.iterdir()), SPEEDS_FILE, LOCK_FILE}
+    speeds = Speeds.read(own, ["megalodon", "plain", "wild"])
+    assert {len(rounds) for rounds in speeds.rounds.values()} == {ROUNDS}
+    assert speeds.machine["processor"]
+    assert Speeds.read(own, ["megalodon", "another"]) is None
+    base, plain, _ = gather(comparison, own)
+    assert base.pace == (1.0, 1.0, 1.0)
+    ratios = [a / b for a, b in zip(speeds.rounds["plain"], speeds.rounds["megalodon"], strict=True)]
+    assert plain.pace == (min(ratios), statistics.median(ratios), max(ratios))
+    assert [r.speed for r in plain.results] == [statistics.median(speeds.rounds["plain"])]
+    assert f"({min(ratios):.2f} to {max(ratios):.2f})" in tables([base, plain])[2].rows[1][5]
+    monkeypatch.setattr(comparison_speeds, "Trainer", None)
+    measure_speeds(comparison, own, comparison_runs.CPU, said.append)
+    assert len(said) == 1
 
 
 def test_differences_are_paired_by_seed():

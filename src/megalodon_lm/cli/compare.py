@@ -47,6 +47,7 @@ class Compare(Quiet):
         from ..evaluation.comparison import Comparison
         from ..evaluation.comparison_report import PAGE_FILE, figures, write
         from ..evaluation.comparison_runs import carry_out_all
+        from ..evaluation.comparison_speeds import measure_speeds
         from ..evaluation.comparison_standings import gather
         from ..files import FIGURES, check_writable, write_atomically
         from ..ops.device import choose_device
@@ -63,6 +64,8 @@ class Compare(Quiet):
                 comparison, out, names, device, lambda trainer: train_with_progress(trainer)[0], console.print
             ):
                 console.print(f"{result.contender}: {result.validation:.4f} bits per byte on the validation text")
+            if not any(s.missing for s in gather(comparison, out)):
+                measure_speeds(comparison, out, device, console.print)
         standings = gather(comparison, out, names if self.report else ())
         folder = self.report or out / "report"
         write(comparison, standings, folder)

@@ -15,7 +15,7 @@ HIGHEST = 1.4
 TITLES = {
     "tokens": "tokens",
     "operations": "operations, forward and backward",
-    "seconds": "seconds at the speed of undisturbed steps",
+    "seconds": "seconds of steps that nothing disturbs",
 }
 LEGEND_COLUMNS = 5
 

@@ -79,25 +79,19 @@ def _costs(standings: Sequence[Standing]) -> Table:
         [
             s.name, f"{s.results[0].parameters:,}", f"{s.results[0].flops_per_token / 1e6:.1f}M",
             f"{s.results[0].state_bytes:,}", f"{s.mean(lambda r: r.speed):,.0f}",
+            "" if s.pace is None else "{1:.2f} ({0:.2f} to {2:.2f})".format(*s.pace),
             f"{s.mean(lambda r: r.tokens / r.speed if r.speed else math.nan):,.0f}",
             f"{s.mean(lambda r: r.seconds):,.0f}", _megabytes(s),
         ]
         for s in standings if s.results
     ]  # fmt: skip
-    columns = (
-        "",
-        "parameters",
-        "operations a token",
-        "state bytes",
-        "tokens a second",
-        "seconds",
-        "by the clock",
-        "MB",
-    )
+    columns = ("", "parameters", "operations a token", "state bytes", "tokens a second",
+               f"times {standings[0].name}", "seconds", "by the clock", "MB")  # fmt: skip
     note = (
-        "Operations: forward and backward. Tokens a second: of the fastest tenth of the steps at least, so that other "
-        "programs count less; seconds: all tokens at that speed, and by the clock. MB: what a step takes beyond "
-        "weights and moments."
+        "Operations: forward and backward. Tokens a second: of steps that all contenders took in turns, the median of "
+        "the rounds, and the rounds' ratios; where these are not measured yet, of the fastest tenth of a run's own "
+        "steps at least. Seconds: all tokens at that speed, and by the clock. MB: what a step takes beyond weights and "
+        "moments."
     )
     return Table("Cost", columns, rows, note)
 

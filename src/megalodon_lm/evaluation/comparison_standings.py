@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 from ..errors import InputError
 from .comparison import Comparison, best_rate
 from .comparison_runs import Result, find, tuned
+from .comparison_speeds import Speeds
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Standing:
     """Of the seeds that are finished."""
     missing: list[str]
     """Titles of runs that are not."""
+    pace: tuple[float, float, float] | None = None
+    """Speed over the base's, in the same rounds: the lowest, the median and the highest; None where not measured."""
 
     @property
     def at_edge(self) -> bool:
@@ -100,7 +103,7 @@ def gather(comparison: Comparison, out: Path, names: Collection[str] = ()) -> li
     Raises:
         InputError: it holds other runs, or runs that did not learn from the same tokens.
     """
-    found = []
+    found, speeds = [], Speeds.read(out, list(comparison.contenders))
     for name, contender in comparison.contenders.items():
         if names and name not in {*names, comparison.settings.base}:
             continue
@@ -112,7 +115,9 @@ def gather(comparison: Comparison, out: Path, names: Collection[str] = ()) -> li
         runs = [comparison.full(name, rate, seed) for seed in range(contender.seeds)]
         results = [find(comparison, run, out) for run in runs]
         missing = [run.title for run, result in zip(runs, results, strict=True) if result is None]
-        found.append(Standing(name, contender.rates, rate, tried, [r for r in results if r is not None], missing))
+        made = [r if speeds is None else replace(r, speed=speeds.of(name)) for r in results if r is not None]
+        pace = None if speeds is None else speeds.ratio(name, comparison.settings.base)
+        found.append(Standing(name, contender.rates, rate, tried, made, missing, pace))
     read: dict[int, set[Any]] = {}
     for r in (r for s in found for r in s.results if not r.diverged):
         read.setdefault(r.seed, set()).add((r.tokens, r.data))
