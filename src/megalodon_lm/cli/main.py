@@ -27,7 +27,7 @@ NO_MEMORY = (
 )  # fmt: skip
 """What PyTorch's allocators, oneDNN and Python say then."""
 
-KEPT_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
+KEPT_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "256"}
 """Shapes for which oneDNN and PyTorch keep a prepared product, some megabytes each. Their own 1,024 fill gigabytes
 where each batch has another number of rows."""
 
