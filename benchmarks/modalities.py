@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/modalities.py --data DIR --out runs/modalities --docs docs/modalities.md
 
-Trains six recipes twice each, one after the other, by `megalodon classify train`: DIR holds what they name (fsdd/,
+Trains seven recipes twice each, one after the other, by `megalodon classify train`: DIR holds what they name (fsdd/,
 mnist/, cifar10_gray/, listops/). Ctrl-C leaves a checkpoint; the same command goes on, and passes over what is
 finished.
 The table is of the last weights of each run, none chosen by what they are measured on.
@@ -30,6 +30,7 @@ TASKS = {
     "pixels": ("classify_cifar_pixels", "CIFAR-10 in grey, pixel by pixel, 8,000 to learn from", 0.5),
     "listops": ("classify_listops_short", "ListOps of depth 20, the authors' file", 0.6),
     "pathfinder": ("classify_pathfinder_small", "Pathfinder 32 x 32, 6 dashes", 0.7),
+    "dashes": ("classify_pathfinder_14", "Pathfinder 32 x 32, 14 dashes", 0.7),
 }
 """Recipe, what it is, and the accuracy to reach."""
 AVERAGES = {"complex": "Megalodon (CEMA)", "real": "MEGA (EMA)"}

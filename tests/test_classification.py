@@ -376,12 +376,10 @@ def test_many_classes_have_a_table_of_the_most_frequent_mistakes_and_a_picture(t
 
 
 SMALLER = {
-    "listops": "listops:0:8", "listops_short": "listops-d20:0:8", "image": "pathfinder:0:8",
-    "pathfinder": "pathfinder:0:8",
-    "pathx": "pathfinder:0:8", "pathfinder_small": "pathfinder:0:8:6", "mnist": "pathfinder:0:8",
-    "cifar": "pathfinder:0:8", "cifar_pixels": "pathfinder:0:8",
-    "digits": "sounds", "digits_stream": "sounds", "text": "texts", "retrieval": "pairs",
-    "patches": "pictures",
+    "listops": "listops:0:8", "listops_short": "listops-d20:0:8", "image": "pathfinder:0:8", "mnist": "pathfinder:0:8",
+    "pathfinder": "pathfinder:0:8", "pathfinder_14": "pathfinder:0:8:6", "pathfinder_small": "pathfinder:0:8:6",
+    "pathx": "pathfinder:0:8", "cifar": "pathfinder:0:8", "cifar_pixels": "pathfinder:0:8", "digits": "sounds",
+    "digits_stream": "sounds", "text": "texts", "retrieval": "pairs", "patches": "pictures",
 }  # fmt: skip
 
 
