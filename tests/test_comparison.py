@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from megalodon_lm import Megalodon
 from megalodon_lm.errors import Diverged, InputError
 from megalodon_lm.evaluation import comparison_runs, comparison_speeds, comparison_standings
-from megalodon_lm.evaluation.comparison import Comparison, best_rate, next_rate
+from megalodon_lm.evaluation.comparison import Comparison, best_rate, next_full_rate, next_rate
 from megalodon_lm.evaluation.comparison_report import tables, write
 from megalodon_lm.evaluation.comparison_runs import carry_out_all, find
 from megalodon_lm.evaluation.comparison_speeds import ROUNDS, SPEEDS_FILE, Speeds, measure_speeds
@@ -106,6 +106,16 @@ def test_the_search_ends_at_a_best_rate_with_neighbours_or_at_its_limit(grid, pl
     assert len(tried) >= most or min(tried) < best < max(tried)
 
 
+def test_with_all_steps_halves_are_tried_as_long_as_they_are_better():
+    assert next_full_rate(2.0, {}, 3) == 2.0
+    assert next_full_rate(2.0, {2.0: 1.9}, 1) is None
+    assert next_full_rate(2.0, {2.0: 1.9}, 3) == 1.0
+    assert next_full_rate(2.0, {2.0: 1.9, 1.0: 2.0}, 3) is None
+    assert next_full_rate(2.0, {2.0: 1.9, 1.0: 1.8}, 3) == 0.5
+    assert next_full_rate(2.0, {2.0: 1.9, 1.0: 1.8, 0.5: 1.7}, 3) is None
+    assert next_full_rate(2.0, {2.0: math.inf}, 3) == 1.0  # diverged
+
+
 # What is compared
 
 
@@ -148,7 +158,7 @@ def test_a_contender_is_the_recipe_with_its_changes(tmp_path):
     full, tuning = comparison.full("wide", 2.0, 1), comparison.tuning("wide", 0.5)
     assert (full.recipe.model.ffn_hidden_dim, full.recipe.training.weight_decay) == (64, 0.0)
     assert (full.recipe.training.learning_rate, full.recipe.training.matrix_learning_rate) == (8e-3, 0.04)
-    assert (full.recipe.training.seed, full.recipe.training.steps, full.folder) == (1, 6, Path("wide/seed-1"))
+    assert (full.recipe.training.seed, full.recipe.training.steps, full.folder) == (1, 6, Path("wide/rate-2-seed-1"))
     t = tuning.recipe.training
     assert (t.steps, t.validate_steps, t.seed, t.learning_rate, t.warmup_steps) == (2, 2, 0, 2e-3, 0)
     assert tuning.folder == Path("wide/tuning-0.5")
@@ -203,10 +213,34 @@ def test_rates_are_tried_first_and_then_one_seed_of_all_after_the_other(finished
         ("megalodon", 1, best["megalodon"]),
     ]  # fmt: skip
     folders = {str(p.parent.relative_to(out)) for p in out.glob("*/*/result.json")}
+    full = {name: f"{name}/rate-{rate:g}-seed" for name, rate in best.items()}
     assert folders == {
-        "megalodon/tuning-1", "megalodon/tuning-2", "megalodon/seed-0", "megalodon/seed-1",
-        "plain/tuning-1", "plain/tuning-2", "plain/seed-0", "wild/seed-0",
+        "megalodon/tuning-1", "megalodon/tuning-2", f"{full['megalodon']}-0", f"{full['megalodon']}-1",
+        "plain/tuning-1", "plain/tuning-2", f"{full['plain']}-0", "wild/rate-1-seed-0",
     }  # fmt: skip
+
+
+def test_the_rates_have_to_prove_themselves_with_all_steps(tmp_path, finished):
+    """The rate is so high that half of it is better; what the comparison without that trial has made is kept."""
+    high = {"contenders": {"megalodon": {"training": {"learning_rate": 0.5}}}, "rates": [1.0]}
+    first, both = (Comparison(values(tmp_path, **high, full_rates=number)) for number in (1, 2))
+    [one, other] = run(first, tmp_path / "out")
+    assert (one.rate, one.seed, other.rate, other.seed) == (1.0, 0, 1.0, 1)
+    begun = gather(both, tmp_path / "out")[0]
+    assert (begun.rate, begun.full, begun.missing) == (
+        1.0, {1.0: one.validation}, ["megalodon, rate 0.5, seed 0"]
+    )  # fmt: skip
+    half, second = run(both, tmp_path / "out")
+    assert (half.rate, half.seed) == (0.5, 0)
+    assert half.validation < one.validation
+    assert (second.rate, second.seed) == (0.5, 1)
+    [standing] = gather(both, tmp_path / "out")
+    assert (standing.rate, standing.full) == (0.5, {1.0: one.validation, 0.5: half.validation})
+    assert (standing.results, standing.missing, standing.at_edge) == ([half, second], [], True)
+    names = [row[0] for row in tables([standing])[3].rows]
+    assert names == ["megalodon", "megalodon, all steps"]
+    write(both, [standing], tmp_path / "report")
+    assert run(both, tmp_path / "out") == []
 
 
 def test_each_run_says_all_that_is_asked_of_it(finished):
@@ -222,7 +256,7 @@ def test_each_run_says_all_that_is_asked_of_it(finished):
     assert r.by_context("near")[300] != r.by_context()[300]
     assert 0 < r.bits_per_byte < 9
     assert r.data == results[5].data != results[7].data  # another seed, another order
-    model = Megalodon.load(out / "megalodon/seed-0")
+    model = Megalodon.load(out / f"megalodon/rate-{r.rate:g}-seed-0")
     assert model.config == config
     assert not list(out.rglob("checkpoints"))
 
@@ -327,8 +361,8 @@ def compare(tmp_path):
     nursery.close()
 
 
-MIDDLE = [("megalodon/seed-0", 3)]
-EVERYWHERE = [("plain/tuning-1", 1), *MIDDLE, ("plain/seed-0", 6)]
+MIDDLE = [("megalodon", "rate-{rate:g}-seed-0", 3)]
+EVERYWHERE = [("plain", "tuning-1", 1), *MIDDLE, ("plain", "rate-{rate:g}-seed-0", 6)]
 
 
 @pytest.mark.parametrize("places", [MIDDLE, pytest.param(EVERYWHERE, marks=pytest.mark.slow)])
@@ -339,15 +373,18 @@ def test_a_killed_comparison_goes_on_as_if_it_had_not_been(places, tmp_path, com
     (tmp_path / "comparison.toml").write_text(tomli_w.dumps(given))
     whole, out = tmp_path / "whole", tmp_path / "parts"
     assert compare("--out", whole) == 0
-    for place, step in places:
+    comparison = Comparison.load(tmp_path / "comparison.toml")
+    rates = {s.name: s.rate for s in gather(comparison, whole)}
+    for name, kind, step in places:
+        place = f"{name}/{kind.format(rate=rates[name])}"
         assert compare("--out", out, until=f"{place}/checkpoints/step-{step:08}") == -signal.SIGKILL
         assert not (out / place / "result.json").exists()
     assert compare("--out", out) == 0
-    comparison = Comparison.load(tmp_path / "comparison.toml")
     for ours, theirs in zip(gather(comparison, out), gather(comparison, whole), strict=True):
         assert (ours.tried, len(ours.results)) == (theirs.tried, 1)
         assert list(map(outcome, ours.results)) == list(map(outcome, theirs.results))
-        assert same_weights(out / ours.name / "seed-0", whole / ours.name / "seed-0")
+        place = Path(ours.name) / f"rate-{ours.rate:g}-seed-0"
+        assert same_weights(out / place, whole / place)
     assert compare("--out", out, "--report", tmp_path / "report", "--json", tmp_path / "figures.json") == 0
     assert (tmp_path / "report" / "comparison.md").read_bytes() == (out / "report" / "comparison.md").read_bytes()
     assert json.loads((tmp_path / "figures.json").read_text())["compared"] == ["megalodon", "plain"]
@@ -420,7 +457,7 @@ def test_runs_on_other_tokens_are_not_compared(finished, tmp_path, monkeypatch):
 
     def other(comparison, run, out):
         found = find(comparison, run, out)
-        return dataclasses.replace(found, data="another") if run.folder == Path("plain/seed-0") else found
+        return dataclasses.replace(found, data="another") if (run.contender, run.tuning) == ("plain", False) else found
 
     monkeypatch.setattr(comparison_standings, "find", other)
     with pytest.raises(InputError, match="did not learn from the same tokens"):

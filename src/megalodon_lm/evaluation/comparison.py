@@ -45,6 +45,9 @@ class CompareRecipe:
     """How far the grid is extended where its best rate is at its edge: to so many rates."""
     tuning_steps: int = 200
     """Of each run that tries a rate."""
+    full_rates: int = 1
+    """Rates that are tried with all steps and the first seed: the best of the shorter runs and, as long as it is
+    better, half of it, since longer runs want lower rates."""
     seeds: int = 1
     """Runs of each contender; the first has seed 0."""
     equal_parameters: bool = True
@@ -93,7 +96,8 @@ class Run:
     @property
     def folder(self) -> Path:
         """Within that of the comparison."""
-        return Path(self.contender) / (f"tuning-{self.rate:g}" if self.tuning else f"seed-{self.seed}")
+        kind = f"tuning-{self.rate:g}" if self.tuning else f"rate-{self.rate:g}-seed-{self.seed}"
+        return Path(self.contender) / kind
 
     @property
     def title(self) -> str:
@@ -118,6 +122,7 @@ class Comparison:
         _require(bool(s.contenders), "contenders", "must name at least one")
         _require(s.base in s.contenders, "base", f"must be one of {', '.join(s.contenders)}")
         _require(s.tuning_steps >= 1, "tuning_steps", "must be at least 1")
+        _require(s.full_rates >= 1, "full_rates", "must be at least 1")
         _require(s.document_bytes >= 0, "document_bytes", "must not be negative")
         _require(min(s.contexts, default=-1) >= 0, "contexts", "must be lengths in tokens, or 0 for never")
         for name, contender in self.contenders.items():
@@ -203,7 +208,7 @@ class Comparison:
         return [name for name in self.contenders if name in names or not names]
 
     def full(self, name: str, rate: float, seed: int) -> Run:
-        """The run of a contender with a seed, at the rate that was chosen."""
+        """The run of a contender with a seed, of all steps."""
         return Run(name, rate, seed, False, self._recipe(name, rate, seed=seed))
 
     def tuning(self, name: str, rate: float) -> Run:
@@ -252,6 +257,19 @@ def next_rate(grid: Iterable[float], tried: Mapping[float, float], most: int) ->
         return None
     neighbour = rates[1] if best == rates[0] else rates[-2]
     return float(f"{best * best / neighbour:.6g}")  # as its folder is called
+
+
+def next_full_rate(start: float, tried: Mapping[float, float], most: int) -> float | None:
+    """The rate to try next with all steps: the first one, then halves of the lowest as long as that is the best.
+
+    Arguments and result as of next_rate.
+    """
+    if not tried:
+        return start
+    lowest = min(tried)
+    if len(tried) >= most or best_rate((), tried) != lowest:
+        return None
+    return float(f"{lowest / 2:.6g}")
 
 
 def best_rate(grid: Iterable[float], tried: Mapping[float, float]) -> float:

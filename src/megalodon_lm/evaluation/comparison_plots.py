@@ -135,7 +135,10 @@ def _rates(path: Path, standings: Sequence[Standing], styles: dict[str, Any]) ->
         for s in standings:
             x, y = finite(sorted(s.tried.items()))
             axis.plot(x, y, marker="o", markersize=3, label=s.name, **styles[s.name])
-        log_axis(axis.xaxis, [rate for s in standings for rate in s.tried])
+            if len(s.full) > 1:
+                x, y = finite(sorted(s.full.items()))
+                axis.plot(x, y, marker="s", markersize=4, **styles[s.name] | {"linestyle": ":"})
+        log_axis(axis.xaxis, [rate for s in standings for rate in (*s.tried, *s.full)])
         axis.set(xlabel="factor on the learning rates", ylabel="bits per byte")
-        axis.set_title("Validation of the runs that chose the rate")
+        axis.set_title("Validation of the runs that chose the rate; dotted: with all steps")
         _legend(axis)

@@ -97,17 +97,20 @@ def _costs(standings: Sequence[Standing]) -> Table:
 
 
 def _rates(standings: Sequence[Standing]) -> Table:
-    rates = sorted({rate for s in standings for rate in s.tried})
+    rates = sorted({rate for s in standings for rate in (*s.tried, *s.full)})
     rows = []
     for s in standings:
         edge = ", ".join([*(["at the edge"] if s.at_edge else []), *(["extended"] if s.extended else [])])
-        chosen = s.results[0].learning_rate if s.results else None
-        tried = [_number(s.tried.get(rate), ".4f") for rate in rates]
-        rows.append([s.name, *tried, _number(s.rate, "g"), _number(chosen, "g"), edge])
+        peak = s.results[0].learning_rate if s.results else None
+        ends = [_number(s.rate, "g"), _number(peak, "g"), edge]
+        rows.append([s.name, *(_number(s.tried.get(rate), ".4f") for rate in rates), *ends])
+        if len(s.full) > 1:
+            rows.append([f"{s.name}, all steps", *(_number(s.full.get(rate), ".4f") for rate in rates), "", "", ""])
     note = (
         "Validation bits per byte of the shorter runs that chose the rate, a factor on the learning rates of the "
-        "contender's recipe. Extended: the best of the grid lay at its edge, and rates beyond were tried; at the edge: "
-        "it still does."
+        "contender's recipe; and of those with all steps, which have the last word. Extended: the best of the grid lay "
+        "at its edge, and rates beyond were tried; at the edge: it still does, or the best with all steps is the "
+        "lowest of them."
     )
     return Table("Learning rates", ("", *(f"{rate:g}" for rate in rates), "chosen", "peak", ""), rows, note)
 
@@ -133,8 +136,8 @@ def figures(comparison: Comparison, standings: Sequence[Standing]) -> dict[str, 
             "difference": dict(zip(("mean", "error", "seeds"), s.difference(base), strict=True)),
             "at_equal": {unit: values.get(s.name) for unit, values in equal.items()},
             "by_context": {reading or "as trained": s.by_context(reading) for reading in s.readings()},
-            "rate": s.rate, "rates": s.tried, "extended": s.extended, "at_edge": s.at_edge,
-            "runs": [asdict(r) for r in s.results], "missing": s.missing,
+            "rate": s.rate, "rates": s.tried, "rates_with_all_steps": s.full, "extended": s.extended,
+            "at_edge": s.at_edge, "runs": [asdict(r) for r in s.results], "missing": s.missing,
         }
         for s in standings
     }  # fmt: skip

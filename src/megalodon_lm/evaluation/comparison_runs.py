@@ -24,7 +24,7 @@ from ..training.run_folder import recorded_recipe
 from ..training.run_lock import InUse, RunLock
 from ..training.trainer import Trainer
 from .by_context import measure
-from .comparison import Comparison, Run, best_rate, next_rate
+from .comparison import Comparison, Run, best_rate, next_full_rate, next_rate
 from .validation import Validation, beginning
 
 RECIPE_FILE, RESULT_FILE = "comparison.toml", "result.json"
@@ -123,6 +123,18 @@ def tuned(comparison: Comparison, name: str, out: Path) -> tuple[dict[float, flo
     return tried, None
 
 
+def settled(comparison: Comparison, name: str, out: Path) -> tuple[dict[float, float], float | None]:
+    """The rates of a contender that were tried with all steps and the first seed, as `tuned`, which has to be done."""
+    grid, tried = comparison.contenders[name].rates, dict[float, float]()
+    start = best_rate(grid, tuned(comparison, name, out)[0])
+    while (rate := next_full_rate(start, tried, comparison.settings.full_rates)) is not None:
+        result = find(comparison, comparison.full(name, rate, 0), out)
+        if result is None:
+            return tried, rate
+        tried[rate] = result.validation
+    return tried, None
+
+
 def plain_training(trainer: Trainer) -> bool:
     """Train without showing anything."""
     t, data = trainer.recipe.training, trainer.recipe.data
@@ -189,15 +201,15 @@ def _carry_out(
     """Find the rate of a contender, and make its run with a seed."""
     for finished in (out / name).glob(f"*/{RESULT_FILE}"):
         discard(finished.parent)  # what a process that was killed then has left
-    while True:
-        tried, rate = tuned(comparison, name, out)
-        if rate is None:
-            break
+    while (rate := tuned(comparison, name, out)[1]) is not None:
         yield carry_out(comparison, comparison.tuning(name, rate), out, device, train, say)
-    if seed is not None:
-        run = comparison.full(name, best_rate(comparison.contenders[name].rates, tried), seed)
-        if find(comparison, run, out) is None:
-            yield carry_out(comparison, run, out, device, train, say)
+    if seed is None:
+        return
+    while (rate := settled(comparison, name, out)[1]) is not None:
+        yield carry_out(comparison, comparison.full(name, rate, 0), out, device, train, say)
+    run = comparison.full(name, best_rate((), settled(comparison, name, out)[0]), seed)
+    if find(comparison, run, out) is None:
+        yield carry_out(comparison, run, out, device, train, say)
 
 
 def carry_out(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import InputError
 from .comparison import Comparison, best_rate
-from .comparison_runs import Result, find, tuned
+from .comparison_runs import Result, find, settled, tuned
 from .comparison_speeds import Speeds
 
 
@@ -32,10 +32,14 @@ class Standing:
     """Titles of runs that are not."""
     pace: tuple[float, float, float] | None = None
     """Speed over the base's, in the same rounds: the lowest, the median and the highest; None where not measured."""
+    full: dict[float, float] = field(default_factory=dict)
+    """As `tried`, of the rates that were tried with all steps."""
 
     @property
     def at_edge(self) -> bool:
         """Whether the best rate is the lowest or highest that was tried, so that a better one may lie beyond."""
+        if len(self.full) > 1:
+            return self.rate == min(self.full)
         return len(self.tried) > 1 and self.rate in (min(self.tried), max(self.tried))
 
     @property
@@ -111,13 +115,16 @@ def gather(comparison: Comparison, out: Path, names: Collection[str] = ()) -> li
         if open_rate is not None:
             found.append(Standing(name, contender.rates, None, tried, [], [comparison.tuning(name, open_rate).title]))
             continue
-        rate = best_rate(contender.rates, tried)
+        full, open_rate = settled(comparison, name, out)
+        rate = best_rate([best_rate(contender.rates, tried)], full)
         runs = [comparison.full(name, rate, seed) for seed in range(contender.seeds)]
         results = [find(comparison, run, out) for run in runs]
         missing = [run.title for run, result in zip(runs, results, strict=True) if result is None]
+        if open_rate not in (None, rate):
+            missing.append(comparison.full(name, open_rate, 0).title)
         made = [r if speeds is None else replace(r, speed=speeds.of(name)) for r in results if r is not None]
         pace = None if speeds is None else speeds.ratio(name, comparison.settings.base)
-        found.append(Standing(name, contender.rates, rate, tried, made, missing, pace))
+        found.append(Standing(name, contender.rates, rate, tried, made, missing, pace, full))
     read: dict[int, set[Any]] = {}
     for r in (r for s in found for r in s.results if not r.diverged):
         read.setdefault(r.seed, set()).add((r.tokens, r.data))
