@@ -109,6 +109,8 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
     """Of the table: the task, what is wanted, and for each average the accuracy, its interval and the minutes."""
     made = []
     for task, (_, what, wanted) in TASKS.items():
+        if not any(f"{task}-{average}" in results["runs"] for average in AVERAGES):
+            continue
         row = [what, f"{wanted:.0%}"]
         for average in AVERAGES:
             run = results["runs"].get(f"{task}-{average}")
