@@ -78,7 +78,7 @@ class Modalities:
     def _show(self) -> None:
         results = self._results()
         write_atomically(self.out / "results.json", json.dumps(results, indent=2) + "\n")
-        table = Table("task", "wanted", *(f"{name}, minutes" for name in AVERAGES.values()))
+        table = Table("task", "wanted", *AVERAGES.values())
         for row in rows(results):
             table.add_row(*row)
         Console().print(table)
@@ -106,7 +106,7 @@ class Modalities:
 
 
 def rows(results: dict[str, Any]) -> list[list[str]]:
-    """Of the table: the task, what is wanted, and for each average the accuracy, its interval and the minutes."""
+    """Of the table: the task, what is wanted, and for each average the accuracy and its interval."""
     made = []
     for task, (_, what, wanted) in TASKS.items():
         if not any(f"{task}-{average}" in results["runs"] for average in AVERAGES):
@@ -114,17 +114,14 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
         row = [what, f"{wanted:.0%}"]
         for average in AVERAGES:
             run = results["runs"].get(f"{task}-{average}")
-            row.append("" if run is None else "{:.2%} ({:.1%} to {:.1%}), {:.0f}".format(
-                run["accuracy"], *run["interval"], run["minutes"]
-            ))  # fmt: skip
+            row.append("" if run is None else "{:.2%} ({:.1%} to {:.1%})".format(run["accuracy"], *run["interval"]))
         made.append(row)
     return made
 
 
 def markdown(results: dict[str, Any]) -> str:
     """The same as a table of a page."""
-    names = (f"{name}, minutes of steps" for name in AVERAGES.values())
-    lines = ["| | wanted | " + " | ".join(names) + " |", "|---" * (2 + len(AVERAGES)) + "|"]
+    lines = ["| | wanted | " + " | ".join(AVERAGES.values()) + " |", "|---" * (2 + len(AVERAGES)) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows(results))]) + "\n"
 
 

@@ -34,7 +34,7 @@ def test_finished_runs_are_shown_and_written_between_the_comments_of_a_page(tmp_
     lines = page.read_text().splitlines()
     assert (lines[0], lines[-1]) == ("before", "after")
     assert "old" not in lines
-    assert lines[4] == f"| {made.TASKS['digits'][1]} | 93% | 75.00% (70.0% to 80.0%), 2 |  |"
+    assert lines[4] == f"| {made.TASKS['digits'][1]} | 93% | 75.00% (70.0% to 80.0%) |  |"
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["runs"]["mnist-complex"]["steps"] == 7
     assert "75.00%" in capsys.readouterr().out
