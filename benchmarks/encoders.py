@@ -12,6 +12,7 @@ import json
 import time
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,8 +24,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from megalodon_lm import Encoder, EncoderConfig
-from megalodon_lm.benchmark.pairs import alternate, rate_ratio
 from megalodon_lm.files import write_atomically
+from megalodon_lm.pairs import alternate, rate_ratio
 from megalodon_lm.training.machine import describe
 
 HEADS = 4
@@ -72,19 +73,18 @@ class Encoders:
 
     def _pair(self, ours: Encoder, theirs: nn.Module, work: str, name: str, length: int) -> dict[str, Any]:
         numbers = torch.randn(1, length, generator=torch.Generator().manual_seed(0))
-        forms = [ours, theirs, *([deepcopy(theirs).bfloat16()] if (work, name) == ("reading", "bf16") else [])]
-        timers = [lambda model=model: timed(model, work, name, numbers) for model in forms]
-        for timer in timers:
+        forms = [theirs, deepcopy(theirs).bfloat16()] if (work, name) == ("reading", "bf16") else [theirs]
+        own, *others = (partial(timed, model, work, name, numbers) for model in (ours, *forms))
+        for timer in (own, *others):
             timer()
-        timers[1:] = [min(timers[1:], key=lambda timer: timer())] if len(timers) > 2 else timers[1:]
-        seconds = alternate(timers, self.rounds)
+        seconds = alternate([own, min(others, key=lambda timer: timer())], self.rounds)
         ratio = rate_ratio(*seconds)
         rates = [length / median(times) for times in seconds]
         return {"ours": rates[0], "theirs": rates[1], "ratio": [ratio.low, ratio.median, ratio.high]}
 
 
 class Transformer(nn.Module):
-    """Numbers with learnt positions through PyTorch's encoder; the mean of all steps is classified.
+    """Numbers with the vectors of their places through PyTorch's encoder; the mean of all steps is classified.
 
     Args:
         depth: layers.

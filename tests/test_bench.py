@@ -11,7 +11,6 @@ from megalodon_lm import ModelConfig
 from megalodon_lm.benchmark import library_model, own_model
 from megalodon_lm.benchmark.floor import MatrixProducts, MemoryCopy, MemoryRead, weight_bytes
 from megalodon_lm.benchmark.measures import random_tokens
-from megalodon_lm.benchmark.pairs import alternate, rate_ratio, rounds_within
 from megalodon_lm.benchmark.peers import NAMES
 from megalodon_lm.benchmark.records import Record, write_records
 from megalodon_lm.benchmark.report import draw, table
@@ -19,6 +18,7 @@ from megalodon_lm.benchmark.suite import LENGTHS, LINEAR, MEASURES, PEERS, QUICK
 from megalodon_lm.benchmark.worker import ContenderFailed, Worker
 from megalodon_lm.benchmark.workloads import Fastest, contender
 from megalodon_lm.config import NUM_TAPS
+from megalodon_lm.pairs import alternate, rate_ratio, rounds_within
 from megalodon_lm.training.memory import resident
 
 from .processes import megalodon

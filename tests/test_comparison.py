@@ -22,6 +22,7 @@ from megalodon_lm.evaluation.comparison_report import tables, write
 from megalodon_lm.evaluation.comparison_runs import carry_out_all, find
 from megalodon_lm.evaluation.comparison_speeds import ROUNDS, SPEEDS_FILE, Speeds, measure_speeds
 from megalodon_lm.evaluation.comparison_standings import UNITS, at_equal, gather
+from megalodon_lm.pairs import Ratio
 from megalodon_lm.training import machine
 from megalodon_lm.training.recipe import Recipe
 from megalodon_lm.training.run_lock import LOCK_FILE, RunLock
@@ -193,7 +194,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("comparison")
     contenders = {
         "megalodon": {"readings": {"near": {"chunk_size": 8}}},
-        "plain": {"model": {"residual": "plain"}, "seeds": 1},
+        "plain": {"model": {"residual": "plain"}, "training": {"precision": "bf16"}, "seeds": 1},
         "wild": {"training": {"learning_rate": 1e30, "clip": math.inf}, "seeds": 1, "rates": [1.0]},
     }
     comparison = Comparison(values(folder, contenders=contenders))
@@ -407,14 +408,15 @@ def test_speeds_are_measured_in_turns_once_and_give_the_seconds(finished, tmp_pa
     assert len(said) == 1
     assert {p.name for p in own.iterdir()} == {*(p.name for p in out.iterdir()), SPEEDS_FILE, LOCK_FILE}
     speeds = Speeds.read(own, ["megalodon", "plain", "wild"])
-    assert {len(rounds) for rounds in speeds.rounds.values()} == {ROUNDS}
+    assert {len(rounds) for rounds in speeds.seconds.values()} == {ROUNDS}
     assert speeds.machine["processor"]
     assert Speeds.read(own, ["megalodon", "another"]) is None
     base, plain, _ = gather(comparison, own)
-    assert base.pace == (1.0, 1.0, 1.0)
-    ratios = [a / b for a, b in zip(speeds.rounds["plain"], speeds.rounds["megalodon"], strict=True)]
-    assert plain.pace == (min(ratios), statistics.median(ratios), max(ratios))
-    assert [r.speed for r in plain.results] == [statistics.median(speeds.rounds["plain"])]
+    assert base.pace == Ratio(1.0, 1.0, 1.0)
+    ratios = [a / b for a, b in zip(speeds.seconds["megalodon"], speeds.seconds["plain"], strict=True)]
+    found = plain.pace.low, plain.pace.median, plain.pace.high
+    assert found == pytest.approx((min(ratios), statistics.median(ratios), max(ratios)))
+    assert [r.speed for r in plain.results] == [1 / statistics.median(speeds.seconds["plain"])]
     assert f"({min(ratios):.2f} to {max(ratios):.2f})" in tables([base, plain])[2].rows[1][5]
     monkeypatch.setattr(comparison_speeds, "Trainer", None)
     measure_speeds(comparison, own, comparison_runs.CPU, said.append)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from ..config import ModelConfig
+from ..pairs import Timer
 from ..training.precision import autocast
 from .measures import CPU, STEPS, Measure, Numbers, random_tokens, timed
-from .pairs import Timer
 from .peers import peer
 
 TRIAL_STEPS = 4

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from .pairs import Timer
+from ..pairs import Timer
 
 Measure = Literal["training", "prefill", "decode", "cema"]
 Numbers = Literal["bf16", "float32"]

@@ -12,11 +12,11 @@ from ..config import ModelConfig
 from ..generation.engine import DecodingEngine
 from ..layers.complex_ema import ComplexEMA
 from ..ops import backend
+from ..pairs import Timer
 from ..state import State
 from ..state_spec import named
 from ..training.precision import autocast
 from .measures import CPU, STEPS, Measure, Numbers, random_tokens, timed
-from .pairs import Timer
 
 PREFILL_LENGTH = 4096  # tokens read at once
 

@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args
 
 from ..architectures import ARCHITECTURES
 from ..config import ModelConfig
+from ..pairs import alternate, rate_ratio, rounds_within
 from ..plots import short
 from .measures import STEPS, Measure
-from .pairs import alternate, rate_ratio, rounds_within
 from .peers import NAMES, missing
 from .records import Record
 from .worker import ContenderFailed, Prepared, Worker

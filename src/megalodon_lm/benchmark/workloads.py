@@ -7,11 +7,11 @@ import torch
 from ..architectures import ARCHITECTURES, config_class
 from ..config import GECKO, ModelConfig
 from ..ops import backend
+from ..pairs import Timer
 from .floor import floor_timer
 from .library_model import LibraryModel
 from .measures import STEPS, Contender, Measure, Numbers
 from .own_model import OwnModel
-from .pairs import Timer
 from .peers import NAMES, missing
 
 TRIAL_LENGTH = 1024  # of the input that decides which form of a model is faster; decoding is tried at the full context

@@ -79,7 +79,7 @@ def _costs(standings: Sequence[Standing]) -> Table:
         [
             s.name, f"{s.results[0].parameters:,}", f"{s.results[0].flops_per_token / 1e6:.1f}M",
             f"{s.results[0].state_bytes:,}", f"{s.mean(lambda r: r.speed):,.0f}",
-            "" if s.pace is None else "{1:.2f} ({0:.2f} to {2:.2f})".format(*s.pace),
+            "" if s.pace is None else f"{s.pace.median:.2f} ({s.pace.low:.2f} to {s.pace.high:.2f})",
             f"{s.mean(lambda r: r.tokens / r.speed if r.speed else math.nan):,.0f}",
             f"{s.mean(lambda r: r.seconds):,.0f}", _megabytes(s),
         ]

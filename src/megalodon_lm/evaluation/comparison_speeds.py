@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..pairs import Ratio, alternate, rate_ratio
 from ..tables import read_sealed, write_sealed
 from ..training.machine import describe
 from ..training.run_lock import InUse, RunLock
@@ -21,15 +23,15 @@ ROUNDS, STEPS = 9, 3
 
 
 class Speeds:
-    """Tokens a second of training steps, by contender and round.
+    """Seconds of training steps for each token, by contender and round.
 
     Args:
-        rounds: by contender, of the same rounds.
+        seconds: by contender, of the same rounds.
         machine: they were measured on.
     """
 
-    def __init__(self, rounds: dict[str, list[float]], machine: dict[str, Any]):
-        self.rounds, self.machine = rounds, machine
+    def __init__(self, seconds: dict[str, list[float]], machine: dict[str, Any]):
+        self.seconds, self.machine = seconds, machine
 
     @classmethod
     def read(cls, out: Path, names: list[str]) -> "Speeds | None":
@@ -41,16 +43,15 @@ class Speeds:
         if not (out / SPEEDS_FILE).exists():
             return None
         found = cls(**read_sealed(out / SPEEDS_FILE))
-        return found if set(names) <= found.rounds.keys() else None
+        return found if set(names) <= found.seconds.keys() else None
 
     def of(self, name: str) -> float:
         """Tokens a second."""
-        return median(self.rounds[name])
+        return 1 / median(self.seconds[name])
 
-    def ratio(self, name: str, base: str) -> tuple[float, float, float]:
-        """To the base, in the same rounds: the lowest, the median and the highest."""
-        ratios = [own / theirs for own, theirs in zip(self.rounds[name], self.rounds[base], strict=True)]
-        return min(ratios), median(ratios), max(ratios)
+    def ratio(self, name: str, base: str) -> Ratio:
+        """Of a contender's speed to the base's."""
+        return rate_ratio(self.seconds[name], self.seconds[base])
 
 
 def measure_speeds(comparison: Comparison, out: Path, device: torch.device, say: Callable[[str], None]) -> None:
@@ -77,23 +78,21 @@ def measure_speeds(comparison: Comparison, out: Path, device: torch.device, say:
         with TemporaryDirectory(dir=out, prefix=".speeds-") as folder:
             runs = {name: comparison.full(name, 1.0, 0).recipe for name in names}
             trainers = {name: Trainer(recipe, Path(folder) / name, device) for name, recipe in runs.items()}
-            rounds: dict[str, list[float]] = {name: [] for name in names}
-            for number in range(ROUNDS):
-                for name in names[:: -1 if number % 2 else 1]:
-                    rounds[name].append(_tokens_per_second(trainers[name]))
+            timers = [partial(_seconds_per_token, trainer) for trainer in trainers.values()]
+            seconds = dict(zip(names, alternate(timers, ROUNDS), strict=True))
             for trainer in trainers.values():
                 trainer.run.lock.release()
-        [precision] = {trainer.precision for trainer in trainers.values()}
-        write_sealed(out / SPEEDS_FILE, {"rounds": rounds, "machine": describe(precision, device)})
+        machine = describe(trainers[comparison.settings.base].precision, device)
+        write_sealed(out / SPEEDS_FILE, {"seconds": seconds, "machine": machine})
     finally:
         lock.release()
 
 
-def _tokens_per_second(trainer: Trainer) -> float:
+def _seconds_per_token(trainer: Trainer) -> float:
     _step(trainer)
     begun = time.perf_counter()
     tokens = sum(_step(trainer) for _ in range(STEPS))
-    return tokens / (time.perf_counter() - begun)
+    return (time.perf_counter() - begun) / tokens
 
 
 def _step(trainer: Trainer) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
+from ..pairs import Ratio
 from .comparison import Comparison, best_rate
 from .comparison_runs import Result, find, settled, tuned
 from .comparison_speeds import Speeds
@@ -30,8 +31,8 @@ class Standing:
     """Of the seeds that are finished."""
     missing: list[str]
     """Titles of runs that are not."""
-    pace: tuple[float, float, float] | None = None
-    """Speed over the base's, in the same rounds: the lowest, the median and the highest; None where not measured."""
+    pace: Ratio | None = None
+    """Speed over the base's, in the same rounds; None where not measured."""
     full: dict[float, float] = field(default_factory=dict)
     """As `tried`, of the rates that were tried with all steps."""
 
