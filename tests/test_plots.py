@@ -262,3 +262,12 @@ def test_comparisons_are_drawn_whatever_the_figures(standings, tmp_path, figures
     for figure in figures:
         check_legible(figure)
     assert [len(row) == len(table.columns) for table in tables(standings) for row in table.rows].count(False) == 0
+
+
+def test_a_reading_far_above_does_not_hide_how_far_the_others_lie_apart(tmp_path, figures):
+    """Positions scaled without training can come out at several times the loss."""
+    told = [{"bits_per_byte_by_context": {"64": bits + 0.1, "300": bits}} for bits in (2.0, 9.0)]
+    draw_comparison(tmp_path, [standing("base", 2.05), standing("other", 2.0, documents={"": told[0], "far": told[1]})])
+    (axis,) = (f.axes[0] for f in figures if "by context" in f.axes[0].get_title("left"))
+    low, high = axis.get_ylim()
+    assert low < 2.0 < 2.15 < high < 3

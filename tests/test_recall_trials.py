@@ -240,6 +240,7 @@ def test_every_architecture_takes_part_at_equal_parameters(name):
     config = contenders(base, [name], {}, "tiny")[name]
     wanted = dataclasses.replace(base, vocab_size=VOCAB_SIZE).num_parameters
     assert config.num_parameters == pytest.approx(wanted, rel=0.01)
+    assert getattr(config, "chunk_size", 64) == base.chunk_size == 64  # attention sees as far back as everyone's
     result = carry_out(trial(config=config, task=AssociativeRecall(2, 8), test_distances=(0, 1, 3)))
     assert math.isfinite(result.loss)
     assert [r.answers for r in result.recalled] == [6] * 3

@@ -69,8 +69,8 @@ class Recall(Quiet):
     task's."""
     architectures: list[str] = field(default_factory=lambda: ["megalodon", "sliding", "memory", "gecko"])
     """To compare: the model as it is, with attention over the chunk before alone, the adaptive memory alone, or with
-    all of Gecko's choices; or other architectures, such as llama, with as many layers and parameters. Nothing for the
-    model alone, whatever it is."""
+    all of Gecko's choices; or other architectures, such as llama, with as many layers and parameters and the same
+    chunks. Nothing for the model alone, whatever it is."""
     set: list[str] = field(default_factory=list)
     """Changes to the model, such as model_dim=128, or to a single contender, such as llama.window=256; values as in
     TOML."""

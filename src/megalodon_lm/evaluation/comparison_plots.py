@@ -10,8 +10,10 @@ from .comparison_standings import UNITS, Standing
 
 CURVES, CONTEXTS, DIFFERENCES, RATES = "curves.png", "contexts.png", "differences.png", "rates.png"
 PICTURES = (DIFFERENCES, CURVES, CONTEXTS, RATES)
-HIGHEST = 1.4
+HIGHEST_CURVE = 1.4
 """Of what is drawn while training, over the lowest: the first steps of all are far above."""
+HIGHEST_READING = 1.25
+"""Of what is drawn by context, over the lowest: positions scaled without training can be far above."""
 TITLES = {
     "tokens": "tokens",
     "operations": "operations, forward and backward",
@@ -66,18 +68,23 @@ def _height(standings: Sequence[Standing]) -> float:
     return 0.25 * -(-len(standings) // LEGEND_COLUMNS)
 
 
+def _show_the_lower(axis: Any, most: float) -> None:
+    """What is more than `most` times the least lies above the picture, so that the others can be told apart."""
+    heights = [y for line in axis.get_lines() for y in line.get_ydata()]
+    if heights:
+        top = min(axis.get_ylim()[1], most * min(heights))
+        axis.set_ylim(min(heights) - 0.05 * (top - min(heights)), top)
+
+
 def _curves(path: Path, standings: Sequence[Standing], styles: dict[str, Any]) -> None:
     """Validation by tokens, operations and time; and how far each is from the base, by tokens."""
     with picture(path, [["tokens", "difference"], ["operations", "seconds"]], 6.6 + _height(standings)) as axes:
         for unit, of in UNITS.items():
-            axis, lowest = axes[unit], math.inf
+            axis = axes[unit]
             for s in standings:
                 x, y = finite(zip(*s.curve(of), strict=True))
                 axis.plot(x, y, label=s.name, marker="." if len(x) < 4 else "", **styles[s.name])
-                lowest = min([lowest, *y])
-            if math.isfinite(lowest):
-                top = min(axis.get_ylim()[1], HIGHEST * lowest)
-                axis.set_ylim(lowest - 0.05 * (top - lowest), top)
+            _show_the_lower(axis, HIGHEST_CURVE)
             axis.set(xlabel=TITLES[unit], ylabel="bits per byte")
             axis.set_title(f"Validation by {unit}")
             amount_axis(axis.xaxis)
@@ -103,9 +110,10 @@ def _contexts(path: Path, standings: Sequence[Standing], styles: dict[str, Any])
                 contexts |= set(map(int, x))
                 look = styles[s.name] | ({"linestyle": ("--", ":", "-.")[(number - 1) % 3]} if reading else {})
                 axis.plot(x, y, marker="o", markersize=3, label=f"{s.name}, {reading}" if reading else s.name, **look)
+        _show_the_lower(axis, HIGHEST_READING)
         length_axis(axis, contexts)
         axis.set(xlabel="state emptied every so many tokens; the last is never", ylabel="bits per byte")
-        axis.set_title("Held-out documents by context")
+        axis.set_title("Held-out documents by context; what lies far above is in the table alone")
         _legend(axis)
 
 

@@ -3,14 +3,14 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..architectures import ARCHITECTURES, build, config_of
+from ..architectures import ARCHITECTURES, build, config_class, config_of
 from ..config import GECKO
 from ..errors import InputError, nearest
 from ..model.language_model import Config, LanguageModel
@@ -30,6 +30,9 @@ USED = (
     "beta2", "clip", "precision", "seed",
 )  # fmt: skip
 """What training a trial takes from the settings of a run."""
+
+SHARED = ("vocab_size", "num_layers", "chunk_size")
+"""Keys of a configuration that a contender of another architecture takes over: a chunk is the unit of distance."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "megalodon": {},
@@ -179,7 +182,7 @@ def contenders(
     """Configurations to compare, for the vocabulary of the tasks.
 
     Args:
-        config: what VARIANTS are made of; other architectures get as many layers, and as many parameters to 1 %.
+        config: what VARIANTS are made of; other architectures get what they have of SHARED, and as many parameters to 1 %.
         names: of VARIANTS, or of registered architectures; none for the configuration as it is.
         changes: of single choices, by the name of a contender.
         own_name: of the configuration as it is.
@@ -194,8 +197,9 @@ def contenders(
         if name in known:
             values = base.to_dict() | known[name]
         elif name in ARCHITECTURES:
-            values = {"architecture": name, "parameters": base.num_parameters, "vocab_size": VOCAB_SIZE}
-            values["num_layers"] = base.to_dict()["num_layers"]
+            values = {"architecture": name, "parameters": base.num_parameters}
+            own_keys = {f.name for f in fields(config_class(name))}
+            values |= {key: value for key, value in base.to_dict().items() if key in SHARED and key in own_keys}
         else:
             every = {**VARIANTS, **ARCHITECTURES}
             raise InputError(f"no architecture {name!r}{nearest(name, every)}; there are {', '.join(every)}")
