@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,8 @@ def contenders(
     """Configurations to compare, for the vocabulary of the tasks.
 
     Args:
-        config: what VARIANTS are made of; other architectures get what they have of SHARED, and as many parameters to 1 %.
+        config: what VARIANTS are made of; other architectures take over SHARED, as far as they have it, and get as many
+            parameters to 1 %.
         names: of VARIANTS, or of registered architectures; none for the configuration as it is.
         changes: of single choices, by the name of a contender.
         own_name: of the configuration as it is.
@@ -197,9 +198,8 @@ def contenders(
         if name in known:
             values = base.to_dict() | known[name]
         elif name in ARCHITECTURES:
-            values = {"architecture": name, "parameters": base.num_parameters}
-            own_keys = {f.name for f in fields(config_class(name))}
-            values |= {key: value for key, value in base.to_dict().items() if key in SHARED and key in own_keys}
+            kind, values = config_class(name), {"architecture": name, "parameters": base.num_parameters}
+            values |= {key: value for key, value in base.to_dict().items() if key in SHARED and hasattr(kind, key)}
         else:
             every = {**VARIANTS, **ARCHITECTURES}
             raise InputError(f"no architecture {name!r}{nearest(name, every)}; there are {', '.join(every)}")
