@@ -11,6 +11,7 @@ import pytest
 from matplotlib import pyplot
 
 from megalodon_lm import ModelConfig
+from megalodon_lm.architectures import ARCHITECTURES
 from megalodon_lm.benchmark.records import Record
 from megalodon_lm.benchmark.report import LOOKS
 from megalodon_lm.benchmark.report import draw as draw_benchmark
@@ -63,6 +64,11 @@ def check_legible(figure):
     for group in boxes(figure):
         assert not [pair for pair in itertools.combinations(group, 2) if pair[0].overlaps(pair[1])]
         assert all(box.x1 <= figure.bbox.x1 for box in group)
+    renderer = figure.canvas.get_renderer()
+    for legend in figure.legends:
+        box = legend.get_window_extent(renderer)
+        assert figure.bbox.x0 <= box.x0
+        assert box.x1 <= figure.bbox.x1
     assert all(text.get_size() >= 10 for text in figure.findobj(pyplot.Text) if text.get_text())
 
 
@@ -208,7 +214,7 @@ def test_recall_by_distance_and_by_state_is_drawn(tmp_path, figures):
     config = ModelConfig.named("tiny", vocab_size=VOCAB_SIZE)
     summaries = []
     for pairs, distances in ((8, (0, 1, 4, 16, 64)), (32, (1, 4, 16, 64))):
-        for number, name in enumerate(("megalodon", "sliding", "memory", "gecko")):
+        for number, name in enumerate(dict.fromkeys(["megalodon", "sliding", "memory", "gecko", *ARCHITECTURES])):
             trial = Trial(name, config, AssociativeRecall(pairs, 64), (1,), distances, 1, TrainingRecipe())
             recalled = tuple(Recalled(d, 100 - d - number, 100, 8432 + 40_000 * number * (d > 0)) for d in distances)
             summaries.append(Summary((Result(trial, recalled, 1.0, 1.0, 1, 0.5),)))

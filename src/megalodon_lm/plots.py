@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,6 +58,30 @@ def picture(path: Path, panels: Sequence[Sequence[str]], height: float = 3.6, **
         finally:
             pyplot.close(figure)
     write_atomically(path, drawn.getvalue())
+
+
+def legend(axis: Any, drawn: Mapping[str, Any] | None = None) -> None:
+    """Say above all panels what is drawn; legend_height is what the picture needs for it.
+
+    Args:
+        axis: of the picture.
+        drawn: lines by name; None for those with a label in the axis.
+    """
+    if drawn is None:
+        lines, names = axis.get_legend_handles_labels()
+        drawn = dict(zip(names, lines, strict=True))
+    columns = _legend_columns(drawn)
+    axis.figure.legend(list(drawn.values()), list(drawn), loc="outside upper center", ncols=columns)
+
+
+def legend_height(names: Collection[str]) -> float:
+    """In inches."""
+    return 0.25 * -(-len(names) // _legend_columns(names))
+
+
+def _legend_columns(names: Collection[str]) -> int:
+    """As many as have room beside each other: inches for a line and its margins, and for each letter."""
+    return max(1, int(WIDTH / (0.6 + 0.09 * max(map(len, names), default=0))))
 
 
 def finite(points: Iterable[tuple[float, float | None]]) -> tuple[list[float], list[float]]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..plots import amount_axis, finite, length_axis, log_axis, picture
+from ..plots import amount_axis, finite, legend, legend_height, length_axis, log_axis, picture
 from .comparison_standings import UNITS, Standing
 
 CURVES, CONTEXTS, DIFFERENCES, RATES = "curves.png", "contexts.png", "differences.png", "rates.png"
@@ -19,7 +19,6 @@ TITLES = {
     "operations": "operations, forward and backward",
     "seconds": "seconds of steps that nothing disturbs",
 }
-LEGEND_COLUMNS = 5
 
 
 def draw(folder: Path, standings: Sequence[Standing]) -> list[str]:
@@ -58,16 +57,6 @@ def _style(number: int, count: int) -> dict[str, Any]:
     return {"color": colours[number % len(colours)], "linestyle": lines[number // len(colours) % len(lines)]}
 
 
-def _legend(axis: Any) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    axis.figure.legend(handles, labels, loc="outside upper center", ncols=min(LEGEND_COLUMNS, len(labels)))
-
-
-def _height(standings: Sequence[Standing]) -> float:
-    """Of the legend, in inches."""
-    return 0.25 * -(-len(standings) // LEGEND_COLUMNS)
-
-
 def _show_the_lower(axis: Any, most: float) -> None:
     """What is more than `most` times the least lies above the picture, so that the others can be told apart."""
     heights = [y for line in axis.get_lines() for y in line.get_ydata()]
@@ -78,7 +67,8 @@ def _show_the_lower(axis: Any, most: float) -> None:
 
 def _curves(path: Path, standings: Sequence[Standing], styles: dict[str, Any]) -> None:
     """Validation by tokens, operations and time; and how far each is from the base, by tokens."""
-    with picture(path, [["tokens", "difference"], ["operations", "seconds"]], 6.6 + _height(standings)) as axes:
+    panels = [["tokens", "difference"], ["operations", "seconds"]]
+    with picture(path, panels, 6.6 + legend_height([s.name for s in standings])) as axes:
         for unit, of in UNITS.items():
             axis = axes[unit]
             for s in standings:
@@ -98,23 +88,30 @@ def _curves(path: Path, standings: Sequence[Standing], styles: dict[str, Any]) -
         axis.set(xlabel="tokens", ylabel="bits per byte")
         axis.set_title(f"Above {base.name}, at equal tokens")
         amount_axis(axis.xaxis)
-        _legend(axes["tokens"])
+        legend(axes["tokens"])
+
+
+def _readings(standing: Standing) -> dict[str, str]:
+    """What each is called in the picture."""
+    return {reading: f"{standing.name}, {reading}" if reading else standing.name for reading in standing.readings()}
 
 
 def _contexts(path: Path, standings: Sequence[Standing], styles: dict[str, Any]) -> None:
-    with picture(path, [["context"]], 4.2 + _height(standings)) as axes:
+    with picture(
+        path, [["context"]], 4.2 + legend_height([name for s in standings for name in _readings(s).values()])
+    ) as axes:
         axis, contexts = axes["context"], set[int]()
         for s in standings:
-            for number, reading in enumerate(s.readings()):
+            for number, (reading, name) in enumerate(_readings(s).items()):
                 x, y = finite(s.by_context(reading).items())
                 contexts |= set(map(int, x))
                 look = styles[s.name] | ({"linestyle": ("--", ":", "-.")[(number - 1) % 3]} if reading else {})
-                axis.plot(x, y, marker="o", markersize=3, label=f"{s.name}, {reading}" if reading else s.name, **look)
+                axis.plot(x, y, marker="o", markersize=3, label=name, **look)
         _show_the_lower(axis, HIGHEST_READING)
         length_axis(axis, contexts)
         axis.set(xlabel="state emptied every so many tokens; the last is never", ylabel="bits per byte")
         axis.set_title("Held-out documents by context; what lies far above is in the table alone")
-        _legend(axis)
+        legend(axis)
 
 
 def _differences(path: Path, standings: Sequence[Standing], styles: dict[str, Any]) -> None:
@@ -138,7 +135,7 @@ def _differences(path: Path, standings: Sequence[Standing], styles: dict[str, An
 
 
 def _rates(path: Path, standings: Sequence[Standing], styles: dict[str, Any]) -> None:
-    with picture(path, [["rates"]], 3.8 + _height(standings)) as axes:
+    with picture(path, [["rates"]], 3.8 + legend_height([s.name for s in standings])) as axes:
         axis = axes["rates"]
         for s in standings:
             x, y = finite(sorted(s.tried.items()))
@@ -149,4 +146,4 @@ def _rates(path: Path, standings: Sequence[Standing], styles: dict[str, Any]) ->
         log_axis(axis.xaxis, [rate for s in standings for rate in (*s.tried, *s.full)])
         axis.set(xlabel="factor on the learning rates", ylabel="bits per byte")
         axis.set_title("Validation of the runs that chose the rate; dotted: with all steps")
-        _legend(axis)
+        legend(axis)

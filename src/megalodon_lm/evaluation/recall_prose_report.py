@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..plots import HeatMap, draw_heat_maps, picture
+from ..plots import HeatMap, draw_heat_maps, legend, legend_height, picture
 from .intervals import wilson
 from .recall_zero_shot import Found
 
@@ -71,8 +71,8 @@ def draw(path: Path, readers: Sequence[Reader]) -> None:
     """
     titles = list(dict.fromkeys(r.title for r in readers))
     rows = [[f"accuracy {title}", f"margin {title}"] for title in titles]
-    with picture(path, rows, 3.2 * len(rows) + 0.4) as axes:
-        legend: dict[str, Any] = {}
+    with picture(path, rows, 3.2 * len(rows) + 0.15 + legend_height({r.name for r in readers})) as axes:
+        drawn: dict[str, Any] = {}
         for title in titles:
             shown = [r for r in readers if r.title == title]
             distances = sorted({d for r in shown for d in r.distances})
@@ -83,10 +83,10 @@ def draw(path: Path, readers: Sequence[Reader]) -> None:
                 means = [100 * right / rows for right, rows in counts]
                 ends = [[100 * end for end in wilson(*count)] for count in counts]
                 errors = [[abs(end[side] - m) for end, m in zip(ends, means, strict=True)] for side in (0, 1)]
-                drawn = accuracy.errorbar(places, means, errors, fmt="o-")
-                legend.setdefault(r.name, drawn)
+                line = accuracy.errorbar(places, means, errors, fmt="o-")
+                drawn.setdefault(r.name, line)
                 nats = [margin(r.at(d)) for d in r.distances]
-                colour = drawn[0].get_color()
+                colour = line[0].get_color()
                 margins.errorbar(places, [m for m, _ in nats], [e for _, e in nats], fmt="o-", color=colour)
             for axis in (accuracy, margins):
                 axis.set_xticks(range(len(distances)), [str(d) for d in distances])
@@ -98,7 +98,7 @@ def draw(path: Path, readers: Sequence[Reader]) -> None:
             margins.axhline(0, color="0.45", linestyle=":")
             margins.set(ylabel="nats")
             margins.set_title("Answer over other choices (dotted: guessing)")
-        accuracy.figure.legend(list(legend.values()), list(legend), loc="outside upper center", ncols=len(legend))
+        legend(accuracy, drawn)
 
 
 def draw_depths(path: Path, readers: Sequence[Reader]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..plots import HeatMap, draw_heat_maps, log_axis, picture
+from ..plots import HeatMap, draw_heat_maps, legend, legend_height, log_axis, picture
 from .intervals import wilson
 from .recall_tasks import SyntheticTask
 from .recall_trials import Result
@@ -121,8 +121,8 @@ def draw(path: Path, summaries: Sequence[Summary]) -> None:
     """
     tasks = list(dict.fromkeys(s.task for s in summaries))
     rows = [[f"distance {task.title}", f"bytes {task.title}"] for task in tasks]
-    with picture(path, rows, 3.2 * len(rows) + 0.4) as axes:
-        legend: dict[str, Any] = {}
+    with picture(path, rows, 3.2 * len(rows) + 0.15 + legend_height({s.name for s in summaries})) as axes:
+        drawn: dict[str, Any] = {}
         for task in tasks:
             shown = [s for s in summaries if s.task == task]
             distances = sorted({distance for s in shown for distance in s.by_distance})
@@ -132,9 +132,9 @@ def draw(path: Path, summaries: Sequence[Summary]) -> None:
                 places = [distances.index(distance) for distance in s.by_distance]
                 errors = [[100 * (a.mean - a.low) for a in at], [100 * (a.high - a.mean) for a in at]]
                 means = [100 * a.mean for a in at]
-                drawn = by_distance.errorbar(places, means, errors, fmt="o-")
-                legend.setdefault(s.name, drawn)
-                by_bytes.plot(list(s.state_bytes.values()), means, "o", color=drawn[0].get_color())
+                line = by_distance.errorbar(places, means, errors, fmt="o-")
+                drawn.setdefault(s.name, line)
+                by_bytes.plot(list(s.state_bytes.values()), means, "o", color=line[0].get_color())
             by_distance.set_xticks(range(len(distances)), [str(distance) for distance in distances])
             by_distance.set(xlabel="chunks between content and answer", ylabel="answers right, %")
             by_distance.set_title(task.title)
@@ -144,7 +144,7 @@ def draw(path: Path, summaries: Sequence[Summary]) -> None:
             for axis in (by_distance, by_bytes):
                 axis.set_ylim(-4, 104)
                 axis.axhline(100 * task.chance, color="0.45", linestyle=":")
-        axis.figure.legend(list(legend.values()), list(legend), loc="outside upper center", ncols=len(legend))
+        legend(axis, drawn)
 
 
 def draw_pairs(path: Path, summaries: Sequence[Summary]) -> None:
