@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from ..plots import length_axis, log_axis, picture, short
+from ..plots import legend, legend_height, length_axis, log_axis, picture, short
 from .records import Record
 from .suite import MEASURES
 
@@ -37,7 +37,6 @@ LOOKS = {
 TITLES = {"training": "Training", "prefill": "Prefill", "decode": "Decoding", "cema": "CEMA"}
 LENGTHS = {"decode": "tokens read before"}
 COLUMNS = 2
-LEGEND_COLUMNS = 5
 
 
 def _place(peer: str) -> tuple[int, str]:
@@ -85,8 +84,9 @@ def draw(path: Path, records: Sequence[Record]) -> None:
     rows = [measures[at : at + COLUMNS] for at in range(0, len(measures), COLUMNS)]
     rows[-1] += rows[-1][-1:] * (len(rows[0]) - len(rows[-1]))
     lengths = [r.length for r in records]
-    with picture(path, rows, 3.2 * len(rows) + 0.4) as axes:
-        legend: dict[str, Any] = {}
+    names = {LOOKS.get(peer, FLOOR).label for r in records for peer in ("megalodon", r.peer_name)}
+    with picture(path, rows, 3.2 * len(rows) + 0.15 + legend_height(names)) as axes:
+        drawn: dict[str, Any] = {}
         for measure in measures:
             axis, rates = axes[measure], _rates([r for r in records if r.measure == measure])
             axis.set_title(_message([r for r in records if r.measure == measure]))
@@ -96,18 +96,13 @@ def draw(path: Path, records: Sequence[Record]) -> None:
             for peer, points in rates.items():
                 look = LOOKS.get(peer, FLOOR)
                 x, y = zip(*sorted(points.items()), strict=True)
-                (legend[look.label],) = axis.plot(x, y, "o", linestyle=look.line, color=look.colour, markersize=4)
+                (drawn[look.label],) = axis.plot(x, y, "o", linestyle=look.line, color=look.colour, markersize=4)
             axis.set(xlabel=LENGTHS.get(measure, "tokens"), ylabel="tokens per second")
             log_axis(axis.yaxis, [rate for points in rates.values() for rate in points.values()])
             length_axis(axis, lengths)
-        if legend:
-            known = [look.label for look in (*LOOKS.values(), FLOOR) if look.label in legend]
-            axis.figure.legend(
-                [legend[label] for label in known],
-                known,
-                loc="outside upper center",
-                ncols=min(len(known), LEGEND_COLUMNS),
-            )
+        if drawn:
+            known = [look.label for look in (*LOOKS.values(), FLOOR) if look.label in drawn]
+            legend(axis, {label: drawn[label] for label in known})
 
 
 def _draw_bars(axis: Any, rates: dict[str, float]) -> None:
