@@ -240,7 +240,7 @@ def test_the_rates_have_to_prove_themselves_with_all_steps(tmp_path, finished):
     assert (standing.results, standing.missing, standing.at_edge) == ([half, second], [], True)
     names = [row[0] for row in tables([standing])[3].rows]
     assert names == ["megalodon", "megalodon, all steps"]
-    write(both, [standing], tmp_path / "report")
+    write(both, tmp_path / "out", [standing], tmp_path / "report")
     assert run(both, tmp_path / "out") == []
 
 
@@ -281,15 +281,16 @@ def test_nothing_is_made_twice_and_figures_need_no_training(finished, tmp_path, 
     monkeypatch.setattr(comparison_runs, "Trainer", forbidden)
     monkeypatch.setattr(Megalodon, "__init__", forbidden)
     assert run(comparison, out) == []
-    assert [s.name for s in gather(comparison, out, ["wild"])] == ["megalodon", "wild"]
+    assert [s.name for s in gather(comparison.of(["wild"]), out)] == ["megalodon", "wild"]
+    assert comparison.of([]) == comparison
     standings = gather(comparison, out)
     assert standings[0].results == [r for r in results if r.contender == "megalodon" and r.documents]
     for folder in (tmp_path / "a", tmp_path / "a", tmp_path / "b"):  # over itself, too
-        write(comparison, standings, folder)
+        write(comparison, out, standings, folder)
     names = {p.name for p in (tmp_path / "a").iterdir()}
     assert names == {"comparison.md", "comparison.json", "comparison.toml", "curves.png", "contexts.png",
-                     "differences.png", "rates.png"}  # fmt: skip
-    for name in ("comparison.md", "comparison.json", "comparison.toml"):
+                     "differences.png", "rates.png", "runs.tar.xz"}  # fmt: skip
+    for name in ("comparison.md", "comparison.json", "comparison.toml", "runs.tar.xz"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     told = json.loads((tmp_path / "a" / "comparison.json").read_text())
     assert told["contenders"]["wild"]["bits_per_byte"] is None

@@ -27,6 +27,7 @@ class Kind:
 
 
 ANSWERS = Kind("a file of answers", (b'"said"',))
+ARCHIVE = Kind("an archive of runs", (b"\xfd7zXZ\x00",), (".xz",))
 BOOKMARK = Kind("a bookmark", (b'"format":"megalodon-state',))
 COMPARISON = Kind("a page of a comparison", (b"<!-- megalodon compare -->",))
 FIGURES = Kind(

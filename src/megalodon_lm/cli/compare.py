@@ -66,12 +66,13 @@ class Compare(Quiet):
                 console.print(f"{result.contender}: {result.validation:.4f} bits per byte on the validation text")
             if not any(s.missing for s in gather(comparison, out)):
                 measure_speeds(comparison, out, device, console.print)
-        standings = gather(comparison, out, names if self.report else ())
+        shown = comparison if self.report is None else comparison.of(names)
+        standings = gather(shown, out)
         folder = self.report or out / "report"
-        write(comparison, standings, folder)
+        write(shown, out, standings, folder)
         self._show(standings)
         if self.json is not None:
-            write_atomically(self.json, json.dumps(figures(comparison, standings), indent=1) + "\n")
+            write_atomically(self.json, json.dumps(figures(shown, standings), indent=1) + "\n")
         for title in (title for s in standings for title in s.missing):
             console.print(f"not finished: {title}")
         print(folder / PAGE_FILE)

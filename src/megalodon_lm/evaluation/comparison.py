@@ -207,6 +207,17 @@ class Comparison:
                 raise InputError(f"no contender {name!r}{nearest(name, self.contenders)}; contenders: {known}")
         return [name for name in self.contenders if name in names or not names]
 
+    def of(self, names: Iterable[str]) -> "Comparison":
+        """The comparison of the contenders so named with the base; of none, this one.
+
+        Raises:
+            InputError: an unknown name.
+        """
+        kept = {self.settings.base, *self.choose(names)}
+        values = copy.deepcopy(dict(self.values))
+        values["compare"]["contenders"] = {n: c for n, c in self.settings.contenders.items() if n in kept}
+        return Comparison(values)
+
     def full(self, name: str, rate: float, seed: int) -> Run:
         """The run of a contender with a seed, of all steps."""
         return Run(name, rate, seed, False, self._recipe(name, rate, seed=seed))

@@ -7,9 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..files import COMPARISON, FIGURES, PICTURE, check_writable, make_folder, write_atomically
+from ..files import ARCHIVE, COMPARISON, FIGURES, PICTURE, check_writable, make_folder, write_atomically
 from ..tables import finite_values
 from .comparison import Comparison
+from .comparison_archive import ARCHIVE_FILE, pack
 from .comparison_plots import PICTURES, draw
 from .comparison_runs import RECIPE_FILE
 from .comparison_standings import UNITS, Standing, at_equal
@@ -163,7 +164,7 @@ def page(comparison: Comparison, standings: Sequence[Standing], pictures: Iterab
 
 {len(standings)} contenders, {tokens:,} tokens of {", ".join(d.train)} each, the same in the same order for each seed;
 measured on {", ".join(comparison.settings.documents)}. The recipe is in [{RECIPE_FILE}]({RECIPE_FILE}), all figures in
-[{FIGURES_FILE}]({FIGURES_FILE}).
+[{FIGURES_FILE}]({FIGURES_FILE}), and the finished runs that this page is made from in [{ARCHIVE_FILE}]({ARCHIVE_FILE}).
 
 {made}
 
@@ -172,16 +173,24 @@ measured on {", ".join(comparison.settings.documents)}. The recipe is in [{RECIP
 {parts}"""
 
 
-def write(comparison: Comparison, standings: Sequence[Standing], folder: Path) -> None:
-    """Write the report: the page, the figures, the pictures and the recipe.
+def write(comparison: Comparison, out: Path, standings: Sequence[Standing], folder: Path) -> None:
+    """Write the report: the page, the figures, the pictures, the recipe, and the runs that all of it is made from.
+
+    Args:
+        comparison: what was run.
+        out: its folder.
+        standings: what there is in it.
+        folder: of the report, made if it is not there.
 
     Raises:
         InputError: the folder cannot be written, or holds other files of these names.
     """
     make_folder(folder)
-    for name, kind in ((PAGE_FILE, COMPARISON), (FIGURES_FILE, FIGURES), *((name, PICTURE) for name in PICTURES)):
+    kinds = {PAGE_FILE: COMPARISON, FIGURES_FILE: FIGURES, ARCHIVE_FILE: ARCHIVE} | dict.fromkeys(PICTURES, PICTURE)
+    for name, kind in kinds.items():
         check_writable(folder / name, kind)
     write_atomically(folder / RECIPE_FILE, comparison.to_toml())
     write_atomically(folder / FIGURES_FILE, json.dumps(figures(comparison, standings), indent=1) + "\n")
     drawn = draw(folder, standings)
+    write_atomically(folder / ARCHIVE_FILE, pack(comparison, out))
     write_atomically(folder / PAGE_FILE, page(comparison, standings, drawn))

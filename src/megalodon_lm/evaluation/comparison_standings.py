@@ -97,21 +97,18 @@ UNITS: dict[str, Callable[[Result], float]] = {
 """What a model may be given as much of as another, by the token."""
 
 
-def gather(comparison: Comparison, out: Path, names: Collection[str] = ()) -> list[Standing]:
+def gather(comparison: Comparison, out: Path) -> list[Standing]:
     """What there is in the folder of a comparison, the base first.
 
     Args:
         comparison: what was run.
         out: its folder.
-        names: of contenders to look at besides the base; none for all.
 
     Raises:
         InputError: it holds other runs, or runs that did not learn from the same tokens.
     """
     found, speeds = [], Speeds.read(out, list(comparison.contenders))
     for name, contender in comparison.contenders.items():
-        if names and name not in {*names, comparison.settings.base}:
-            continue
         tried, open_rate = tuned(comparison, name, out)
         if open_rate is not None:
             found.append(Standing(name, contender.rates, None, tried, [], [comparison.tuning(name, open_rate).title]))
