@@ -156,8 +156,8 @@ def test_trials_are_kept_gone_on_with_and_told_apart(tmp_path, monkeypatch):
 
 
 def test_a_rate_is_chosen_on_sequences_that_are_not_reported():
-    def made(name, rate, seed, right, choice):
-        recipe = dataclasses.replace(trial(seed).training, learning_rate=rate)
+    def made(name, rate, seed, right, choice, optimizer="adamw"):
+        recipe = dataclasses.replace(trial(seed).training, learning_rate=rate, optimizer=optimizer)
         result = carry_out(trial())
         recalled = tuple(dataclasses.replace(r, right=right, answers=10) for r in result.recalled)
         return dataclasses.replace(result, trial=trial(training=recipe, name=name), recalled=recalled, choice=choice)
@@ -171,6 +171,9 @@ def test_a_rate_is_chosen_on_sequences_that_are_not_reported():
     assert second.by_distance[1] == (0, *wilson(0, 10), 0, 0)
     assert second.pairs_held[1] == 0
     assert first.figures()["seeds"] == [0, 1]
+    assert first.figures()["optimizer"] == "adamw"
+    of_muon = [made("a", 2e-3, seed, 0, 0.6, "muon") for seed in (0, 1)]
+    assert summarise([*results, *of_muon])[0].results == tuple(of_muon), "by the choice, at the same rate"
 
 
 def test_the_sequences_of_a_choice_are_used_for_nothing_else(monkeypatch):
@@ -204,6 +207,28 @@ def test_trials_of_the_version_before_are_read_or_refused(tmp_path):
         list(carry_out_all([new, other], tmp_path))
     with pytest.raises(InputError, match="is a trial with other settings"):
         list(carry_out_all([trial(task=AssociativeRecall(2, 32))], tmp_path))
+
+
+def test_the_optimizer_is_part_of_a_trial(tmp_path):
+    """Muon's own rate is that of the rest; files of AdamW are named and read as before there was another."""
+    plain, muon = Recall(optimizers=["adamw", "muon"], pairs=[2], architectures=["megalodon"], steps=2)._trials()
+    assert (muon.training.matrix_learning_rate, muon.training.learning_rate) == (8e-3, 8e-3)
+    assert (plain.file_name, muon.file_name) == (
+        "megalodon-2-pairs-rate-0.008-seed-0.json", "megalodon-2-pairs-muon-rate-0.008-seed-0.json"
+    )  # fmt: skip
+    assert "optimizer" not in plain.settings()["training"]
+    weights = {}
+    for optimizer in ("adamw", "muon"):
+        new = trial(training=dataclasses.replace(trial().training, optimizer=optimizer, matrix_learning_rate=0.5))
+        torch.manual_seed(0)
+        model = build(new.config)
+        train(model, new.task, (0,), new.training)
+        weights[optimizer] = model.state_dict()
+        (result,) = carry_out_all([new], tmp_path)
+        assert next(carry_out_all([new], tmp_path)).figures() == result.figures()
+    moved = {name for name, w in weights["muon"].items() if not torch.allclose(w, weights["adamw"][name], atol=1e-2)}
+    assert any(name.endswith("wz.weight") for name in moved)
+    assert not any(name.endswith("bias") for name in moved)
 
 
 @pytest.mark.parametrize(("name", "question"), [("copying", "after"), ("induction", "before")])

@@ -1,4 +1,6 @@
 import multiprocessing
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from megalodon_lm.ops.chunk_attention import chunk_attention as op
 from megalodon_lm.ops.cpu import causal_attention, rotary, tiled_attention
 from megalodon_lm.ops.cpu import open_chunk as exits
 from megalodon_lm.ops.cpu.chunk_attention import chunk_attention
+from megalodon_lm.training.memory import resident
 
 from ..processes import HANGS
 from .cases import BOUNDARIES, assert_close, boundaries, gradients, sampled
@@ -179,3 +182,26 @@ def test_compiles_as_one_graph(kind):
     expected = torch.autograd.grad(loss(*inputs, fill, where), inputs)
     for a, b in zip(torch.autograd.grad(compiled(*inputs, fill, where), inputs), expected, strict=True):
         assert torch.equal(a, b)
+
+
+SHORT_PIECE = """
+import torch
+from megalodon_lm.ops.cpu.open_chunk import open_chunk
+from megalodon_lm.training.memory import resident
+
+for dtype in (torch.float32, torch.bfloat16):
+    piece, places = torch.randn(1, 16, 1, 64).to(dtype), torch.tensor([[16, 12, 0]])
+    open_chunk(piece, None, places, 16)  # loads the kernel
+    before, size = resident(), 2**28 // 64 // dtype.itemsize
+    cache = open_chunk(piece, None, places, size)
+    print(resident() - before)
+    assert (cache.dtype, cache.shape) == (dtype, (1, size, 1, 64))
+    assert torch.equal(cache[:, :12], piece[:, 4:]) and not cache[:, 12:].any()
+"""
+
+
+@pytest.mark.skipif(resident() is None, reason="the system does not tell what a process holds")
+def test_a_cache_takes_memory_for_what_it_holds():
+    """256 MB of a long window, of which a short piece fills the beginning; in a process whose memory glibc does not fill."""
+    told = subprocess.run([sys.executable, "-c", SHORT_PIECE], capture_output=True, text=True, check=True)
+    assert max(map(int, told.stdout.split())) < 2**25

@@ -82,6 +82,8 @@ class Recall(Quiet):
     """Sequences in a step."""
     learning_rates: list[float] = field(default_factory=lambda: [8e-3])
     """At the peak: warm-up over the first tenth of the steps, then a cosine."""
+    optimizers: list[Literal["adamw", "muon"]] = field(default_factory=lambda: ["adamw"])
+    """To try at each rate: AdamW, or Muon for the matrices and AdamW for the rest, both at that rate."""
     weight_decay: float = 0.03
     """Decoupled, on every weight."""
 
@@ -111,7 +113,9 @@ class Recall(Quiet):
 
         trials = self._trials()
         if not trials:
-            raise InputError("--task, --question, --learning-rates and --seeds need at least one value each")
+            raise InputError(
+                "--task, --question, --optimizers, --learning-rates and --seeds need at least one value each"
+            )
 
         def learnt(move: Callable[..., None]) -> Iterator[Any]:
             def watch(number: int, step: int, loss: float) -> None:
@@ -177,13 +181,15 @@ class Recall(Quiet):
                 tuple(self.distances), self.sequences or 256,
                 TrainingRecipe(
                     steps=self.steps, batch_size=self.batch_size, learning_rate=rate, warmup_steps=self.steps // 10,
-                    weight_decay=self.weight_decay, precision=self.precision, seed=seed,
+                    weight_decay=self.weight_decay, precision=self.precision, seed=seed, optimizer=optimizer,
+                    matrix_learning_rate=rate,
                 ),
             )
             for task in self.task
             for question in self.question
             for pairs in self.pairs or [8, 32]
             for name, config in compared.items()
+            for optimizer in self.optimizers
             for rate in self.learning_rates
             for seed in self.seeds
         ]  # fmt: skip

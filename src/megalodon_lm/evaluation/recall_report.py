@@ -1,4 +1,4 @@
-"""What trials of recall say together: of each model the best learning rate, its accuracy by distance, and pictures."""
+"""What trials of recall say together: of each model the best rate and optimizer, accuracy by distance, and pictures."""
 
 import math
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Accuracy(NamedTuple):
 
 @dataclass(frozen=True)
 class Summary:
-    """One model on one task, at its learning rate, over its seeds."""
+    """One model on one task, with its optimizer and at its learning rate, over its seeds."""
 
     results: tuple[Result, ...]
     """One a seed."""
@@ -46,7 +46,7 @@ class Summary:
 
     @property
     def choice(self) -> float:
-        """What its learning rate is chosen by, if there are others; see Result."""
+        """What its optimizer and rate are chosen by, if there are others; see Result."""
         return sum(r.choice or 0.0 for r in self.results) / len(self.results)
 
     @property
@@ -83,6 +83,7 @@ class Summary:
             "task": self.task.name,
             "pairs": self.task.pairs,
             "question": self.task.question,
+            "optimizer": self.results[0].trial.training.optimizer,
             "learning_rate": self.results[0].trial.training.learning_rate,
             "seeds": [r.trial.training.seed for r in self.results],
             "chance": self.task.chance,
@@ -100,13 +101,13 @@ class Summary:
 def summarise(results: Sequence[Result]) -> list[Summary]:
     """One for each model and task, in the order in which they first come.
 
-    Of several learning rates it has that which recalled most on the sequences kept for choosing, over the seeds; what
-    is reported had no part in it.
+    Of several optimizers and learning rates it has those which recalled most on the sequences kept for choosing, over
+    the seeds; what is reported had no part in it.
     """
-    by_rate: dict[tuple[str, str], dict[float, list[Result]]] = {}
+    by_rate: dict[tuple[str, str], dict[str, list[Result]]] = {}
     for r in results:
         rates = by_rate.setdefault((r.trial.name, r.trial.task.title), {})
-        rates.setdefault(r.trial.training.learning_rate, []).append(r)
+        rates.setdefault(r.trial.rate, []).append(r)
     return [
         max((Summary(tuple(of_rate)) for of_rate in rates.values()), key=lambda s: s.choice)
         for rates in by_rate.values()

@@ -29,7 +29,7 @@ USED = (
     "steps", "batch_size", "learning_rate", "warmup_steps", "schedule", "final_learning_rate", "weight_decay", "beta1",
     "beta2", "clip", "precision", "seed",
 )  # fmt: skip
-"""What training a trial takes from the settings of a run."""
+"""What training a trial takes from the settings of a run; besides, the optimizer."""
 
 SHARED = ("vocab_size", "num_layers", "chunk_size")
 """Keys of a configuration that a contender of another architecture takes over: a chunk is the unit of distance."""
@@ -81,7 +81,13 @@ class Trial:
     @property
     def title(self) -> str:
         """Tells the trials of a folder apart."""
-        return f"{self.name}, {self.task.title}, rate {self.training.learning_rate:g}, seed {self.training.seed}"
+        return f"{self.name}, {self.task.title}, {self.rate}, seed {self.training.seed}"
+
+    @property
+    def rate(self) -> str:
+        """Of learning, and the optimizer; AdamW, once the only one, is not named."""
+        optimizer = "" if self.training.optimizer == "adamw" else f"{self.training.optimizer}, "
+        return f"{optimizer}rate {self.training.learning_rate:g}"
 
     @property
     def file_name(self) -> str:
@@ -90,10 +96,11 @@ class Trial:
 
     def settings(self) -> dict[str, Any]:
         """All that decides what comes out, for JSON."""
+        used = USED if self.training.optimizer == "adamw" else (*USED, "optimizer", "matrix_learning_rate")
         return {
             "config": self.config.to_dict(),
             "task": self.task.settings(),
-            "training": {key: value for key, value in asdict(self.training).items() if key in USED},
+            "training": {key: value for key, value in asdict(self.training).items() if key in used},
             "train_distances": list(self.train_distances),
             "test_distances": list(self.test_distances),
             "test_rows": self.test_rows,
@@ -114,8 +121,8 @@ class Result:
     state_bytes: int
     """Of a row of the model's State as it lies in memory, caches whole."""
     choice: float | None
-    """Mean accuracy at the distances trained on, on sequences that are used for nothing else: by it a learning rate is
-    chosen. None of a trial of an older version, which chose by what it reported."""
+    """Mean accuracy at the distances trained on, on sequences that are used for nothing else: by it optimizer and rate
+    are chosen. None of a trial of an older version, which chose by what it reported."""
 
     @property
     def said(self) -> str:
@@ -130,6 +137,7 @@ class Result:
             "task": self.trial.task.name,
             "pairs": self.trial.task.pairs,
             "question": self.trial.task.question,
+            "optimizer": self.trial.training.optimizer,
             "learning_rate": self.trial.training.learning_rate,
             "seed": self.trial.training.seed,
             "accuracy_by_distance": {r.distance: r.accuracy for r in self.recalled},
@@ -312,7 +320,7 @@ def carry_out_all(
         InputError: a folder that cannot be written, or one that holds other trials.
     """
 
-    rates = {trial.training.learning_rate for trial in trials}
+    rates = {trial.rate for trial in trials}
 
     def read(path: Path, trial: Trial) -> Result:
         result = Result.read(path, trial)

@@ -20,15 +20,15 @@ def open_chunk(piece: Tensor, cached: Tensor | None, places: Tensor, size: int) 
 
 @inner
 def _take_rows(first: int, last: int, piece: Any, cached: Any, places: Any, target: Any) -> None:
+    """Into zeros."""
     size = target.shape[1]
     for task in range(first, last):
         b, slot = task // size, task % size
         stop, fill, entry = places[b, 0], places[b, 1], places[b, 2]
         token = stop - fill + slot
         if slot >= fill:
-            for i in range(target.shape[2]):
-                target[b, slot, i] = 0
-        elif token >= 0:
+            continue
+        if token >= 0:
             copy(piece[b, token], target[b, slot])
         else:
             copy(cached[b, entry + token], target[b, slot])
@@ -59,8 +59,9 @@ def _words(t: Tensor) -> np.ndarray:
 
 
 def _take(piece: Tensor, cached: Tensor | None, places: Tensor, size: int) -> Tensor:
-    target = piece.new_empty(len(piece), size, *piece.shape[2:])
-    source = piece if cached is None else cached
+    # NumPy's zeros are pages that nobody has touched: a cache may be far larger than what it holds
+    words = np.zeros((len(piece), size, piece.shape[2], piece.shape[3] * piece.element_size() // 2), np.uint16)
+    source, target = piece if cached is None else cached, torch.from_numpy(words).view(piece.dtype)
     _take_all(num_threads(), _words(piece), _words(source), as_numpy(places), _words(target))
     return target
 
