@@ -202,6 +202,6 @@ for dtype in (torch.float32, torch.bfloat16):
 
 @pytest.mark.skipif(resident() is None, reason="the system does not tell what a process holds")
 def test_a_cache_takes_memory_for_what_it_holds():
-    """256 MB of a long window, of which a short piece fills the beginning; in a process whose memory glibc does not fill."""
+    """256 MB of a long window, of which a short piece fills the beginning; in a process whose memory is not filled."""
     told = subprocess.run([sys.executable, "-c", SHORT_PIECE], capture_output=True, text=True, check=True)
     assert max(map(int, told.stdout.split())) < 2**25
