@@ -297,6 +297,22 @@ def test_the_command(tmp_path):
     assert len(list((tmp_path / "found").glob("*seed*"))) == 8 * len(before)
 
 
+def test_what_is_finished_is_shown_and_no_more(tmp_path):
+    """Of the trials asked for, two are there; a folder without any says so."""
+    made = megalodon("evaluate", "recall", *QUICK, "--out", "found", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    before = {p.name for p in (tmp_path / "found").iterdir()}
+    first = (tmp_path / "found" / "recall.json").read_bytes()
+    more = [*QUICK, "--optimizers", "adamw", "muon", "--seeds", 0, 1, "--finished", "--out"]
+    again = megalodon("evaluate", "recall", *more, "found", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert {p.name for p in (tmp_path / "found").iterdir()} == before
+    assert (tmp_path / "found" / "recall.json").read_bytes() == first
+    none = megalodon("evaluate", "recall", *more, "none", cwd=tmp_path)
+    assert none.returncode == 2
+    assert "none holds none of these 8 trials; without --finished they are made" in none.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

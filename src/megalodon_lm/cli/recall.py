@@ -55,6 +55,8 @@ class Recall(Quiet):
     seeds: list[int] = field(default_factory=lambda: [0])
     """Of weights and sequences."""
     out: Path = Path("runs/recall")
+    finished: bool = False
+    """Train and ask nothing: show what --out holds of all this."""
     """Folder of the trials, with recall.json and pictures of all that were asked for."""
     precision: Literal["auto", "bf16", "float32"] = "float32"
     """Of matrix products; auto takes bf16 where the device multiplies it natively."""
@@ -100,7 +102,7 @@ class Recall(Quiet):
         if any(in_prose):
             from ..evaluation.recall_zero_shot import find_all
 
-            places = self._places()
+            places = self._wanted(self._places())
             if not places:
                 raise InputError("no sequences of these --distances and --depths; larger --chunk-size has room")
 
@@ -111,7 +113,7 @@ class Recall(Quiet):
             return
         from ..evaluation.recall_trials import carry_out_all
 
-        trials = self._trials()
+        trials = self._wanted(self._trials())
         if not trials:
             raise InputError(
                 "--task, --question, --optimizers, --learning-rates and --seeds need at least one value each"
@@ -159,6 +161,15 @@ class Recall(Quiet):
                     drawing(path)
                 results.print(table, width=max(results.width, WIDTH), crop=False)
         console.print(", ".join(map(str, (figures, *pictures))))
+
+    def _wanted(self, trials: list[Any]) -> list[Any]:
+        """All of them, or those that are finished."""
+        if not self.finished:
+            return trials
+        found = [trial for trial in trials if (self.out / trial.file_name).exists()]
+        if not found:
+            raise InputError(f"{self.out} holds none of these {len(trials):,} trials; without --finished they are made")
+        return found
 
     def _trials(self) -> "list[Trial]":
         from ..architectures import config_of
