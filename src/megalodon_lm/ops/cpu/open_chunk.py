@@ -60,8 +60,9 @@ def _words(t: Tensor) -> np.ndarray:
 
 def _take(piece: Tensor, cached: Tensor | None, places: Tensor, size: int) -> Tensor:
     # NumPy's zeros are pages that nobody has touched: a cache may be far larger than what it holds
-    words = np.zeros((len(piece), size, piece.shape[2], piece.shape[3] * piece.element_size() // 2), np.uint16)
-    source, target = piece if cached is None else cached, torch.from_numpy(words).view(piece.dtype)
+    shape = len(piece), size, *piece.shape[2:]
+    zeros = np.zeros(shape, f"u{piece.element_size()}")
+    source, target = piece if cached is None else cached, torch.from_numpy(zeros).view(piece.dtype)
     _take_all(num_threads(), _words(piece), _words(source), as_numpy(places), _words(target))
     return target
 
