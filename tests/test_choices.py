@@ -10,7 +10,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megalodon_lm import ByteTokenizer, Context, Generator, Megalodon, ModelConfig, State
@@ -133,16 +133,19 @@ def _natively_again():
 @pytest.mark.usefixtures("_natively_again")
 @FEW
 @given(changes=COMBINATIONS, case=pieces())
+@example({"chunk_size": 4}, (torch.tensor([[11]]), torch.tensor([[False]]), torch.tensor([[False]]), []))
 def test_kernels_and_portable_operators_agree(changes, case):
     model, (tokens, starts, mask, cuts) = build(torch.float32, **changes), case
     found = []
     for backend in ("auto", "portable"):
         set_backend(backend)
         logits, _ = run(model, tokens, cuts, starts, mask)
-        grads = torch.autograd.grad((logits * mask[..., None]).square().mean(), list(model.parameters()))
+        loss = (logits * mask[..., None]).square().mean()
+        grads = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)  # of padding alone: zeros
         found.append([logits[mask], *grads])
     for one, other in zip(*found, strict=True):
-        assert (one - other).abs().max() <= 3e-4 * other.abs().max().clamp(min=1)
+        if other.numel():
+            assert (one - other).abs().max() <= 3e-4 * other.abs().max().clamp(min=1)
 
 
 @pytest.mark.usefixtures("_natively_again")
