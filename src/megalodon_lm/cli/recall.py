@@ -55,9 +55,9 @@ class Recall(Quiet):
     seeds: list[int] = field(default_factory=lambda: [0])
     """Of weights and sequences."""
     out: Path = Path("runs/recall")
+    """Folder of the trials, with recall.json and pictures of all that were asked for."""
     finished: bool = False
     """Train and ask nothing: show what --out holds of all this."""
-    """Folder of the trials, with recall.json and pictures of all that were asked for."""
     precision: Literal["auto", "bf16", "float32"] = "float32"
     """Of matrix products; auto takes bf16 where the device multiplies it natively."""
     device: str = "cpu"
@@ -164,7 +164,7 @@ class Recall(Quiet):
 
     def _wanted(self, trials: list[Any]) -> list[Any]:
         """All of them, or those that are finished."""
-        if not self.finished:
+        if not self.finished or not trials:
             return trials
         found = [trial for trial in trials if (self.out / trial.file_name).exists()]
         if not found:

@@ -21,7 +21,7 @@ def learnt(summaries: Iterable[Summary]) -> Table:
         caption=f"with the 95 % interval, and the least and the most of several seeds; guessing gives {guesses}; "
         "state: bytes that are answered from at the last distance, and of the whole as it lies in memory",
     )
-    for column in ("architecture", "task", "rate", "seeds"):
+    for column in ("architecture", "task", "training", "seeds"):
         table.add_column(column)
     for column in (*map(str, distances), "state", "whole", "parameters", "seconds"):
         table.add_column(column, justify="right")
@@ -30,7 +30,7 @@ def learnt(summaries: Iterable[Summary]) -> Table:
         table.add_row(
             s.name,
             s.task.title,
-            s.results[0].trial.rate.replace("rate ", ""),
+            s.results[0].trial.rate,
             str(len(s.results)),
             *("" if cell is None else _shown(cell, len(s.results)) for cell in cells),
             f"{list(s.state_bytes.values())[-1]:,}",
