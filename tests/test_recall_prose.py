@@ -202,7 +202,7 @@ def test_pictures_and_tables_of_places(tmp_path):
         for distance in (0, 1, 16):
             for depth in (0.0, 0.5):
                 trial = ProseTrial(name, tiny(), task(), distance, depth, 2)
-                found.append(Found(trial, 16 - distance, 3, 1.0 + depth, 0.3, 9.0, 100, 1.0))
+                found.append(Found(trial, 16 - distance, 3, 1.0 + depth, 0.3, 9.0, 100, 1.0, {}))
     readers = by_reader(found[:-1])
     assert [(r.name, r.distances, r.depths) for r in readers] == [(n, [0, 1, 16], [0.0, 0.5]) for n in ("one", "two")]
     assert margin(readers[0].at(1)) == pytest.approx((1.25, 0.3 / 2**0.5))
@@ -215,20 +215,35 @@ def test_the_command(tmp_path):
     """A trained model is asked in prose; what does not fit is refused in one line."""
     tiny().save(tmp_path / "model")
     BYTES.save(tmp_path / "model")
-    command = ["evaluate", "recall", "--trained", "model", "--sequences", 1, "--out", "found"]
+    command = ["evaluate", "recall", "--trained", "model", "own=model", "--sequences", 1, "--out", "found"]
     few = ["--depths", 0, "--distances", 1, "--chunk-size", 160]
     result = megalodon(*command, *few, "--task", "needle", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     trials = json.loads((tmp_path / "found" / "recall.json").read_text())["trials"]
-    assert [(t["task"], t["distance"], t["rows"]) for t in trials] == [("needle", 1, 8)]
+    assert [(t["model"], t["task"], t["distance"], t["rows"]) for t in trials] == [
+        ("model", "needle", 1, 8),
+        ("own", "needle", 1, 8),
+    ]
     assert (tmp_path / "found" / "depths.png").exists()
     assert "guessing gives 12.5% and 0 nats" in result.stdout
+    shown = [p.read_bytes() for p in (tmp_path / "found").iterdir()]
+    (tmp_path / "model").rename(tmp_path / "gone")
+    again = megalodon(*command, *few, "--task", "needle", "--finished", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == result.stdout
+    assert [p.read_bytes() for p in (tmp_path / "found").iterdir()] == shown
+    other = megalodon(*command, *few, "--task", "needle", "--finished", "--precision", "bf16", cwd=tmp_path)
+    assert other.returncode == 2
+    assert "is a trial with other settings" in other.stderr
+    (tmp_path / "gone").rename(tmp_path / "model")
     for options, says in (
         (["--task", "needle", "mqar"], "are asked apart from those learnt"),
         (["--task", "mqar"], "--trained takes models for the tasks"),
         (["--task", "needle", "--distances", -1], "no sequences of these --distances"),
         (["--task", "needle", "--depths", 1.5], "depth 1.5 must be"),
         (["--task", "needles", "--pairs", 9], "9 needles must be"),
+        (["--task", "needle", "--trained", "model", "own/../model"], "'model' comes twice; write NAME=FOLDER"),
+        (["--task", "needle", "--trained", "a/b=model"], "a name has no slashes"),
     ):
         result = megalodon(*command, *options, cwd=tmp_path)
         assert result.returncode == 2, result.stderr

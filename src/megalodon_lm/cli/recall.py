@@ -62,8 +62,8 @@ class Recall(Quiet):
     """Of matrix products; auto takes bf16 where the device multiplies it natively."""
     device: str = "cpu"
     """cpu or cuda."""
-    trained: list[Path] = field(default_factory=list)
-    """In prose: run folders or saved models."""
+    trained: list[str] = field(default_factory=list)
+    """In prose: run folders or saved models, each as FOLDER or as NAME=FOLDER. With --finished none is opened."""
     depths: list[float] = field(default_factory=lambda: [0.0, 0.5])
     """In prose: the part of it that stands before the needle."""
     model: str = "tiny"
@@ -211,26 +211,40 @@ class Recall(Quiet):
         from ..evaluation.recall_zero_shot import ProseTrial
         from .models import load_trained
 
-        if len({folder.resolve().name for folder in self.trained}) < len(self.trained):
-            raise InputError("--trained: the names of the folders must differ, since results are told apart by them")
+        folders = _named(self.trained)
         found = []
-        for folder in self.trained:
-            model, tokenizer = load_trained(folder, self.device)
-            prose = Prose(bundled("validation").values(), tokenizer)
+        for name, folder in folders.items():
+            model, prose = None, None
+            if not self.finished:
+                model, tokenizer = load_trained(folder, self.device)
+                prose = Prose(bundled("validation").values(), tokenizer)
             found += [
-                ProseTrial(
-                    folder.resolve().name, model, task, distance, depth, self.sequences or 16, seed, self.precision
-                )
-                for name in self.task
-                for number in (self.pairs or [4] if name == "needles" else [1])
+                ProseTrial(name, model, task, distance, depth, self.sequences or 16, seed, self.precision)
+                for kind in self.task
+                for number in (self.pairs or [4] if kind == "needles" else [1])
                 for question in self.question
-                for task in [ProseTask(name, prose, self.chunk_size or 256, number, question)]
+                for task in [ProseTask(kind, prose, self.chunk_size or 256, number, question)]
                 for distance in sorted(set(self.distances))
                 for depth in sorted(set(self.depths))
                 for seed in self.seeds
-                if not 0 <= depth < 1 or task.fits(distance, depth)
+                if prose is None or not 0 <= depth < 1 or task.fits(distance, depth)
             ]
         return found
+
+
+def _named(trained: list[str]) -> dict[str, Path]:
+    """Folders of models by the names that tell their results apart."""
+    named: dict[str, Path] = {}
+    for each in trained:
+        name, given, folder = each.partition("=")
+        if not given or Path(each).exists():
+            name, folder = Path(each).resolve().name, each
+        if not name or {"/", "\\"} & set(name):
+            raise InputError(f"--trained {each}: NAME=FOLDER needs a name, and a name has no slashes")
+        if name in named:
+            raise InputError(f"--trained: results are told apart by name, and {name!r} comes twice; write NAME=FOLDER")
+        named[name] = Path(folder)
+    return named
 
 
 def _of_learnt(finished: list[Any]) -> _Report:

@@ -135,8 +135,8 @@ class ProseTask:
 
     name: str
     """In PROSE_TASKS."""
-    prose: Prose
-    """As the model's tokenizer cuts it."""
+    prose: Prose | None
+    """As the model's tokenizer cuts it; None where no sequences are made."""
     chunk_size: int
     """Tokens, the unit of distance."""
     needles: int = 1
@@ -176,11 +176,12 @@ class ProseTask:
             "needles": self.needles,
             "chunk_size": self.chunk_size,
             "question": self.question,
-            "tokenizer": self.prose.tokenizer.fingerprint,
+            "tokenizer": self.prose and self.prose.tokenizer.fingerprint,
         }
 
     @cached_property
     def _words(self) -> "_Words":
+        assert self.prose is not None
         return _Words(self.wording, self.prose.tokenizer, self.question)
 
     def begins_at(self, distance: int, depth: float) -> int:
@@ -239,7 +240,8 @@ class ProseTask:
         self, distance: int, depth: float, turn: int, random: np.random.Generator
     ) -> tuple[np.ndarray, list[np.ndarray]]:
         """A text up to its answer, and the choices, the right one first; in each turn it is another one of the same."""
-        words = self._words
+        words, prose = self._words, self.prose
+        assert prose is not None
         subjects = random.permutation(len(words.statements))[: self.needles]
         answers = [words.answers[a] for a in np.roll(random.permutation(len(words.answers))[:CHOICES], -turn)]
         needle, *others = (
@@ -249,7 +251,7 @@ class ProseTask:
         head, tail = words.heads[subjects[0]], words.tails[subjects[0]]
         begin = self.begins_at(distance, depth)
         end = begin + distance * self.chunk_size
-        at = self.prose.sentence(begin, end - begin, random)
+        at = prose.sentence(begin, end - begin, random)
         room = [max(begin - len(head), 0), max(end - max(begin, len(head)) - len(needle), 0)]
         woven: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])  # before the needle, after it
         if end > 0:
@@ -258,8 +260,8 @@ class ProseTask:
                 side = int(random.choice(2, p=free / free.sum()))
                 woven[side].append(other)
                 room[side] -= len(other)
-        before = self.prose.woven(at - room[0], at, woven[0], random)
-        after = self.prose.woven(at, at + room[1], woven[1], random)
+        before = prose.woven(at - room[0], at, woven[0], random)
+        after = prose.woven(at, at + room[1], woven[1], random)
         beside = others if end == 0 else []
         text = np.concatenate([head, before, *beside, needle, after, tail])
         assert distance == 0 or len(text) == end + len(tail)

@@ -29,10 +29,10 @@ class ProseTrial:
 
     name: str
     """Of the model, for people."""
-    model: LanguageModel
-    """Trained."""
+    model: LanguageModel | None
+    """Trained. None where only what it once made of this is read."""
     task: ProseTask
-    """Its prose is cut by the model's tokenizer."""
+    """Its prose is cut by the model's tokenizer; None where there is no model."""
     distance: int
     """In chunks of the task."""
     depth: float
@@ -69,7 +69,7 @@ class ProseTrial:
     def settings(self) -> dict[str, Any]:
         """All that decides what comes out, for JSON."""
         return {
-            "model": self.model.fingerprint(),
+            "model": self.model and self.model.fingerprint(),
             "task": self.task.settings(),
             "distance": self.distance,
             "depth": self.depth,
@@ -98,6 +98,8 @@ class Found:
     """See Recalled."""
     seconds: float
     """It took."""
+    settings: dict[str, Any]
+    """Those of the trial, also where its model is not at hand."""
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -131,7 +133,7 @@ class Found:
             "nats": self.nats,
             "state_bytes": self.state_bytes,
             "seconds": self.seconds,
-            "settings": self.trial.settings(),
+            "settings": self.settings,
         }
 
     @classmethod
@@ -141,16 +143,23 @@ class Found:
         Raises:
             InputError: unreadable, or of other settings.
         """
-        names = ("right", "exact", "margin", "margin_error", "nats", "state_bytes", "seconds")
+        names = ("right", "exact", "margin", "margin_error", "nats", "state_bytes", "seconds", "settings")
+
+        def settings(figures: dict[str, Any]) -> dict[str, Any]:
+            written = dict(figures["settings"])
+            if trial.model is None:
+                written |= {"model": None, "task": written["task"] | {"tokenizer": None}}
+            return written
 
         def found(figures: dict[str, Any]) -> Found:
             return cls(trial, *(figures[name] for name in names))
 
-        return read_figures(path, trial.settings(), lambda figures: dict(figures["settings"]), found)
+        return read_figures(path, trial.settings(), settings, found)
 
 
 def find(trial: ProseTrial) -> Found:
     """Let a model read, and compare the choices."""
+    assert trial.model is not None
     task, began = trial.task, time.perf_counter()
     at_once = max(1, BLOCK_TOKENS // (CHOICES * max(1, task.context(trial.distance, trial.depth))))
     likelihoods, exact, size = [], 0, 0
@@ -166,7 +175,8 @@ def find(trial: ProseTrial) -> Found:
     right = int((of_answer > of_others).all(1).sum())
     error = float(margins.std() / trial.texts**0.5) if trial.texts > 1 else 0.0
     seconds = time.perf_counter() - began
-    return Found(trial, right, exact, float(margins.mean()), error, -float(of_answer.mean()), size, seconds)
+    margin, mean_nats = float(margins.mean()), -float(of_answer.mean())
+    return Found(trial, right, exact, margin, error, mean_nats, size, seconds, trial.settings())
 
 
 def find_all(
