@@ -6,6 +6,7 @@ import math
 import shutil
 import signal
 import statistics
+import tarfile
 import tomllib
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from megalodon_lm.errors import Diverged, InputError
 from megalodon_lm.evaluation import comparison_runs, comparison_speeds, comparison_standings
 from megalodon_lm.evaluation.comparison import Comparison, best_rate, next_full_rate, next_rate
 from megalodon_lm.evaluation.comparison_report import tables, write
-from megalodon_lm.evaluation.comparison_runs import carry_out_all, find
+from megalodon_lm.evaluation.comparison_runs import RESULT_FILE, carry_out_all, find
 from megalodon_lm.evaluation.comparison_speeds import ROUNDS, SPEEDS_FILE, Speeds, measure_speeds
 from megalodon_lm.evaluation.comparison_standings import UNITS, at_equal, gather
 from megalodon_lm.pairs import Ratio
@@ -272,6 +273,12 @@ def test_what_diverges_is_a_result(finished):
     assert "diverged" in [cell for row in tables(standings)[0].rows for cell in row]
 
 
+def packed(report):
+    """Folders of the runs that lie in the archive of a report."""
+    with tarfile.open(report / "runs.tar.xz") as archive:
+        return {str(Path(name).parent) for name in archive.getnames() if Path(name).name == RESULT_FILE}
+
+
 def test_nothing_is_made_twice_and_figures_need_no_training(finished, tmp_path, monkeypatch):
     comparison, out, results = finished
 
@@ -292,6 +299,13 @@ def test_nothing_is_made_twice_and_figures_need_no_training(finished, tmp_path, 
                      "differences.png", "rates.png", "runs.tar.xz"}  # fmt: skip
     for name in ("comparison.md", "comparison.json", "comparison.toml", "runs.tar.xz"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    made = {p.parent.relative_to(out.parent).as_posix() for p in out.glob(f"*/*/{RESULT_FILE}")}
+    assert packed(tmp_path / "a") == made
+    more = shutil.copytree(out, tmp_path / "out")
+    shutil.copytree(next((more / "plain").glob("rate-*")), more / "plain" / "rate-9-seed-0")
+    one = comparison.of(["plain"])
+    write(one, more, gather(one, more), tmp_path / "one")
+    assert packed(tmp_path / "one") == {name for name in made if "/wild/" not in name}
     told = json.loads((tmp_path / "a" / "comparison.json").read_text())
     assert told["contenders"]["wild"]["bits_per_byte"] is None
     assert len(told["contenders"]["megalodon"]["runs"]) == 2
