@@ -30,7 +30,7 @@ def learnt(summaries: Iterable[Summary]) -> Table:
         table.add_row(
             s.name,
             s.task.title,
-            s.results[0].trial.rate,
+            s.results[0].trial.optimization,
             str(len(s.results)),
             *("" if cell is None else _shown(cell, len(s.results)) for cell in cells),
             f"{list(s.state_bytes.values())[-1]:,}",

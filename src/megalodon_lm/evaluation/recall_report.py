@@ -104,14 +104,11 @@ def summarise(results: Sequence[Result]) -> list[Summary]:
     Of several optimizers and learning rates it has those which recalled most on the sequences kept for choosing, over
     the seeds; what is reported had no part in it.
     """
-    by_rate: dict[tuple[str, str], dict[str, list[Result]]] = {}
+    tried: dict[tuple[str, str], dict[str, list[Result]]] = {}
     for r in results:
-        rates = by_rate.setdefault((r.trial.name, r.trial.task.title), {})
-        rates.setdefault(r.trial.rate, []).append(r)
-    return [
-        max((Summary(tuple(of_rate)) for of_rate in rates.values()), key=lambda s: s.choice)
-        for rates in by_rate.values()
-    ]
+        by_optimization = tried.setdefault((r.trial.name, r.trial.task.title), {})
+        by_optimization.setdefault(r.trial.optimization, []).append(r)
+    return [max((Summary(tuple(each)) for each in of.values()), key=lambda s: s.choice) for of in tried.values()]
 
 
 def draw(path: Path, summaries: Sequence[Summary]) -> None:

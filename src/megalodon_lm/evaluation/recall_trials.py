@@ -81,11 +81,11 @@ class Trial:
     @property
     def title(self) -> str:
         """Tells the trials of a folder apart."""
-        return f"{self.name}, {self.task.title}, {self.rate}, seed {self.training.seed}"
+        return f"{self.name}, {self.task.title}, {self.optimization}, seed {self.training.seed}"
 
     @property
-    def rate(self) -> str:
-        """Of learning, and the optimizer; AdamW, once the only one, is not named."""
+    def optimization(self) -> str:
+        """The learning rate, and the optimizer; AdamW, once the only one, is not named."""
         optimizer = "" if self.training.optimizer == "adamw" else f"{self.training.optimizer}, "
         return f"{optimizer}rate {self.training.learning_rate:g}"
 
@@ -320,11 +320,11 @@ def carry_out_all(
         InputError: a folder that cannot be written, or one that holds other trials.
     """
 
-    rates = {trial.rate for trial in trials}
+    tried = {trial.optimization for trial in trials}
 
     def read(path: Path, trial: Trial) -> Result:
         result = Result.read(path, trial)
-        if result.choice is None and len(rates) > 1:
+        if result.choice is None and len(tried) > 1:
             raise InputError(
                 f"{path} is a trial of an older version, which measured nothing to choose a learning rate by; delete "
                 "it, name another folder, or ask for one rate"
