@@ -12,14 +12,15 @@ import threading
 import time
 from pathlib import Path
 
+ROOT = Path(__file__).parent.parent
 HANGS = 1200  # seconds that nothing here takes, on however slow a machine: what is waited for will never be
 
 _NURSERY = """
 import importlib, json, os, resource, sys, traceback
 from pathlib import Path
 import matplotlib.figure, pyarrow.parquet, sentencepiece, tokenizers, torch.utils.tensorboard
-import megalodon_lm.generation.generator, megalodon_lm.training.report, megalodon_lm.training.trainer
-import megalodon_lm.cli.commands
+import megalodon_lm.generation.generator, megalodon_lm.training.report
+import megalodon_lm.cli.commands, tests.preloaded
 for path in Path(megalodon_lm.cli.commands.__file__).parent.glob("*.py"):
     importlib.import_module(f"megalodon_lm.cli.{path.stem}")
 from megalodon_lm.cli.main import main
@@ -61,7 +62,7 @@ class Nursery:
     def __init__(self, prepare: str = ""):
         code = _NURSERY.replace("{prepare}", prepare)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
         )
 
     def start(self, arguments, streams=(os.devnull,) * 3, cwd=None, largest_file=None) -> int:

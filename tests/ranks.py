@@ -24,7 +24,7 @@ _NURSERY = """
 import faulthandler, importlib, json, os, signal, sys, time, traceback
 sys.path.insert(0, os.getcwd())
 import torch, torch.distributed as dist, torch.distributed.fsdp, torch.distributed.device_mesh
-import megalodon_lm.model.megalodon, megalodon_lm.training.trainer
+import tests.preloaded
 from datetime import timedelta
 parent = os.getppid()
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -136,6 +136,7 @@ def test_changed_pictures_keep_their_shape(height, width, shift, flip, crop, col
 
 @settings(deadline=None, max_examples=40)
 @given(length=st.integers(1, 50), shift=st.floats(0, 100), gain=st.floats(0, 20), seed=st.integers(0, 1000))
+@example(length=20, shift=26.0, gain=1.0, seed=32)
 def test_changed_sound_is_the_same_sound_elsewhere_and_louder(length, shift, gain, seed):
     raw = np.random.default_rng(seed).uniform(0.5, 1, length).astype(np.float32)
     made = Augmentation(shift=shift, gain=gain)(raw, "sound", 1000, np.random.default_rng(seed))
@@ -143,9 +144,9 @@ def test_changed_sound_is_the_same_sound_elsewhere_and_louder(length, shift, gai
     kept = made[made != 0]
     assert length - len(kept) <= shift
     ratios = [kept / part for part in (raw[len(raw) - len(kept) :], raw[: len(kept)])]
-    same = [ratio for ratio in ratios if np.ptp(ratio) < 1e-5 * ratio.max()] if len(kept) else []
-    assert same or not len(kept)
-    assert all(np.abs(20 * np.log10(ratio[0])) <= gain + 1e-4 for ratio in same)
+    if len(kept):  # moved to one side or to the other; a single sample could be both
+        same = [ratio for ratio in ratios if np.ptp(ratio) < 1e-5 * ratio.max()]
+        assert any(np.abs(20 * np.log10(ratio[0])) <= gain + 1e-4 for ratio in same)
 
 
 def test_noise_and_mirroring_do_what_they_say():

@@ -359,7 +359,6 @@ def write(self, *given):
 Checkpoint.write = write
 megalodon_lm.evaluation.comparison_report.draw = lambda *arguments: []
 megalodon_lm.ops.backend._chosen = "portable"  # begins at once
-megalodon_lm.training.machine.SECONDS = 1e-3
 """
 
 

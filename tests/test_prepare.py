@@ -31,7 +31,7 @@ from megalodon_lm.errors import InputError
 from .processes import megalodon, wait_until
 from .test_tokenizers import MODELS, sentence_piece
 
-NOVELS = {name: text[:400_000] for name, text in bundled("train").items()}
+NOVELS = {name: text[:250_000] for name, text in bundled("train").items()}
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_interrupted_preparation_goes_on_to_the_same_shards(kills, tmp_path):
     """Real processes, killed at random moments."""
     rng = random.Random(0)
     with (tmp_path / "big.jsonl").open("wb") as file:
-        for _ in range(60):
+        for _ in range(30):
             file.write(json.dumps({"text": rng.randbytes(200_000).hex()}).encode() + b"\n")
     code = SMALL_SHARDS + "p.prepare(['big.jsonl'], Path(sys.argv[1]), workers=1)"
     began = time.monotonic()
@@ -195,7 +195,7 @@ def test_interrupted_preparation_goes_on_to_the_same_shards(kills, tmp_path):
 def test_killed_without_its_workers_it_goes_on_beside_them(tmp_path):
     """As when the system is out of memory: the command dies, its workers learn of it a moment later."""
     document = json.dumps({"text": random.Random(0).randbytes(200_000).hex()}).encode() + b"\n"
-    (tmp_path / "big.jsonl").write_bytes(document * 60)
+    (tmp_path / "big.jsonl").write_bytes(document * 30)
     code = SMALL_SHARDS + "p.prepare(['big.jsonl'], Path(sys.argv[1]), workers=int(sys.argv[2]))"
     subprocess.run([sys.executable, "-c", code, "whole", "1"], cwd=tmp_path, check=True)
     process = subprocess.Popen([sys.executable, "-c", code, "parts", "2"], cwd=tmp_path, stderr=subprocess.DEVNULL)

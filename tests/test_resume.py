@@ -263,15 +263,16 @@ def wait_for(aim, rng, run, goal, process):
 
 
 @pytest.mark.parametrize(
-    ("kind", "kills"), [("stream", 3), *(pytest.param(kind, 25, marks=pytest.mark.slow) for kind in KINDS)]
+    ("kind", "kills", "length"),
+    [("stream", 3, 60), *(pytest.param(kind, 25, 120, marks=pytest.mark.slow) for kind in KINDS)],
 )
-def test_killed_at_random_moments_the_run_ends_the_same(kind, kills, nursery, tmp_path):
+def test_killed_at_random_moments_the_run_ends_the_same(kind, kills, length, nursery, tmp_path):
     """Real processes. Beginnings, steps, checkpoints every other step, and the loader's thread are hit as they come."""
     recipe(tmp_path)  # its text
     values = {**KINDS[kind], "data": dict(KINDS[kind].get("data", {}))}
     if callable(values["data"].get("train")):
         values["data"]["train"] = values["data"]["train"](tmp_path)
-    given = recipe(tmp_path, steps=120, checkpoint_steps=2, keep_checkpoints=3, **values)
+    given = recipe(tmp_path, steps=length, checkpoint_steps=2, keep_checkpoints=3, **values)
     (tmp_path / "r.toml").write_text(given.to_toml())
     whole, run = tmp_path / "whole", tmp_path / "parts"
 
@@ -291,7 +292,7 @@ def test_killed_at_random_moments_the_run_ends_the_same(kind, kills, nursery, tm
     for number in range(kills):
         process = start(run)
         aim = ("step", "checkpoint", "beginning")[number % 3]
-        wait_for(aim, rng, run, (110 * number + rng.randrange(110)) // kills, process)
+        wait_for(aim, rng, run, ((number + rng.random()) * 0.9 * length) // kills, process)
         with contextlib.suppress(ProcessLookupError):  # it came to its end
             os.kill(process, signal.SIGKILL)
         code = nursery.ended()
@@ -304,7 +305,7 @@ def test_killed_at_random_moments_the_run_ends_the_same(kind, kills, nursery, tm
     moments = [load_file(checkpoints(folder)[0] / "training.safetensors") for folder in (whole, run)]
     assert moments[0].keys() == moments[1].keys()
     assert all(torch.equal(moments[0][name], moments[1][name]) for name in moments[0])
-    assert steps(run) == list(range(1, 121))
+    assert steps(run) == list(range(1, length + 1))
     assert [m["bits_per_token"] for m in metrics(run)] == [m["bits_per_token"] for m in metrics(whole)]
     assert not [path for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
 

@@ -315,8 +315,10 @@ def run_to_end(text, folder, **training):
 @pytest.mark.filterwarnings("ignore")  # inside torch.compile
 def test_compiled_training_learns_the_same(text, tmp_path):
     _, plain = run_to_end(text, tmp_path / "plain")
+    torch._dynamo.utils.counters.clear()
     trainer, compiled = run_to_end(text, tmp_path / "compiled", compile=True)
     assert compiled == pytest.approx(plain, rel=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # of a text's beginning, and of what follows
     assert trainer.model.layers[0]._compiled_call_impl is not None
     assert Megalodon.load(tmp_path / "compiled").fingerprint() == trainer.model.fingerprint()
 

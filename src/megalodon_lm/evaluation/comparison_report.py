@@ -192,5 +192,5 @@ def write(comparison: Comparison, out: Path, standings: Sequence[Standing], fold
     write_atomically(folder / RECIPE_FILE, comparison.to_toml())
     write_atomically(folder / FIGURES_FILE, json.dumps(figures(comparison, standings), indent=1) + "\n")
     drawn = draw(folder, standings)
-    write_atomically(folder / ARCHIVE_FILE, pack(comparison, out, standings))
+    write_atomically(folder / ARCHIVE_FILE, pack(out, standings))
     write_atomically(folder / PAGE_FILE, page(comparison, standings, drawn))

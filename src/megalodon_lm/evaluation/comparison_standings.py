@@ -35,6 +35,8 @@ class Standing:
     """Speed over the base's, in the same rounds; None where not measured."""
     full: dict[float, float] = field(default_factory=dict)
     """As `tried`, of the rates that were tried with all steps."""
+    folders: list[Path] = field(default_factory=list)
+    """Of all the runs that this was read from."""
 
     @property
     def at_edge(self) -> bool:
@@ -110,19 +112,23 @@ def gather(comparison: Comparison, out: Path) -> list[Standing]:
     found, speeds = [], Speeds.read(out, list(comparison.contenders))
     for name, contender in comparison.contenders.items():
         tried, open_rate = tuned(comparison, name, out)
+        folders = [comparison.tuning(name, tried_rate).folder for tried_rate in tried]
         if open_rate is not None:
-            found.append(Standing(name, contender.rates, None, tried, [], [comparison.tuning(name, open_rate).title]))
+            missing = [comparison.tuning(name, open_rate).title]
+            found.append(Standing(name, contender.rates, None, tried, [], missing, folders=folders))
             continue
         full, open_rate = settled(comparison, name, out)
         rate = best_rate([best_rate(contender.rates, tried)], full)
         runs = [comparison.full(name, rate, seed) for seed in range(contender.seeds)]
         results = [find(comparison, run, out) for run in runs]
         missing = [run.title for run, result in zip(runs, results, strict=True) if result is None]
+        folders += [comparison.full(name, tried_rate, 0).folder for tried_rate in full]
+        folders += [run.folder for run, result in zip(runs, results, strict=True) if result is not None]
         if open_rate not in (None, rate):
             missing.append(comparison.full(name, open_rate, 0).title)
         made = [r if speeds is None else replace(r, speed=speeds.of(name)) for r in results if r is not None]
         pace = None if speeds is None else speeds.ratio(name, comparison.settings.base)
-        found.append(Standing(name, contender.rates, rate, tried, made, missing, pace, full))
+        found.append(Standing(name, contender.rates, rate, tried, made, missing, pace, full, folders))
     read: dict[int, set[Any]] = {}
     for r in (r for s in found for r in s.results if not r.diverged):
         read.setdefault(r.seed, set()).add((r.tokens, r.data))

@@ -102,7 +102,7 @@ def lay_out(mask: Tensor | None, starts: Tensor | None) -> tuple[Padding | None,
     lengths = None if padding is None else padding.lengths
     if starts is None and (padding is None or not _shorter(padding.lengths, padding.width)):
         return padding, None
-    return padding, Boundaries(None if starts is None else starts.cpu(), lengths)
+    return padding, Boundaries(None if starts is None else starts.cpu().contiguous(), lengths)  # one layout, one graph
 
 
 def _shorter(lengths: Tensor, length: int) -> bool:
