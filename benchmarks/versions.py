@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from typing import Annotated
@@ -63,7 +64,7 @@ class Versions:
     threads: int = 2
     """Of each version, while it is its turn."""
     rounds: int = 100
-    """Steps of each after three unmeasured ones; at least 8."""
+    """Steps of each after three unmeasured ones; at least 6."""
     json: Path | None = None
     """Write all seconds to this file."""
 
@@ -93,14 +94,21 @@ def stepping(source: Path, choices: Versions) -> Timer:
 
 
 def middle(ratios: list[float]) -> tuple[float, float, float]:
-    """Their median, and between which two of them it lies in 95 of 100 cases."""
-    ordered, spread = sorted(ratios), 0.98 * math.sqrt(len(ratios))
-    low, high = math.floor(len(ratios) / 2 - spread), math.ceil(len(ratios) / 2 + spread)
-    return median(ordered), ordered[max(0, low)], ordered[min(len(ratios) - 1, high)]
+    """The median of at least six, and between which two of them that of all further rounds lies in 95 of 100 cases.
+
+    As many ratios lie below it as heads come up in so many tosses: left out at either end are as many as heads come up
+    in fewer than one case of 40.
+    """
+    tosses = accumulate(math.comb(len(ratios), heads) for heads in range(len(ratios)))
+    left_out = sum(ways <= 2 ** len(ratios) / 40 for ways in tosses) - 1
+    ordered = sorted(ratios)
+    return median(ordered), ordered[left_out], ordered[-1 - left_out]
 
 
 def main(choices: Versions) -> None:
     """Measure and show."""
+    if choices.rounds < 6:
+        raise SystemExit(f"rounds = {choices.rounds} are too few for an interval; give at least 6")
     here = Path(megalodon_lm.__file__).parent.parent
     timers = [stepping(source, choices) for source in (choices.other, here)]
     alternate(timers, 3)

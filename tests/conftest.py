@@ -10,8 +10,6 @@ from megalodon_lm import ByteTokenizer, Generator, Megalodon, ModelConfig
 from megalodon_lm.cli.main import main
 from megalodon_lm.ops import backend
 
-from . import preloaded  # noqa: F401
-
 torch.set_num_threads(2)
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which the next line refuses products on a GPU
 torch.use_deterministic_algorithms(True)  # fills what torch.empty and its like leave uninitialised with NaN

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from .processes import ROOT
+
 HANGS = 900  # seconds that nothing here takes, on however slow a machine
-ROOT = Path(__file__).parent.parent
 
 _NURSERY = """
 import faulthandler, importlib, json, os, signal, sys, time, traceback

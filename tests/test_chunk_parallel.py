@@ -90,12 +90,10 @@ def compare(rank, dtype, models, kinds, exchanges, recompute=False):
     return found
 
 
-@pytest.mark.parametrize(
-    ("ranks", "kinds"), [(2, KINDS), (4, KINDS[-2:]), pytest.param(4, KINDS[:-2], marks=pytest.mark.slow)]
-)
-def test_everything_is_as_in_one_process(ranks, kinds):
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_everything_is_as_in_one_process(ranks):
     """Loss, exit state, and all gradients, also of the State before and through the one after, in float64."""
-    for found in run_ranks(compare, ranks, torch.float64, list(MODELS), kinds, EXCHANGES):
+    for found in run_ranks(compare, ranks, torch.float64, list(MODELS), KINDS, EXCHANGES):
         for case, (name, difference) in found.items():
             assert difference < 1e-10, (case, name, difference)
 

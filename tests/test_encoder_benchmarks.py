@@ -1,20 +1,14 @@
 """The benchmarks of encoders: tables of accuracy follow from the run folders, and rivals are as large."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 from megalodon_lm import EncoderConfig
 from megalodon_lm.training.recipe import bundled_recipes
 
+from .benchmarks import benchmark
+
 ROOT = Path(__file__).parent.parent
-
-
-def benchmark(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_finished_runs_are_shown_and_written_between_the_comments_of_a_page(tmp_path, capsys):

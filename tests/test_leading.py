@@ -109,7 +109,7 @@ def figures(path):
     return flat(json.loads(path.read_text()))
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_figures_and_bookmarks_are_those_of_one_process(ranks, alone, saved, tiny, tmp_path):
     folder = inputs(tmp_path / "data")
     found = run_ranks(carry_out, ranks, *commands(folder, str(saved)))

@@ -37,10 +37,11 @@ MESHES = {
         {"replicate": 2}, {"shard": 2, "replicate": 1}, {"chunk": 2}, {"chunk": 2, "exchange": "parallel"},
         {"tensor": 2},
     ],
-    4: [{"replicate": 1, "shard": 2, "chunk": 2, "exchange": "parallel"}],
+    4: [
+        {"chunk": 4}, {"replicate": 1, "shard": 2, "chunk": 2, "exchange": "parallel"}, {"chunk": 2, "tensor": 2},
+    ],
 }  # fmt: skip
 MORE = [
-    {"chunk": 4}, {"chunk": 2, "tensor": 2},
     {"replicate": 2, "chunk": 2}, {"replicate": 1, "shard": 2, "chunk": 2}, {"replicate": 2, "shard": 2},
     {"replicate": 2, "tensor": 2}, {"replicate": 1, "shard": 2, "tensor": 2},
     {"chunk": 2, "tensor": 2, "exchange": "parallel"},

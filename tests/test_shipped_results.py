@@ -1,6 +1,7 @@
 """What docs/results says is made from the finished runs that lie there, by the commands that the documents name."""
 
 import json
+import lzma
 import shlex
 import shutil
 import tarfile
@@ -40,6 +41,8 @@ def test_a_comparison_comes_out_of_its_runs(shipped, tmp_path):
     main(["compare", str(shipped / "comparison.toml"), "--out", str(runs), "--report", str(made)])
     for name in ("comparison.md", "comparison.json", "comparison.toml"):
         assert (made / name).read_bytes() == (shipped / name).read_bytes(), name
+    packed = [lzma.decompress((folder / "runs.tar.xz").read_bytes()) for folder in (made, shipped)]
+    assert packed[0] == packed[1]
     assert {p.name for p in made.iterdir()} == {p.name for p in shipped.iterdir()}
 
 

@@ -1,23 +1,17 @@
 """The benchmark that runs two versions in turns: its interval holds the median as often as it says."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-SOURCE = Path(__file__).parent.parent / "benchmarks" / "versions.py"
+from .benchmarks import benchmark
 
 
 @pytest.fixture(scope="module")
 def versions():
-    spec = importlib.util.spec_from_file_location("versions", SOURCE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("versions")
 
 
-@pytest.mark.parametrize("rounds", [8, 9, 80])
+@pytest.mark.parametrize("rounds", [6, 9, 80])
 def test_the_interval_holds_the_median_of_a_skewed_distribution(versions, rounds):
     drawn = np.random.default_rng(0).lognormal(0, 0.3, (2000, rounds))  # whose median is 1
     found = [versions.middle(list(ratios)) for ratios in drawn]
@@ -25,6 +19,13 @@ def test_the_interval_holds_the_median_of_a_skewed_distribution(versions, rounds
     held = np.mean([low <= 1 <= high for _, low, high in found])
     assert 0.94 < held < 0.995
     assert np.median([ratio for ratio, _, _ in found]) == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("rounds", [1, 5])
+def test_too_few_rounds_for_an_interval_are_refused(versions, tmp_path, rounds):
+    (tmp_path / "megalodon_lm").mkdir()
+    with pytest.raises(SystemExit, match=f"rounds = {rounds} .* give at least 6"):
+        versions.main(versions.Versions(tmp_path, rounds=rounds))
 
 
 def test_a_folder_without_the_package_is_refused(versions, tmp_path):

@@ -1,8 +1,6 @@
 """A model scores, writes and chats in the harness as it does through the harness's own class for transformers."""
 
-import importlib.util
 import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +16,8 @@ from megalodon_lm.hub import MegalodonForCausalLM
 from megalodon_lm.hub.tokenization import save_tokenizer, special_tokens
 from megalodon_lm.hub.transformers_model import load_transformers
 
+from ..benchmarks import benchmark
+
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "tests" / "files" / "tasks"
 TEMPLATE = (
@@ -29,15 +29,8 @@ CHAT = [{"role": "user", "content": "Who <|role|>?"}, {"role": "assistant", "con
 SYSTEM = [{"role": "system", "content": "Be brief."}]
 
 
-def script():
-    """benchmarks/harness_paths.py, which does the comparing."""
-    spec = importlib.util.spec_from_file_location("harness_paths", ROOT / "benchmarks" / "harness_paths.py")
-    module = sys.modules["harness_paths"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-PATHS = script()
+PATHS = benchmark("harness_paths")
+"""Which does the comparing."""
 
 
 def requests(*arguments):
