@@ -9,7 +9,7 @@ from megalodon_lm.ops import reference
 from megalodon_lm.ops.boundaries import Boundaries
 from megalodon_lm.ops.chunk_attention import KeyValueCache
 from megalodon_lm.ops.chunk_attention import chunk_attention as op
-from megalodon_lm.ops.cpu import causal_attention, rotary, tiled_attention
+from megalodon_lm.ops.cpu import batched_attention, causal_attention, rotary, tiled_attention
 from megalodon_lm.ops.cpu import open_chunk as exits
 from megalodon_lm.ops.cpu.chunk_attention import chunk_attention
 from megalodon_lm.training.memory import resident
@@ -63,6 +63,7 @@ def compare(where, fill, inputs, chunk_size=C, slow=reference.chunk_attention):
 def test_equals_reference_with_all_gradients(kind, fill, length, dtype, few, widths, monkeypatch):
     monkeypatch.setattr(causal_attention, "MERGED_KEYS", 5)
     monkeypatch.setattr(tiled_attention, "TILE_SIZE", 5)
+    monkeypatch.setattr(batched_attention, "TOGETHER", 60)
     monkeypatch.setattr(causal_attention, "FEW_QUERIES", few)
     compare(boundaries(kind, B, length), torch.tensor(fill), case(length, dtype, C, *widths))
 
@@ -75,6 +76,16 @@ def test_merged_documents_and_long_chunks_equal_the_portable_path(kind, widths, 
     size = 600
     fill = torch.tensor([17, 0, 599])
     compare(boundaries(kind, B, 900), fill, case(900, dtype, size, *widths), size, portable)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_short_groups_go_together(dtype, monkeypatch):
+    """Four shapes in eight rows, two products forward and five backward for each."""
+    fill = torch.tensor([0, 64, 7, 0, 64, 64, 120, 0])
+    products, bmm = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: products.append(len(a) // H) or bmm(a, b))
+    compare(None, fill, case(64, dtype, 128, 18, 34, batch=8), 128)
+    assert sorted(products) == sorted([3, 3, 1, 1] * 7)
 
 
 def test_without_cache():

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from megalodon_lm.ops import reference
-from megalodon_lm.ops.cpu import causal_attention, tiled_attention
+from megalodon_lm.ops.cpu import batched_attention, causal_attention, tiled_attention
 from megalodon_lm.ops.cpu.sliding_attention import sliding_attention
 from megalodon_lm.ops.sliding_attention import SlidingCache
 from megalodon_lm.ops.sliding_attention import sliding_attention as op
@@ -39,6 +39,7 @@ def compare(where, position, inputs, chunk_size=C, slow=reference.sliding_attent
 )
 def test_equals_reference_with_all_gradients(kind, position, length, dtype, sizes, widths, monkeypatch):
     monkeypatch.setattr(tiled_attention, "TILE_SIZE", 5)
+    monkeypatch.setattr(batched_attention, "TOGETHER", 60)
     monkeypatch.setattr(causal_attention, "FEW_QUERIES", sizes[0])
     monkeypatch.setattr(causal_attention, "MERGED_KEYS", sizes[1])
     compare(boundaries(kind, B, length), position, inputs_of(length, dtype, *widths))

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megalodon_lm.ops import local_attention as portable
 from megalodon_lm.ops import reference
 from megalodon_lm.ops.boundaries import Boundaries
-from megalodon_lm.ops.cpu import causal_attention, tiled_attention
+from megalodon_lm.ops.cpu import batched_attention, causal_attention, tiled_attention
 from megalodon_lm.ops.cpu.local_attention import local_attention as native
 from megalodon_lm.ops.local_attention import LocalCache
 from megalodon_lm.ops.local_attention import local_attention as op
@@ -22,7 +22,7 @@ from .test_sliding_properties import FAST, Largest, mark, pieces
 B, H, W, BASE = 3, 2, 8, 1e4
 POSITIONS = [(0, 0, 0), (5, 5, 5), (31, 31, 31), (3, 31, 7)]
 LENGTHS = [1, 7, 8, 50]
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 4e-2}  # gradients of queries are sums of tiles
 IMPLEMENTATIONS = [(op.portable, torch.float64), (native, torch.float32)]
 
 
@@ -70,6 +70,7 @@ def test_portable_equals_reference_with_all_gradients(kind, position, length, mo
 )
 def test_native_equals_reference_with_all_gradients(kind, position, length, dtype, sizes, width, monkeypatch):
     monkeypatch.setattr(tiled_attention, "TILE_SIZE", 5)
+    monkeypatch.setattr(batched_attention, "TOGETHER", 60)
     monkeypatch.setattr(causal_attention, "FEW_QUERIES", sizes[0])
     monkeypatch.setattr(causal_attention, "MERGED_KEYS", sizes[1])
     compare(native, boundaries(kind, B, length), position, case(length, dtype, width))

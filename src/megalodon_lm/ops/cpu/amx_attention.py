@@ -16,7 +16,6 @@ from .amx_packing import SQUARE_WORDS, Group, Operands, Result
 from .processor import multiplies_tiles
 from .simd import as_numpy
 from .team import num_threads
-from .tiled_attention import ends_in_group
 
 tiles = PROCESSOR  # those that kernels are compiled for
 
@@ -44,6 +43,12 @@ def _sums_of(group: Group, length: int, heads: int, sums: np.ndarray) -> np.ndar
     """The part (H, n) of a group in the flat sums of all."""
     n = group.end - group.begin
     return sums[heads * (group.row * length + group.begin) :][: heads * n].reshape(heads, n)
+
+
+def _ends_in_group(ends: np.ndarray, length: int, group: Group) -> np.ndarray:
+    """(before + n,) the query of a group after the last one that sees each of its keys, out of (B, entries + L)."""
+    at = ends.shape[1] - length + group.begin
+    return np.minimum(ends[group.row, at - group.before : at + group.end - group.begin], group.end) - group.begin
 
 
 def forward(
@@ -100,7 +105,7 @@ def backward(
         n = group.end - group.begin
         exchange = Exchange(turned, scores, torch.zeros(heads * -(-n // SQUARE) * SQUARE * dk).numpy())
         result = Result(output, _sums_of(group, length, heads, sums_of))
-        last = ends_in_group(ends, length, group)
+        last = _ends_in_group(ends, length, group)
         attend_backward(
             num_threads(), tiles, incoming, given, group, last, result, queries, exchange, grads
         )  # fmt: skip

@@ -71,14 +71,69 @@ def _sum_exp(x: Any, count: int, highest: Any) -> Any:
 
 
 @inner(fastmath=_CONTRACT)
-def _softmax_rows(first: int, last: int, scores: Any, slots: Any, before: int, start: int, sums: Any) -> None:
-    _heads, rows, width = scores.shape
+def _place(cached: Any, piece: Any, group: Any, key: int, h: int) -> Any:
+    """Key or value `key` of a group and head: from the entry cache at first, then from the piece."""
+    row, begin, _, before, entries = group
+    token = begin + key - before
+    return cached[row, entries + token, h] if token < 0 else piece[row, token, h]
+
+
+@inner(fastmath=_CONTRACT)
+def _pack_rows(first: int, last: int, cached: Any, piece: Any, groups: Any, packed: Any) -> None:
+    heads, rows = piece.shape[2], packed.shape[1]
+    for task in range(first, last):
+        item, r = task // rows, task % rows
+        copy(_place(cached, piece, groups[item // heads], r, item % heads), packed[item, r])
+
+
+@compiled(fastmath=_CONTRACT)
+def pack(threads: int, cached: Any, piece: Any, groups: Any, packed: Any) -> None:
+    """Keys of groups, head by head.
+
+    Args:
+        cached, piece: (B, n, H, d) and (B, L, H, d).
+        groups: (G, 5), of one shape.
+        packed: (G * H, keys of a group, d), out.
+    """
+    share(_pack_rows, threads, packed.shape[0] * packed.shape[1], (cached, piece, groups, packed))
+
+
+@inner(fastmath=_CONTRACT)
+def _unpack_rows(first: int, last: int, packed: Any, groups: Any, add: bool, cached: Any, piece: Any) -> None:
+    heads, rows = piece.shape[2], packed.shape[1]
+    for task in range(first, last):
+        item, r = task // rows, task % rows
+        source, target = packed[item, r], _place(cached, piece, groups[item // heads], r, item % heads)
+        if add:
+            for i in range(len(target)):
+                target[i] = rounded(as_float(target[i]) + as_float(source[i]), piece)
+        else:
+            copy(source, target)
+
+
+@compiled(fastmath=_CONTRACT)
+def unpack(threads: int, packed: Any, groups: Any, add: bool, cached: Any, piece: Any) -> None:
+    """Write what belongs to keys to where they are, or add it there; the inverse of pack.
+
+    Args:
+        packed: (G * H, keys of a group, d).
+        groups: (G, 5), of one shape; none sees keys of another one.
+        cached, piece: (B, n, H, d) and (B, L, H, d), out.
+    """
+    share(_unpack_rows, threads, packed.shape[0] * packed.shape[1], (packed, groups, add, cached, piece))
+
+
+@inner(fastmath=_CONTRACT)
+def _softmax_rows(first: int, last: int, scores: Any, slots: Any, groups: Any, start: int, sums: Any) -> None:
+    items, rows, width = scores.shape
+    heads = items // len(groups)
     x = np.empty(width + LANES, np.float32)
     for task in range(first, last):
-        h, r = task // rows, task % rows
-        row = scores[h, r]
-        high = before + start + r + 1
-        low = high - 1 - slots[start + r]
+        item, r = task // rows, task % rows
+        row_of, begin, end, before, _ = groups[item // heads]
+        row, query = scores[item, r], start + r
+        high = before + query + 1
+        low = high - 1 - slots[row_of, begin + query]
         highest = np.float32(-np.inf)
         seen = row[low:high]
         for i in range(len(seen)):
@@ -91,20 +146,21 @@ def _softmax_rows(first: int, last: int, scores: Any, slots: Any, before: int, s
         for i in range(len(seen)):
             seen[i] = rounded(x[i] * scale, row)
         row[high:] = 0
-        sums[h, start + r] = highest + np.log(power)
+        to = heads * (row_of * slots.shape[1] + begin) + item % heads * (end - begin)
+        sums[to + query] = highest + np.log(power)
 
 
 @compiled(fastmath=_CONTRACT)
-def softmax(threads: int, scores: Any, slots: Any, before: int, start: int, sums: Any) -> None:
+def softmax(threads: int, scores: Any, slots: Any, groups: Any, start: int, sums: Any) -> None:
     """Softmax of a tile of rows in place, 0 where a query sees no key.
 
     Args:
-        scores: (H, T, before + start + T): of the tokens from `start` of a group.
-        slots: (n,) of the group.
-        before: keys before the group.
-        sums: (H, n) float32, out: logarithm of the sum of the exponentials.
+        scores: (G * H, T, before + start + T): of the queries from `start` of each group.
+        slots: (B, L).
+        groups: (G, 5), of one shape.
+        sums: (B * L * H,) float32, out: logarithms of the sums of the exponentials, (H, n) for each group in turn.
     """
-    share(_softmax_rows, threads, scores.shape[0] * scores.shape[1], (scores, slots, before, start, sums))
+    share(_softmax_rows, threads, scores.shape[0] * scores.shape[1], (scores, slots, groups, start, sums))
 
 
 @inner(fastmath=_CONTRACT)
@@ -146,25 +202,29 @@ def _gradient_rows(
     scores: Any,
     grads: Any,
     ends: Any,
-    before: int,
+    length: int,
+    groups: Any,
     start: int,
     query: int,
     sums: Any,
     deltas: Any,
 ) -> None:
-    _heads, rows, width = scores.shape
+    items, rows, width = scores.shape
+    heads = items // len(groups)
     given, of_queries = np.zeros((2, LANES), scores.dtype), np.zeros((2, LANES), np.float32)
     for task in range(first, last):
-        h, r = task // rows, task % rows
+        item, r = task // rows, task % rows
+        row_of, begin, end, before, _ = groups[item // heads]
         token = start + r - before
         low = max(token, 0) - query
-        high = ends[start + r] - query
-        row, grad = scores[h, r], grads[h, r]
+        high = min(ends[row_of, ends.shape[1] - length + begin + token], end) - begin - query
+        row, grad = scores[item, r], grads[item, r]
+        own = sums[heads * (row_of * length + begin) + item % heads * (end - begin) + query :]
         if width < LANES:
-            _weigh_narrow(row, grad, sums[h, query:], deltas[h, query:], given, of_queries)
+            _weigh_narrow(row, grad, own[:width], deltas[item, query:], given, of_queries)
         else:
-            end = min(-(-high // LANES) * LANES, width)
-            _weigh_row(row, grad, low // LANES * LANES, end, sums[h, query:], deltas[h, query:])
+            until = min(-(-high // LANES) * LANES, width)
+            _weigh_row(row, grad, low // LANES * LANES, until, own, deltas[item, query:])
         row[:low] = 0
         row[high:] = 0
         grad[:low] = 0
@@ -173,18 +233,30 @@ def _gradient_rows(
 
 @compiled(fastmath=_CONTRACT)
 def weight_gradients(
-    threads: int, scores: Any, grads: Any, ends: Any, before: int, start: int, query: int, sums: Any, deltas: Any
+    threads: int,
+    scores: Any,
+    grads: Any,
+    ends: Any,
+    length: int,
+    groups: Any,
+    start: int,
+    query: int,
+    sums: Any,
+    deltas: Any,
 ) -> None:
     """Scores to weights and gradients of weights to gradients of scores, in place; keys are rows, queries columns.
 
     Args:
-        scores, grads: (H, T, n - query): the keys from `start` against the queries from `query` of a group.
-        ends: (before + n,) the query after the last one that sees each key of the group.
-        before: keys before the group.
-        sums, deltas: (H, n) float32: from softmax; of the products of output and its gradient.
+        scores, grads: (G * H, T, n - query): the keys from `start` against the queries from `query` of each group.
+        ends: (B, entries + L), the token after the last one that sees an entry of the cache or a token.
+        length: L.
+        groups: (G, 5), of one shape.
+        sums: as from softmax.
+        deltas: (G * H, n) float32: products of output and its gradient.
     """
     tasks = scores.shape[0] * scores.shape[1]
-    share(_gradient_rows, threads, tasks, (scores, grads, ends, before, start, query, sums, deltas))
+    given = (scores, grads, ends, length, groups, start, query, sums, deltas)
+    share(_gradient_rows, threads, tasks, given)
 
 
 @inner(fastmath=_SUM)
@@ -196,34 +268,27 @@ def _dot(a: Any, b: Any) -> Any:
 
 
 @inner(fastmath=_CONTRACT)
-def _delta_rows(first: int, last: int, grad: Any, out: Any, row: int, begin: int, packed: Any, deltas: Any) -> None:
-    n = packed.shape[1]
+def _delta_rows(first: int, last: int, grad: Any, out: Any, groups: Any, packed: Any, deltas: Any) -> None:
+    heads, n = grad.shape[2], packed.shape[1]
     for task in range(first, last):
-        h, i = task // n, task % n
-        source = grad[row, begin + i, h]
-        deltas[h, i] = _dot(source, out[row, begin + i, h])
-        copy(source, packed[h, i])
+        item, i = task // n, task % n
+        row, begin, _, _, _ = groups[item // heads]
+        source = grad[row, begin + i, item % heads]
+        deltas[item, i] = _dot(source, out[row, begin + i, item % heads])
+        copy(source, packed[item, i])
 
 
 @compiled(fastmath=_CONTRACT)
-def pack_gradient(threads: int, grad: Any, out: Any, row: int, begin: int, packed: Any, deltas: Any) -> None:
-    """Gradient of the output of a group by heads, and its products with the output.
+def pack_gradient(threads: int, grad: Any, out: Any, groups: Any, packed: Any, deltas: Any) -> None:
+    """Gradient of the output of groups, head by head, and its products with the output.
 
     Args:
         grad, out: (B, L, H, dv).
-        row, begin: first token of the group.
-        packed: (H, n, dv), out.
-        deltas: (H, n) float32, out.
+        groups: (G, 5), of one shape.
+        packed: (G * H, n, dv), out.
+        deltas: (G * H, n) float32, out.
     """
-    share(_delta_rows, threads, packed.shape[0] * packed.shape[1], (grad, out, row, begin, packed, deltas))
-
-
-@inner(fastmath=_CONTRACT)
-def _place(cached: Any, piece: Any, group: Any, key: int, h: int) -> Any:
-    """Key or value `key` of a group and head: from the entry cache at first, then from the piece."""
-    row, begin, _, before, entries = group
-    token = begin + key - before
-    return cached[row, entries + token, h] if token < 0 else piece[row, token, h]
+    share(_delta_rows, threads, packed.shape[0] * packed.shape[1], (grad, out, groups, packed, deltas))
 
 
 @inner(fastmath=_CONTRACT)

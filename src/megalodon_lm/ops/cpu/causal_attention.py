@@ -2,7 +2,8 @@
 
 Rows are cut into groups, one chunk or several short ones; keys of a chunk that the next one sees belong to two groups.
 Groups of few queries are computed in one go; all others go to the tiles of the processor, where it has some
-(amx_attention), or to matrix products of PyTorch (tiled_attention).
+(amx_attention), or to matrix products of PyTorch, long ones by themselves (tiled_attention) and short ones together
+(batched_attention).
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..finite import finite_part, is_finite
 from ..windowed_attention import spoilt
-from . import amx_attention, tiled_attention
+from . import amx_attention, batched_attention, tiled_attention
 from . import attention_kernels as kernels
 from .operators import form
 from .simd import as_numpy
@@ -50,9 +51,14 @@ def _plan(slots: Tensor, keys: Tensor | None = None) -> tuple[np.ndarray, np.nda
     return ends, groups[:count]
 
 
-def _products(q: Tensor, v: Tensor) -> Any:
-    """The module that multiplies matrices for these."""
-    return amx_attention if amx_attention.fits(q, v) else tiled_attention
+def _by_products(q: Tensor, v: Tensor, groups: np.ndarray) -> list[tuple[Any, np.ndarray]]:
+    """The modules that multiply matrices for groups, each with its own, in this order: the last one adds gradients."""
+    if amx_attention.fits(q, v):
+        shares = [(amx_attention, groups)]
+    else:
+        short = batched_attention.short(groups, tiled_attention.tile_size(q))
+        shares = [(tiled_attention, groups[~short]), (batched_attention, groups[short])]
+    return [(module, own) for module, own in shares if len(own)]
 
 
 def _forward(
@@ -75,11 +81,13 @@ def _forward(
         places = (as_numpy(slots), some, np.empty(shape, np.float32))
         kernels.attend_few(num_threads(), *piece, *cache, *places, as_numpy(out), as_numpy(sums))
     if not few.all():
-        products = _products(q, v)
-        products.forward(q, k, v, keys, values, slots, groups[~few], out, sums)
+        shares = _by_products(q, v, groups[~few])
+        for module, own in shares:
+            module.forward(q, k, v, keys, values, slots, own, out, sums)
         if not is_finite(out, slots):  # products with the zeros of hidden keys
-            cached = None if values is None else finite_part(values)
-            products.forward(q, k, finite_part(v), keys, cached, slots, groups[~few], out, sums)
+            finite, cached = finite_part(v), None if values is None else finite_part(values)
+            for module, own in shares:
+                module.forward(q, k, finite, keys, cached, slots, own, out, sums)
             out.masked_fill_(spoilt(v, values, slots), torch.nan)
     return out, sums
 
@@ -112,10 +120,10 @@ def attention_backward(
     """Gradients to q, k, v, keys and values; the last two empty if there is no cache."""
     ends, groups = _plan(slots, keys)
     everywhere = (groups[:, 2] - groups[:, 1]).sum() == slots.numel()
-    grads = [t.new_empty(t.shape) if everywhere else t.new_zeros(t.shape) for t in (q, k, v)]
+    grads = [q.new_empty(q.shape) if everywhere else q.new_zeros(q.shape), *(t.new_zeros(t.shape) for t in (k, v))]
     grads += [q.new_zeros(0) if t is None else t.new_zeros(t.shape) for t in (keys, values)]
-    if len(groups):
-        _products(q, v).backward(grad, q, k, v, keys, values, ends, groups, out, sums, *grads)
+    for module, own in _by_products(q, v, groups):
+        module.backward(grad, q, k, v, keys, values, ends, own, out, sums, *grads)
     return grads[0], grads[1], grads[2], grads[3], grads[4]
 
 

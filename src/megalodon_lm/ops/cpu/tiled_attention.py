@@ -18,7 +18,8 @@ TILE_SIZE = 256  # of bf16; half as many of float32, whose scores would not fit 
 Group = tuple[int, int, int, int, int]  # row, first and last token, keys before them, entries of the row's cache
 
 
-def _tile_size(t: Tensor) -> int:
+def tile_size(t: Tensor) -> int:
+    """Queries of a tile."""
     return max(1, TILE_SIZE * torch.bfloat16.itemsize // t.itemsize)
 
 
@@ -52,13 +53,6 @@ def _return(grad: Tensor, piece: Tensor, cached: Tensor, group: Group) -> None:
         cached[row, entries + low : entries] += grad[:-low]
 
 
-def ends_in_group(ends: np.ndarray, length: int, group: Group) -> np.ndarray:
-    """(before + n,) the query of a group after the last one that sees each of its keys, out of (B, entries + L)."""
-    row, begin, end, before, _ = group
-    at = ends.shape[1] - length + begin
-    return np.minimum(ends[row, at - before : at + end - begin], end) - begin
-
-
 def forward(
     q: Tensor,
     k: Tensor,
@@ -82,18 +76,17 @@ def forward(
     """
     heads = q.shape[2]
     threads, slots_of, sums_of = num_threads(), as_numpy(slots), as_numpy(sums)
-    size = _tile_size(q)
+    size = tile_size(q)
     scratch = q.new_empty(int((groups[:, 2] - groups[:, 1] + groups[:, 3]).max()) * heads * size)
-    for group in map(tuple, groups.tolist()):
-        row, begin, end, before, _ = group
+    for alone in np.split(groups, len(groups)):
+        group = row, begin, end, before, _ = tuple(alone[0].tolist())
         qs, ks, vs = q[row, begin:end].transpose(0, 1), _by_heads(k, keys, group), _by_heads(v, values, group)
-        logs = sums_of[heads * (row * q.shape[1] + begin) :][: heads * (end - begin)].reshape(heads, end - begin)
         for start in range(0, end - begin, size):
             stop = min(start + size, end - begin)
             high = before + stop
             scores = scratch[: heads * (stop - start) * high].view(heads, stop - start, high)
             multiply(qs[:, start:stop], ks[:, :high].mT, scores)
-            kernels.softmax(threads, as_numpy(scores), slots_of[row, begin:end], before, start, logs)
+            kernels.softmax(threads, as_numpy(scores), slots_of, alone, start, sums_of)
             multiply(scores, vs[:, :high], out[row, begin + start : begin + stop].transpose(0, 1))
 
 
@@ -124,17 +117,15 @@ def backward(
     """
     heads, threads = q.shape[2], num_threads()
     longest = int((groups[:, 2] - groups[:, 1]).max(initial=0))
-    size = _tile_size(q)
+    size = tile_size(q)
     scratch = q.new_empty(2, longest * heads * size)
     output, incoming, sums_of = as_numpy(out), as_numpy(grad), as_numpy(sums)
-    for group in map(tuple, groups.tolist()):
-        row, begin, end, before, _ = group
+    for alone in np.split(groups, len(groups)):
+        group = row, begin, end, before, _ = tuple(alone[0].tolist())
         n = end - begin
         qs, ks, vs = q[row, begin:end].transpose(0, 1), _by_heads(k, keys, group), _by_heads(v, values, group)
         gs, deltas = v.new_empty(heads, n, v.shape[-1]), np.empty((heads, n), np.float32)
-        kernels.pack_gradient(threads, incoming, output, row, begin, as_numpy(gs), deltas)
-        logs = sums_of[heads * (row * q.shape[1] + begin) :][: heads * n].reshape(heads, n)
-        last = ends_in_group(ends, q.shape[1], group)
+        kernels.pack_gradient(threads, incoming, output, alone, as_numpy(gs), deltas)
         dq = qs.new_zeros(qs.shape, dtype=torch.float32)
         if before:
             dk, dv = torch.empty_like(ks), torch.empty_like(vs)
@@ -147,7 +138,7 @@ def backward(
             weights, scores = (t[: shape[0] * shape[1] * shape[2]].view(shape) for t in scratch)
             multiply(ks[:, start:stop], qs[:, query:].mT, weights)
             multiply(vs[:, start:stop], gs[:, query:].mT, scores)
-            tile = (as_numpy(weights), as_numpy(scores), last, before, start, query, logs, deltas)
+            tile = (as_numpy(weights), as_numpy(scores), ends, q.shape[1], alone, start, query, sums_of, deltas)
             kernels.weight_gradients(threads, *tile)
             multiply(weights, gs[:, query:], dv[:, start:stop])
             multiply(scores, qs[:, query:], dk[:, start:stop])

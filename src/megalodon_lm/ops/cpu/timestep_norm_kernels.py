@@ -4,8 +4,8 @@ TimestepNorm and the norm that forgets differ only in how much of the running st
 by `decays`: `CUMULATIVE`, or those of ops/decay_norm.py. One compiled kernel runs both.
 
 A task is one row and one group: its running statistics are a short recurrence over the tokens. The groups of a row that
-fall to one thread are taken token by token together: their features lie side by side in memory, and while one waits for
-its statistics the next goes on.
+fall to one thread are taken token by token together, in three passes: the sums of each, then the statistics of all,
+where one division and one root serve several groups, then the features of each.
 """
 
 import math
@@ -96,30 +96,38 @@ def forward(
     aligned = width % LANES == 0
     some = np.zeros(width + LANES, y.dtype)
     means, variances = np.empty(groups), np.empty(groups)
+    token_means, token_variances = np.empty(groups), np.empty(groups)
+    centres, factors = np.empty(groups), np.empty(groups)
     task = first
     while task < last:
         b = task // groups
         end = min(last, (b + 1) * groups)
-        for k in range(task, end):
-            means[k - b * groups], variances[k - b * groups] = entry_mean[k], entry_var[k]
+        held = end - task
+        begin = (task - b * groups) * width
+        for k in range(held):
+            means[k], variances[k] = entry_mean[task + k], entry_var[task + k]
         for t in range(lengths[b]):
             n = counts[b * length + t]
             part, var_part, between, mean_gain, var_gain = _rates(n, decays)
-            for group in range(task - b * groups, end - b * groups):
-                mean, var = (means[group], variances[group]) if n > 1 else (0.0, 0.0)
-                at = group * width
-                offset = (b * length + t) * dim + at
-                token_mean, token_var = _sums(x, offset, width)
-                away = token_mean - mean
-                mean += away * part
+            start = (b * length + t) * dim + begin
+            for k in range(held):
+                token_means[k], token_variances[k] = _sums(x, start + k * width, width)
+            if n == 1:  # a document begins
+                means[:held] = 0.0
+                variances[:held] = 0.0
+            for k in range(held):
+                away = token_means[k] - means[k]
                 apart = away * away * between if between > 0.0 else 0.0  # a mean of NaN is none of the variance's
-                var += var_part * (token_var - var + apart)
-                means[group], variances[group] = mean, var
-                mean, scale = mean * mean_gain, 1.0 / np.sqrt(var * var_gain + eps)
-                if keep:
-                    to = ((b * groups + group) * length + t) * 3
-                    saved[to], saved[to + 1], saved[to + 2] = token_mean, mean, scale
-                centre, factor = np.float32(mean), np.float32(scale)
+                means[k] += away * part
+                variances[k] += var_part * (token_variances[k] - variances[k] + apart)
+                centres[k], factors[k] = means[k] * mean_gain, 1.0 / np.sqrt(variances[k] * var_gain + eps)
+            if keep:
+                for k in range(held):
+                    to = ((task + k) * length + t) * 3
+                    saved[to], saved[to + 1], saved[to + 2] = token_means[k], centres[k], factors[k]
+            for k in range(held):
+                at, offset = begin + k * width, start + k * width
+                centre, factor = np.float32(centres[k]), np.float32(factors[k])
                 if aligned:
                     middle, by = splat(centre), splat(factor)
                     for i in range(0, width, LANES):
@@ -131,8 +139,8 @@ def forward(
                         store(some, i, splat(np.float32(normal * weight[at + i] + bias[at + i])))
                     for i in range(width):
                         y[offset + i] = some[i]
-        for k in range(task, end):
-            leaving_mean[k], leaving_var[k] = means[k - b * groups], variances[k - b * groups]
+        for k in range(held):
+            leaving_mean[task + k], leaving_var[task + k] = means[k], variances[k]
         task = end
 
 
