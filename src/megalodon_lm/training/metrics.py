@@ -94,12 +94,14 @@ class MetricsFile:
         """Wait until all is on disk: no checkpoint may know a step that the metrics could still lose."""
         flush(self.path)
 
-    def cut(self, step: int) -> None:
-        """Take back what was written after a step, and what is no record."""
+    def cut(self, step: int) -> list[str]:
+        """Take back what was written after a step, and what is no record; gives the events that stood there."""
         self._file.close()
-        kept = [record for record in read_metrics(self.path.parent) if record["step"] <= step]
+        records = read_metrics(self.path.parent)
+        kept = [record for record in records if record["step"] <= step]
         write_atomically(self.path, "".join(f"{json.dumps(record)}\n" for record in kept))
         self._open()
+        return [record["event"] for record in records if record["step"] > step and record.get("event")]
 
     def close(self) -> None:
         """Close the file."""

@@ -30,17 +30,25 @@ class TensorBoard:
 
     Args:
         folder: of the run.
-        step: steps done before; later ones, of a run that was cut off, are hidden.
+        step: steps done before; later ones, of a run that was cut off or went back, are hidden.
 
     Raises:
         InputError: tensorboard is not installed.
     """
 
     def __init__(self, folder: Path, step: int = 0):
-        self._writer = summary_writer()(str(folder), purge_step=step + 1)
+        self._folder = folder
+        self._open(step)
+
+    def _open(self, step: int) -> None:
+        self._writer, self._step = summary_writer()(str(self._folder), purge_step=step + 1), step
 
     def write(self, metrics: "StepMetrics") -> None:
         """The numbers of one step."""
+        if metrics.step <= self._step:  # the run went back
+            self._writer.close()
+            self._open(metrics.step - 1)
+        self._step = metrics.step
         for name, value in asdict(metrics).items():
             if name != "step" and isinstance(value, int | float):
                 self._writer.add_scalar(name, value, metrics.step)
