@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,11 +89,20 @@ class MetricsFile:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
         except OSError as error:
+            with suppress(OSError):
+                self._file.close()  # tries once more, and would again
             raise InputError(f"cannot write {self.path}: {error.strerror}") from None
 
     def flush(self) -> None:
-        """Wait until all is on disk: no checkpoint may know a step that the metrics could still lose."""
-        flush(self.path)
+        """Wait until all is on disk: no checkpoint may know a step that the metrics could still lose.
+
+        Raises:
+            InputError: the disk is full.
+        """
+        try:
+            flush(self.path)
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror}") from None
 
     def cut(self, step: int) -> list[str]:
         """Take back what was written after a step, and what is no record; gives the events that stood there."""
