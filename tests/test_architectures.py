@@ -59,6 +59,27 @@ def close(states, others, tolerance=1e-8):
 
 
 @pytest.mark.parametrize("name", EVERY)
+def test_reading_without_gradients_follows_a_fused_optimiser(name):
+    """PyTorch does not count its writes: what reading in bf16 keeps of weights must go before a step."""
+    torch.manual_seed(0)
+    model = build(config_of(values(name))).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    read, learnt = tokens(40, seed=1), tokens(40, seed=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            before = model(read)[0]
+        model(learnt[:, :-1], targets=learnt[:, 1:])[0].backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    another = build(config_of(values(name))).train()
+    another.load_state_dict(model.state_dict())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        after = model(read)[0]
+        assert torch.equal(after, another(read)[0])
+    assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("parameters", [100_000, 1_500_000, 20_000_000])
 def test_a_wanted_number_of_parameters_is_met(name, parameters):
     config = config_of({"architecture": name, "parameters": parameters, "vocab_size": BYTES})

@@ -2,9 +2,12 @@
 
 import itertools
 import json
+import re
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megalodon_lm.cli.training import train_with_progress
 from megalodon_lm.training import trainer as trainer_module
 from megalodon_lm.training.trainer import Trainer
 
@@ -58,6 +61,19 @@ def test_run_goes_back_to_the_last_checkpoint_and_past_the_bad_batch(tmp_path, p
     assert seen[6].event.startswith("went back from step 7: the loss is nan")
     assert seen[6].tokens == 8 * 96
     assert steps(tmp_path / "run") == list(range(1, 13))
+
+
+@pytest.mark.parametrize(("bad", "steps_back"), [((7, 10), (7, 7)), ((7, 8), (7, 5)), ((7, 10, 11), (7, 7, 5))])
+def test_every_return_is_told_by_the_records_that_stay(bad, steps_back, tmp_path, poison):
+    """Going back takes records away, of which one may tell of the return before."""
+    trainer = Trainer(recipe(tmp_path, bad_step="rewind"), tmp_path / "run")
+    poison(trainer, *bad)
+    assert train_with_progress(trainer, tensorboard=True)[0]
+    told = "; ".join(record["event"] for record in metrics(tmp_path / "run") if record["event"])
+    assert re.findall(r"went back from step (\d+)", told) == [str(step) for step in steps_back]
+    shown = EventAccumulator(str(tmp_path / "run")).Reload().Scalars("tokens")
+    assert [event.step for event in shown] == steps(tmp_path / "run") == list(range(1, 13))
+    assert [event.value for event in shown] == [record["tokens"] for record in metrics(tmp_path / "run")]
 
 
 def test_a_loss_that_stays_bad_ends_the_run(tmp_path, poison):

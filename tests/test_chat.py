@@ -17,6 +17,7 @@ from megalodon_lm.data.mixture import load_mixture
 from megalodon_lm.data.prepare import FAULTS, prepare
 from megalodon_lm.data.shards import Prepared
 from megalodon_lm.data.subword import SentencePieceTokenizer, SubwordTokenizer, train_bpe
+from megalodon_lm.errors import InputError
 from megalodon_lm.evaluation.validation import Validation
 from megalodon_lm.training.recipe import Recipe
 from megalodon_lm.training.run_record import learnt_chats
@@ -234,3 +235,13 @@ def test_a_sample_joins_its_prompt(tmp_path, monkeypatch):
     samples = tmp_path / "samples.txt"
     Validation([str(tmp_path / "a.txt")], 0, SENTENCES, "float32", "the sea", samples)(tiny)
     assert samples.read_text().splitlines()[1] == "the sea and"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no full device")
+def test_a_sample_that_cannot_be_kept_is_an_error_of_one_line(tmp_path, monkeypatch):
+    tiny = Megalodon(ModelConfig.named("tiny")).eval()
+    monkeypatch.setattr("megalodon_lm.generation.generator.sample", lambda *_: torch.tensor([ByteTokenizer().end]))
+    (tmp_path / "a.txt").write_text("the sea")
+    validation = Validation([str(tmp_path / "a.txt")], 0, ByteTokenizer(), "float32", "the sea", Path("/dev/full"))
+    with pytest.raises(InputError, match="cannot write /dev/full: No space left on device"):
+        validation(tiny)

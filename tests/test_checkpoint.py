@@ -60,6 +60,20 @@ def test_broken_and_foreign_checkpoints_do_not_count_among_the_newest(tmp_path):
     assert newest(run, "mine", accept_older=True)[0].step == 14
 
 
+@pytest.mark.skipif(os.name == "nt", reason="has no umask")
+@pytest.mark.parametrize("umask", [0o022, 0o007, 0o077])
+def test_who_may_read_a_checkpoint_and_its_model_is_what_the_umask_says(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        (tmp_path / "plain").touch()
+        write(tmp_path / "run", 4)
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"model.safetensors", "training.safetensors", "manifest.json"}
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "plain").stat().st_mode}
+
+
 def test_a_kept_best_costs_no_new_checkpoint(tmp_path):
     write(tmp_path, 4, 8, 12, 16, keep=1, best=4)
     assert kept(tmp_path) == [16, 4]

@@ -13,6 +13,7 @@ from megalodon_lm import Megalodon, ModelConfig
 from megalodon_lm.baselines.llama import LlamaConfig
 from megalodon_lm.cli.main import main
 from megalodon_lm.errors import InputError
+from megalodon_lm.parallel import tensor
 from megalodon_lm.planning import here
 from megalodon_lm.planning.devices import DEVICES
 from megalodon_lm.planning.dry_run import Record, dry_run
@@ -180,6 +181,25 @@ def test_plans_that_cannot_be(arguments, message, capsys):
         main(["plan", *arguments])
     assert end.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changes", [{}, {"heads_without_rope": 2}, {"norm_num_groups": 1}, {"vocab_size": 3}])
+def test_what_tensor_ranks_can_share_is_what_can_be_planned(changes):
+    config = ModelConfig.named("tiny", num_heads=2, **{"norm_num_groups": 2, **changes})  # of 259 tokens
+    try:
+        with torch.device("meta"):
+            tensor._check(Megalodon(config), 2)
+    except InputError:
+        with pytest.raises(InputError, match="tensor = 2 must divide norm_num_groups = 1"):
+            Layout(config, 64, tensor=2).check()
+        return
+    plan = Plan.of(Layout(config, 64, tensor=2), DEVICES["a100"])
+    assert 0 < plan.memory.peak < Plan.of(Layout(config, 64), DEVICES["a100"]).memory.peak
+
+
+def test_tensor_ranks_of_another_architecture_are_refused():
+    with pytest.raises(InputError, match="tensor = 2 ranks cannot share a llama: Megalodon and Gecko can be cut"):
+        Layout(LlamaConfig(), 64, tensor=2).check()
 
 
 def test_a_model_whose_operators_look_at_numbers_is_refused():

@@ -22,6 +22,7 @@ from megalodon_lm.training import trainer as trainer_module
 from megalodon_lm.training.checkpoint import checkpoints
 from megalodon_lm.training.compiling import compile_kernels
 from megalodon_lm.training.manifest import CONTENTS, MANIFEST_FILE
+from megalodon_lm.training.metrics import read_metrics
 from megalodon_lm.training.recipe import Recipe
 from megalodon_lm.training.schedule import accumulated
 from megalodon_lm.training.trainer import Trainer
@@ -329,6 +330,23 @@ def test_full_disk_ends_in_one_line_and_the_last_checkpoint_can_be_used(nursery,
     assert trainer.train()
     assert steps(tmp_path / "run") == list(range(1, 13))
     assert not [p for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [([], "cannot write run/metrics.jsonl: File too large"),
+     (["--tensorboard"], "cannot write events for TensorBoard into run: File too large")],
+)  # fmt: skip
+def test_a_disk_full_of_records_is_told_by_the_name_of_the_file(options, says, nursery, tmp_path):
+    (tmp_path / "r.toml").write_text(recipe(tmp_path, steps=200, checkpoint_steps=0).to_toml())
+    streams = [os.devnull, os.devnull, tmp_path / "errors.txt"]
+    streams[2].touch()
+    nursery.start(["train", "r.toml", "--out", "run", *options], streams, tmp_path, 6000)
+    assert nursery.ended() == 2
+    errors = streams[2].read_text().splitlines()
+    assert errors[-1] == f"megalodon: error: {says}"
+    assert options or not [line for line in errors if "Traceback" in line]  # of TensorBoard's own thread
+    assert len(read_metrics(tmp_path / "run")) > 3
 
 
 def test_loss_and_speed_shown_after_a_resume_are_those_of_its_steps(tmp_path, monkeypatch):

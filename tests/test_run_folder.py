@@ -15,6 +15,7 @@ from megalodon_lm.errors import InputError
 from megalodon_lm.training import run_lock
 from megalodon_lm.training.checkpoint import checkpoints
 from megalodon_lm.training.metrics import MetricsFile, read_metrics
+from megalodon_lm.training.run_folder import free_run_folder
 from megalodon_lm.training.run_lock import RunLock
 from megalodon_lm.training.trainer import Trainer
 
@@ -66,6 +67,16 @@ def test_the_corrected_command_works(tmp_path, capsys, no_report):
         main(["train", given, "--out", str(tmp_path / "run"), "--device", "foo"])
     main(["train", given, "--out", str(tmp_path / "run")])
     assert steps(tmp_path / "run") == [1]
+
+
+def test_a_run_without_a_name_takes_the_first_that_is_free(tmp_path):
+    """Neither a folder with something in it nor a file of that name is."""
+    assert free_run_folder(tmp_path / "run") == tmp_path / "run"
+    (tmp_path / "run").write_text("a file")
+    (tmp_path / "run-2" / "something").mkdir(parents=True)
+    assert free_run_folder(tmp_path / "run") == tmp_path / "run-3"
+    (tmp_path / "run-3").mkdir()
+    assert free_run_folder(tmp_path / "run") == tmp_path / "run-3"
 
 
 def test_a_fine_tuning_goes_on_without_what_it_began_from(tmp_path, capsys, no_report):

@@ -164,6 +164,8 @@ def test_used_run_folder_is_refused(text, tmp_path):
         ({"data": {"train": ["a", "b"], "weights": [1e308, 1e308]}}, "their sum finite"),
         ({"data": {"train": ["a", "b"], "weights": [0, 1]}}, "must be positive"),
         ({"data": {"train": ["a", "b"], "weights": [True, 1]}}, "must be a list of numbers"),
+        ({"data": {"section": 1}}, "section = 1 must be 0, or at least 2"),
+        ({"data": {"section": -2}}, "section = -2 must be 0, or at least 2"),
     ],
 )
 def test_wrong_recipes_are_refused(values, message):

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any, BinaryIO
 from .errors import InputError
 
 _BEGINNING = 4096  # bytes in which a kind of file is known
+_UMASK = threading.Lock()  # it can be read only by setting another one
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        give_mode(Path(temporary))
         os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}; nothing there was changed") from None
@@ -171,7 +173,9 @@ def check(path: Path, expected: dict[str, Any], verify: bool = True) -> None:
         raise InputError(f"{path} was altered or replaced: its checksum does not match")
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def give_mode(path: Path) -> None:
+    """Let a file that was made for this user alone be what the umask says of new ones."""
+    with _UMASK:
+        mask = os.umask(0)
+        os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)

@@ -125,11 +125,8 @@ class Rwkv7(Decoder):
             activation_checkpointing,
         )
 
-    def body(self, x: Tensor, state: Tree = None, boundaries: Boundaries | None = None) -> tuple[Tensor, Tree]:
+    def through(self, x: Tensor, state: Tree, boundaries: Boundaries | None) -> tuple[Tensor, Tree]:
         """As that of Decoder; the values of the first block go beside the stream, from block to block."""
-        if x.shape[1] == 0:
-            assert state is not None
-            return x, state
         first: Tensor | None = None
         layers = []
         for i, block in enumerate(self.layers):

@@ -1,6 +1,7 @@
 """megalodon train"""
 
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -85,7 +86,8 @@ class Train(Shared):
             finished, _ = train_with_progress(trainer, self.tensorboard and ranks.is_first)
         except InputError:  # what happened until then is worth a report too
             if ranks.is_first:
-                write_report(folder, per_token)
+                with suppress(InputError):  # on a full disk, what was met first is told
+                    write_report(folder, per_token)
             raise
         if ranks.is_first:
             write_report(folder, per_token)

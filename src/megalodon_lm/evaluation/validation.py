@@ -9,6 +9,7 @@ from ..data.corpus import Texts
 from ..data.mixture import load_mixture
 from ..data.shards import is_prepared
 from ..data.tokenizer import Tokenizer
+from ..errors import InputError
 from ..generation.generator import Generator
 from ..generation.sampling import Sampling
 from ..generation.scoring import token_losses
@@ -56,7 +57,11 @@ class Validation:
         self.prompt, self.samples, self.writer = prompt, samples, writer
 
     def __call__(self, model: LanguageModel) -> float:
-        """Bits per byte; the model is in evaluation mode."""
+        """Bits per byte; the model is in evaluation mode.
+
+        Raises:
+            InputError: the file of samples cannot be written.
+        """
         if self.texts is None:
             result = self._of_prepared(model)
         else:
@@ -65,8 +70,11 @@ class Validation:
         if self.prompt:
             sample = self._sample(self.writer or model)
             if self.samples is not None:
-                with self.samples.open("a", encoding="utf-8") as file:
-                    file.write(f"{result:.4f} bits per byte\n{sample}\n\n")
+                try:
+                    with self.samples.open("a", encoding="utf-8") as file:
+                        file.write(f"{result:.4f} bits per byte\n{sample}\n\n")
+                except OSError as error:
+                    raise InputError(f"cannot write {self.samples}: {error.strerror}") from None
         return result
 
     @torch.inference_mode()

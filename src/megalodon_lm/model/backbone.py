@@ -107,6 +107,10 @@ class Backbone(nn.Module):
         if x.shape[1] == 0:
             assert state is not None
             return x, state
+        return self.through(x, state, boundaries)
+
+    def through(self, x: Tensor, state: Tree, boundaries: Boundaries | None) -> tuple[Tensor, Tree]:
+        """As body, of at least one token."""
         layers = []
         for i, block in enumerate(self.layers):
             entry = None if state is None else Sealed(state[i])

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from ..config import ModelConfig
 from ..errors import InputError
 
 
@@ -49,9 +50,16 @@ class Layout:
             raise InputError(f"segment = {self.segment} must not be negative")
         if self.at_once % self.chunk:
             raise InputError(f"chunk = {self.chunk} ranks cannot share {self.at_once} tokens evenly")
-        for name in ("num_heads", "ffn_hidden_dim", "vocab_size") if self.tensor > 1 else ():
-            if getattr(self.config, name, 0) % self.tensor:
-                raise InputError(f"tensor = {self.tensor} must divide {name} = {getattr(self.config, name, 0)}")
+        if self.tensor == 1:
+            return
+        if not isinstance(self.config, ModelConfig):
+            raise InputError(
+                f"tensor = {self.tensor} ranks cannot share a {self.config.architecture}: Megalodon and Gecko can be "
+                "cut; give the ranks to replicas, shards or chunks"
+            )
+        for name in ("num_heads", "norm_num_groups", "model_dim", "ffn_hidden_dim"):  # as parallel.tensor asks for
+            if (count := getattr(self.config, name)) % self.tensor:
+                raise InputError(f"tensor = {self.tensor} must divide {name} = {count}")
 
     @property
     def devices(self) -> int:
@@ -94,7 +102,9 @@ class Layout:
         if self.tensor == 1:
             return self.config
         widths = ("z_dim", "value_dim", "ffn_hidden_dim", "num_heads", "vocab_size")
-        return replace(self.config, **{name: getattr(self.config, name) // self.tensor for name in widths})
+        most = {name: -(-getattr(self.config, name) // self.tensor) for name in widths}  # rows of the vocabulary
+        unrotated = min(self.config.heads_without_rope, most["num_heads"])
+        return replace(self.config, **most, heads_without_rope=unrotated)
 
     def spans(self) -> dict[str, int]:
         """Devices in a row that a group of each dimension spans, neighbours first in tensor, then chunk."""

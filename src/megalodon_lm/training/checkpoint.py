@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ..architectures import load_config
 from ..errors import InputError
-from ..files import digest, flush
+from ..files import digest, flush, give_mode
 from ..model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, metadata, write_model
 from ..model.language_model import Config
 from ..model.stored_tensors import StoredTensors, read_tensors
@@ -97,6 +97,8 @@ class Checkpoint:
                 save_file(dict(self.weights), folder / WEIGHTS_FILE, metadata(self.config, self.weights))
                 save_file(dict(self.training), folder / TRAINING_FILE)
                 names = [WEIGHTS_FILE, TRAINING_FILE]
+                for name in names:
+                    give_mode(folder / name)
             parts = ranks.each(
                 lambda: {n: digest(folder / n) for n in (*names, *(self._describe(folder) if first else ()))}
             )

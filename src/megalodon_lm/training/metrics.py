@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,18 +89,29 @@ class MetricsFile:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
         except OSError as error:
+            with suppress(OSError):
+                self._file.close()  # tries once more, and would again
             raise InputError(f"cannot write {self.path}: {error.strerror}") from None
 
     def flush(self) -> None:
-        """Wait until all is on disk: no checkpoint may know a step that the metrics could still lose."""
-        flush(self.path)
+        """Wait until all is on disk: no checkpoint may know a step that the metrics could still lose.
 
-    def cut(self, step: int) -> None:
-        """Take back what was written after a step, and what is no record."""
+        Raises:
+            InputError: the disk is full.
+        """
+        try:
+            flush(self.path)
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror}") from None
+
+    def cut(self, step: int) -> list[str]:
+        """Take back what was written after a step, and what is no record; gives the events that stood there."""
         self._file.close()
-        kept = [record for record in read_metrics(self.path.parent) if record["step"] <= step]
+        records = read_metrics(self.path.parent)
+        kept = [record for record in records if record["step"] <= step]
         write_atomically(self.path, "".join(f"{json.dumps(record)}\n" for record in kept))
         self._open()
+        return [record["event"] for record in records if record["step"] > step and record.get("event")]
 
     def close(self) -> None:
         """Close the file."""

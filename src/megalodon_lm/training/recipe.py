@@ -252,7 +252,8 @@ class Recipe:
             _rule(same, "data.weights", d.weights, f"must have one number for each of {d.train}")
             positive = min(d.weights) > 0 and math.isfinite(sum(d.weights))
             _rule(positive, "data.weights", d.weights, "must be positive, and their sum finite")
-        _rule(d.section >= 0, "data.section", d.section, "must not be negative")
+        some = "must be 0, or at least 2: of a section its first token is not learnt"
+        _rule(d.section == 0 or d.section > 1, "data.section", d.section, some)
 
     def check_values(self) -> None:
         """Those of the rules that do not depend on what is learnt."""

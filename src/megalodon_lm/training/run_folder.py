@@ -103,7 +103,7 @@ def free_run_folder(path: str | Path) -> Path:
     """The path itself, or the path with the first free number behind it."""
     path = Path(path)
     candidate, number = path, 2
-    while candidate.exists() and any(candidate.iterdir()):
+    while candidate.exists() and not (candidate.is_dir() and next(candidate.iterdir(), None) is None):
         candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
     return candidate
 

@@ -185,7 +185,7 @@ class Trainer:
                     if self.step == t.warmup_steps:
                         self.warmup_seconds = self.seconds
                     if trouble:
-                        event = self._recover(trouble, writer, metrics)
+                        event = self._recover(trouble, writer, metrics, event)
                         if t.bad_step == "rewind":
                             continue
                     validation = None
@@ -250,8 +250,13 @@ class Trainer:
             writer.submit(self.checkpoint(), self.best and self.best[1])
             self.saved_step = self.step
 
-    def _recover(self, trouble: str, writer: CheckpointWriter, metrics: MetricsFile | Unwritten) -> str:
+    def _recover(self, trouble: str, writer: CheckpointWriter, metrics: MetricsFile | Unwritten, event: str) -> str:
         """Do with a bad step what the recipe says; the step itself changed no weight.
+
+        Args:
+            trouble: what is wrong with it.
+            writer, metrics: of the run.
+            event: that no record tells of yet.
 
         Returns:
             What was done, for the record.
@@ -261,14 +266,13 @@ class Trainer:
             return self.bad_steps.pass_over(trouble, self.step)
         writer.wait()
         checkpoint, _ = newest(self.folder, self.run.id, accept_older=True, ranks=self.ranks)
-        event = self.bad_steps.go_back(trouble, self.step, None if checkpoint is None else checkpoint.step)
+        went_back = self.bad_steps.go_back(trouble, self.step, None if checkpoint is None else checkpoint.step)
         assert checkpoint is not None
         cursor, tokens, seconds = self.cursor, self.tokens, self.seconds
         self.restore(checkpoint)
         self.cursor, self.tokens, self.seconds = cursor, tokens, seconds  # past the batches that led here
         self.state = None
-        metrics.cut(self.step)
-        return event
+        return "; ".join(filter(None, [*metrics.cut(self.step), event, went_back]))  # also what was cut away told of
 
     def _validate(self, validate: Callable[[LanguageModel], float]) -> float:
         with self.averaged():

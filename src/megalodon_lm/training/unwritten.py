@@ -9,4 +9,8 @@ class Unwritten:
     def nothing(self, *_: Any) -> None:
         """Do nothing."""
 
-    write = cut = flush = close = nothing
+    write = flush = close = nothing
+
+    def cut(self, *_: Any) -> list[str]:
+        """No events."""
+        return []
