@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -68,6 +69,39 @@ def test_one_rule_says_which_files_of_a_folder_are_read_and_what_is_left_out(tmp
         "a broken link": 1, "a link to a folder": 1, "not a file": 1, "the folder to write to": 1,
     }  # fmt: skip
     assert "hidden (2)" in str(found)
+
+
+def test_what_is_closed_to_the_user_is_left_out_and_the_rest_is_read(tmp_path):
+    """By a process that may not pass permissions by, as the superuser does."""
+    for name in ("a.txt", "closed/b.txt", "unlisted/c.txt", "names/d.txt", "names/within/e.txt", "z.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    code = (
+        "import json; from megalodon_lm.data.sources import find_files; from megalodon_lm.errors import InputError\n"
+        "found = find_files(['.'])\n"
+        "print(json.dumps([list(map(str, found.files)), found.left_out]))\n"
+        "try: find_files(['closed'])\n"
+        "except InputError as error: print(error)"
+    )
+    command = [sys.executable, "-c", code]
+    if os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("the superuser may read everything")
+        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
+    for name, mode in (("closed", 0), ("unlisted", 0o311), ("names", 0o644)):
+        (tmp_path / name).chmod(mode)
+    try:
+        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    finally:
+        for name in ("closed", "unlisted", "names"):
+            (tmp_path / name).chmod(0o755)
+    assert not ran.stderr
+    found, refused = ran.stdout.splitlines()
+    assert json.loads(found) == [
+        ["a.txt", "z.txt"],
+        [[path, "not readable"] for path in ("closed", "names/d.txt", "names/within", "unlisted")],
+    ]
+    assert refused == "cannot read closed: permission denied"
 
 
 def test_named_files_are_read_whatever_their_name(tmp_path):

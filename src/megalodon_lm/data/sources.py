@@ -141,7 +141,7 @@ def _inside(folder: Path, avoid: Path | None) -> Iterator[tuple[Path, str]]:
 
 def _passed_by(folder: Path, avoid: Path | None) -> str:
     """Why a folder within a folder is not entered, or nothing."""
-    if folder.is_symlink():
+    if os.path.islink(folder):  # False where it cannot be looked at
         return "a link to a folder"
     if folder.name.startswith("."):
         return "hidden"
@@ -154,10 +154,13 @@ def _reason(path: Path) -> str:
     """Why a file within a folder is left out, or nothing."""
     if path.name.startswith("."):
         return "hidden"
-    if not path.exists():
-        return "a broken link"
-    if not stat.S_ISREG(path.stat().st_mode):
-        return "not a file"
+    try:
+        if not path.exists():
+            return "a broken link"
+        if not stat.S_ISREG(path.stat().st_mode):
+            return "not a file"
+    except PermissionError:  # of its folder
+        return CLOSED
     if not kind_of(path):
         return f"of unknown kind {''.join(path.suffixes[-1:]) or 'without a suffix'}"
     return _unreadable(path)
@@ -175,4 +178,4 @@ def _unreadable(path: Path) -> str:
 
 
 def _is_made(folder: Path) -> bool:
-    return any(all((folder / name).exists() for name in names) for names in MADE)
+    return any(all(os.path.exists(folder / name) for name in names) for names in MADE)  # False of a closed folder
