@@ -207,6 +207,28 @@ def test_killed_without_its_workers_it_goes_on_beside_them(tmp_path):
     assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("moment", ["prepared.json", pytest.param(".00*.tokens.*", marks=pytest.mark.slow)])
+def test_ctrl_c_ends_the_workers_without_a_word_or_another_shard(moment, tmp_path):
+    """While they start, and while they work for some seconds: a terminal tells all processes."""
+    document = json.dumps({"text": random.Random(0).randbytes(1_500_000).hex()}).encode() + b"\n"
+    (tmp_path / "big.jsonl").write_bytes(document * 4)
+    (tmp_path / "tokenizer.json").write_bytes(train_bpe(["0123456789abcdef" * 10], 300))
+    code = SMALL_SHARDS + (
+        "from megalodon_lm.cli.main import main\n"
+        "main(['prepare', 'big.jsonl', '--out', 'out', '--tokenizer', 'tokenizer.json', '--workers', '2'])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_until(lambda: any((tmp_path / "out").glob(moment)), process)
+    time.sleep(0.3 * (moment == "prepared.json"))
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate()[1]
+    assert process.returncode == 130
+    assert said == "megalodon: interrupted\n"
+    assert not list((tmp_path / "out").glob("0*.json"))
+
+
 def test_a_shard_that_vanished_is_made_again(tmp_path):
     (tmp_path / "a.txt").write_text("some text")
     prepare([str(tmp_path / "a.txt")], tmp_path / "out", workers=1)

@@ -18,6 +18,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..files import check, digest, write_atomically
+from ..interrupts import spared
 from ..tables import read_sealed, write_sealed
 from .chat import ANSWERS, encode_chat
 from .documents import Document, DocumentReader, Part, parts_of, told
@@ -175,13 +176,18 @@ def _run(plan: Plan, out: Path, todo: list[int], workers: int) -> Iterator[tuple
     if workers == 1 or len(todo) < 2:
         yield from ((number, make_shard(plan, out, number)) for number in todo)
         return
-    context = multiprocessing.get_context("spawn")
+    context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
     with ProcessPoolExecutor(min(workers, len(todo)), context, _end_with_parent) as pool:
         try:
-            pending: list[Future[dict[str, Any]]] = [pool.submit(make_shard, plan, out, number) for number in todo]
+            with spared():
+                pending: list[Future[dict[str, Any]]] = [pool.submit(make_shard, plan, out, number) for number in todo]
             yield from ((number, future.result()) for number, future in zip(todo, pending, strict=True))
         except BrokenProcessPool:
             raise InputError("a process was killed, perhaps for lack of memory; try fewer --workers") from None
+        except KeyboardInterrupt:
+            for worker in set(multiprocessing.active_children()) - others:  # which would go on with what they have
+                worker.terminate()
+            raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
