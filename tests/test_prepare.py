@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -227,6 +228,19 @@ def test_ctrl_c_ends_the_workers_without_a_word_or_another_shard(moment, tmp_pat
     assert process.returncode == 130
     assert said == "megalodon: interrupted\n"
     assert not list((tmp_path / "out").glob("0*.json"))
+
+
+def test_a_try_that_found_no_room_leaves_none_of_it_taken(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 2_000_000)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"cannot write the shard .*File too large"):
+            prepare([str(tmp_path / "a.txt")], tmp_path / "out", workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["prepared.json"]
+    assert prepare([str(tmp_path / "a.txt")], tmp_path / "out", workers=1)["tokens"] == 2_000_001
 
 
 def test_a_shard_that_vanished_is_made_again(tmp_path):

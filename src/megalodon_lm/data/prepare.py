@@ -239,6 +239,10 @@ def make_shard(plan: Plan, out: Path, number: int) -> dict[str, Any]:
             os.replace(unfinished[n], out / n)
     except OSError as error:
         raise InputError(f"cannot write the shard {out / name}: {error.strerror or error}") from None
+    finally:  # what is left would take the room that the next try needs
+        for path in unfinished.values():
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
     record |= {"faults": reader.faults, "unlisted": reader.unlisted}
     write_sealed(out / f"{name}.json", record)
     return record
