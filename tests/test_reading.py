@@ -207,6 +207,25 @@ def test_what_is_left_out_and_what_is_wrong_is_told_once(tmp_path):
 # what can be read only once
 
 
+def test_a_file_that_vanishes_costs_what_was_not_read_of_it(tmp_path):
+    names = ("a.txt", "b.txt", "c.txt")
+    for name in names:
+        (tmp_path / name).write_text(name * 100_000)
+    found = Texts([tmp_path / name for name in names])
+    (tmp_path / "b.txt").unlink()
+
+    def read():
+        for text in found:
+            first = next(text.blocks)
+            (tmp_path / "a.txt").unlink(missing_ok=True)
+            yield text.name, first + b"".join(text.blocks)
+
+    with pytest.warns(InputNote, match=r"1 fault .*b\.txt, byte 0: cannot be read from here on: No such file"):
+        whole = dict(read())
+    assert whole == {str(tmp_path / name): name.encode() * 100_000 for name in ("a.txt", "c.txt")}
+    assert found.done == found.num_bytes
+
+
 @pytest.mark.parametrize("content", ["x" * 100_000, "short"])
 def test_a_pipe_is_read_from_its_first_byte(content, tmp_path):
     os.mkfifo(tmp_path / "pipe")
