@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pyarrow
@@ -256,6 +257,23 @@ def test_standard_input(monkeypatch):
         monkeypatch.setattr(sys, "stdin", stream)
         found = [(text.name, b"".join(text.blocks)) for text in Texts(["-"], "once")]
     assert found == [("standard input", b"from a pipe")]
+
+
+def test_a_pause_is_no_end_of_standard_input(monkeypatch):
+    """Of one that another program made such that it does not wait."""
+    source, target = os.pipe()
+    os.set_blocking(source, False)
+
+    def write():
+        for part in (b"before ", b"after"):
+            os.write(target, part)
+            time.sleep(0.2)
+        os.close(target)
+
+    threading.Thread(target=write, daemon=True).start()
+    with os.fdopen(source) as stream:
+        monkeypatch.setattr(sys, "stdin", stream)
+        assert Texts(["-"], "once").whole() == b"before after"
 
 
 # damaged files

@@ -172,6 +172,7 @@ class ClassifyPredict(Quiet):
         import numpy as np
 
         from ..data.sound import pcm_blocks, sound_blocks, wav_blocks
+        from ..data.sources import standard_input
         from ..evaluation.classification import decisions
 
         size = max(1, round(form.rate * self.every / 1000 / form.patch)) * form.patch
@@ -180,9 +181,9 @@ class ClassifyPredict(Quiet):
         if file != "-":
             blocks = sound_blocks(file, form.rate, size)
         elif self.raw:
-            blocks = pcm_blocks(sys.stdin.buffer, size)
+            blocks = pcm_blocks(standard_input(), size)
         else:
-            blocks = wav_blocks(sys.stdin.buffer, form.rate, size)
+            blocks = wav_blocks(standard_input(), form.rate, size)
         took = []
         for decision in decisions(model, form, blocks):
             took.append(decision.seconds)

@@ -9,6 +9,7 @@ import stat
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -71,7 +72,18 @@ def stat_of(path: Path) -> os.stat_result:
 
 def stored(path: Path) -> BinaryIO:
     """The bytes of a file as they are stored, or standard input."""
-    return sys.stdin.buffer if path == STANDARD_INPUT else path.open("rb")
+    return standard_input() if path == STANDARD_INPUT else path.open("rb")
+
+
+def standard_input() -> BinaryIO:
+    """Standard input, made to wait for what is to come: a program that shares it may have left it without that.
+
+    A pause would then look like its end.
+    """
+    stream = sys.stdin.buffer
+    with suppress(AttributeError, OSError):  # on Windows, and of what is no file
+        os.set_blocking(stream.fileno(), True)
+    return stream
 
 
 def is_stream(path: Path) -> bool:
