@@ -103,7 +103,13 @@ def test_commands(tmp_path, sounds, capsys):
     assert "| true" in (tmp_path / "run" / "classification.md").read_text()
     assert all((tmp_path / "run" / name).exists() for name in ("training.png", "classification.png"))
     command = ["classify", "evaluate", str(tmp_path / "run"), str(sounds), "--label", "(high|low)_"]
-    parse([*command, "--json", str(tmp_path / "found.json")]).run()
+    for _ in range(2):
+        parse([*command, "--json", str(tmp_path / "found.json")]).run()
+    weights = tmp_path / "run" / "model.safetensors"
+    before = weights.read_bytes()
+    with pytest.raises(InputError, match=r"cannot write .*model\.safetensors: it is not a file of figures"):
+        parse([*command, "--json", str(weights)]).run()
+    assert weights.read_bytes() == before
     found = json.loads((tmp_path / "found.json").read_text())
     assert np.sum(found["confusion"]) == 24
     assert found["accuracy"] > 0.9
