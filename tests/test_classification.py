@@ -332,6 +332,29 @@ def test_sources(tmp_path):
         pictures.with_classes(["dog", "cow"])
 
 
+def test_damaged_arrays_are_refused_wherever_the_damage_is(tmp_path):
+    images, labels = np.arange(600, dtype=np.uint8).reshape(6, 10, 10), np.arange(6)
+    with open(tmp_path / "one.npz", "wb") as file:
+        np.save(file, images)
+    with pytest.raises(InputError, match=r"one\.npz holds no pictures with labels"):
+        load_examples(str(tmp_path / "one.npz"))
+    said = []
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "whole.npz", images=images, labels=labels)
+        whole = (tmp_path / "whole.npz").read_bytes()
+        for at in range(0, len(whole), 7):
+            for damaged in (whole[:at], whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :]):
+                (tmp_path / "a.npz").write_bytes(damaged)
+                try:
+                    found = load_examples(str(tmp_path / "a.npz"))
+                except InputError as error:
+                    said.append(str(error))
+                else:  # the damage is in what nobody needs, such as a time
+                    assert np.array_equal(np.stack(found.raw), images)
+                    assert np.array_equal(found.labels, labels)
+    assert all("a.npz" in line for line in said)
+
+
 def test_patches_of_pictures_are_squares_and_of_sound_stretches():
     picture = np.arange(16, dtype=np.uint8).reshape(4, 4)
     form = Form("picture", ("a", "b"), size=(4, 4), patch=2)

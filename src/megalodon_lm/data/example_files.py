@@ -1,6 +1,8 @@
 """Examples with classes in files: arrays, folders of text, sound or pictures, and single ones to classify."""
 
 import re
+import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,12 +54,13 @@ def arrays(path: Path) -> Examples:
     """
     try:
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                images, labels = file["images"], file["labels"]
+            with open(path, "rb") as file:
+                both = np.load(file, allow_pickle=False)
+                images, labels = both["images"], both["labels"]
         else:
             images = np.load(path, allow_pickle=False)
             labels = np.load(path.with_name(path.name.replace("_x", "_y")), allow_pickle=False)
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, LookupError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path} holds no pictures with labels: {error}") from None
     if (
         not (images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3))
