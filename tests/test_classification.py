@@ -3,7 +3,9 @@
 import dataclasses
 import io
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import wave
@@ -377,6 +379,28 @@ def test_sources(tmp_path):
             load_examples(wrong, Taking("(x)"))
     with pytest.raises(InputError, match="class 'cat'"):
         pictures.with_classes(["dog", "cow"])
+
+
+def test_hidden_files_are_no_examples_and_a_closed_folder_is_refused(tmp_path):
+    """A class that nobody made, or one that is missing, would change all that is learnt."""
+    for name in ("cat/1.png", "cat/.thumbnail/1.png", "dog/2.png", ".ipynb_checkpoints/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / name)
+    (tmp_path / "cat" / "._1.png").write_bytes(b"\0\5\x16\7")
+    found = load_examples(str(tmp_path))
+    assert found.classes == ("cat", "dog")
+    assert found.names == (str(tmp_path / "cat" / "1.png"), str(tmp_path / "dog" / "2.png"))
+    command = [sys.executable, "-c", f"from {load_examples.__module__} import *; load_examples({str(tmp_path)!r})"]
+    if os.geteuid() == 0:  # who may read everything
+        if shutil.which("setpriv") is None:
+            return
+        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
+    (tmp_path / "dog").chmod(0)
+    try:
+        said = subprocess.run(command, capture_output=True, text=True).stderr
+    finally:
+        (tmp_path / "dog").chmod(0o755)
+    assert f"InputError: cannot read {tmp_path / 'dog'}: Permission denied" in said
 
 
 def test_damaged_arrays_are_refused_wherever_the_damage_is(tmp_path):

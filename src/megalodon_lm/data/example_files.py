@@ -1,5 +1,6 @@
 """Examples with classes in files: arrays, folders of text, sound or pictures, and single ones to classify."""
 
+import os
 import re
 import zipfile
 import zlib
@@ -87,7 +88,7 @@ def folder(path: Path, taking: Taking) -> Examples:
     """
     kinds = {"sound": SUFFIXES, "picture": PICTURES, "text": TEXTS}
     kind_of = {suffix: kind for kind, suffixes in kinds.items() for suffix in suffixes}
-    found = {p: kind_of[p.suffix.lower()] for p in sorted(path.rglob("*")) if p.suffix.lower() in kind_of}
+    found = {p: kind_of[p.suffix.lower()] for p in _below(path) if p.suffix.lower() in kind_of}
     found = {p: kind for p, kind in found.items() if p.is_file()}
     if "sound" in found.values() or "picture" in found.values():  # a letter beside them is none of the examples
         found = {p: kind for p, kind in found.items() if kind != "text"}
@@ -114,6 +115,19 @@ def folder(path: Path, taking: Taking) -> Examples:
         for file in files
     ]
     return Examples("picture", pictures, labels, classes, names)
+
+
+def _below(path: Path) -> list[Path]:
+    """All files below a folder in the order of their paths, but hidden ones, such as in .ipynb_checkpoints."""
+
+    def refuse(error: OSError) -> None:  # a class would be missing
+        raise InputError(f"cannot read {error.filename}: {error.strerror}")
+
+    found = []
+    for where, folders, files in os.walk(path, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(where, name) for name in files if not name.startswith(".")]
+    return sorted(found)
 
 
 def _classes(files: list[Path], path: Path, label: str) -> list[str]:
