@@ -22,6 +22,7 @@ from megalodon_lm.data.books import bundled
 from megalodon_lm.data.corpus import Texts, texts_of
 from megalodon_lm.data.documents import DocumentReader, Part
 from megalodon_lm.data.mixture import load_mixture
+from megalodon_lm.data.prepare import prepare
 from megalodon_lm.data.sources import find_files
 from megalodon_lm.errors import InputError, InputNote
 
@@ -247,6 +248,13 @@ def test_a_pipe_is_kept_where_it_is_read_twice_and_refused_where_it_cannot_be(tm
     assert not folder.exists()
     with pytest.raises(InputError, match=r"pipe\.jsonl can be read only once"):
         load_mixture([str(tmp_path / "pipe.jsonl")], [], ByteTokenizer(), 0)
+
+
+def test_parquet_does_not_wait_for_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe.parquet")
+    for read in (lambda path: prepare([str(path)], tmp_path / "out"), lambda path: Texts([path], "once").whole()):
+        with pytest.raises(InputError, match=r"pipe\.parquet: a pipe, from which Parquet cannot be read"):
+            read(tmp_path / "pipe.parquet")
 
 
 def test_standard_input(monkeypatch):
