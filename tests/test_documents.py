@@ -406,7 +406,8 @@ def test_right_answers_score_and_silence_is_unanswerable(tiny, monkeypatch):
 def test_the_command(tmp_path, saved, capsys, monkeypatch):
     """As docs/evaluation.md shows it, and without a look at the network."""
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    jsonl(tmp_path / "data" / "qmsum" / "val.jsonl", [meeting(["Hello ."] * 30, [("What?", "Much."), ("Who?", "He.")])])
+    cut = "Hello \ud83d ."  # within a character
+    jsonl(tmp_path / "data" / "qmsum" / "val.jsonl", [meeting([cut] * 30, [("What?", "Much."), ("Who?", "He.")])])
     jsonl(tmp_path / "data" / "qmsum" / "train" / "a.json", [meeting(["Begin ."], [("What?", "Little.")])])
     scrolls(tmp_path / "data", "quality", [("m", f"What?\n\n{OPTIONS}\n\nA story.", "two words")])
     out, said = tmp_path / "results.json", tmp_path / "answers.jsonl"
