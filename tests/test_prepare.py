@@ -20,6 +20,7 @@ import zstandard
 
 from megalodon_lm import ByteTokenizer
 from megalodon_lm.data import prepare as prepare_module
+from megalodon_lm.data import spans as spans_module
 from megalodon_lm.data.books import bundled
 from megalodon_lm.data.mixture import load_mixture
 from megalodon_lm.data.prepare import FAULTS, LEFT_OUT, prepare
@@ -228,6 +229,20 @@ def test_ctrl_c_ends_the_workers_without_a_word_or_another_shard(moment, tmp_pat
     assert process.returncode == 130
     assert said == "megalodon: interrupted\n"
     assert not list((tmp_path / "out").glob("0*.json"))
+
+
+def test_a_document_that_the_tokenizer_refuses_is_named(tmp_path, monkeypatch):
+    """A long run of one character, of which there are tokens longer than what is looked at around a cut."""
+    monkeypatch.setattr(spans_module, "SPAN", 512)
+    monkeypatch.setattr(spans_module, "MARGIN", 32)
+    (tmp_path / "tokenizer.json").write_bytes(train_bpe(["=" * 3000], 300))
+    first, run = "Short.", "=" * 20_000
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in (first, run)))
+    pyarrow.parquet.write_table(pyarrow.table({"text": [first, run]}), tmp_path / "a.parquet")
+    (tmp_path / "a.txt").write_text(run)
+    for name, place in {"a.jsonl": "byte 19", "a.parquet": "row 2", "a.txt": "byte 0"}.items():
+        with pytest.raises(InputError, match=f"{name}, {place}: .* cannot be cut without changing a token"):
+            prepare([str(tmp_path / name)], tmp_path / "out" / name, str(tmp_path / "tokenizer.json"), workers=1)
 
 
 def test_a_try_that_found_no_room_leaves_none_of_it_taken(tmp_path):

@@ -265,6 +265,11 @@ def parts_of(path: Path, largest: int) -> Iterator[Part]:
         yield Part(str(path), 0, -1, size)
 
 
+def place_of(path: str, document: Document) -> str:
+    """Where in its file a document begins, counted as in faults."""
+    return f"row {document.offset + 1:,}" if kind_of(Path(path)) in TABLES else f"byte {document.offset:,}"
+
+
 def told(fault: dict[str, Any]) -> str:
     """A fault in words."""
     where = "".join(f", {unit} {fault[unit]:,}" for unit in ("line", "row", "byte") if unit in fault)

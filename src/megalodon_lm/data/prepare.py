@@ -21,7 +21,7 @@ from ..files import check, digest, write_atomically
 from ..interrupts import spared
 from ..tables import read_sealed, write_sealed
 from .chat import ANSWERS, encode_chat
-from .documents import Document, DocumentReader, Part, parts_of, told
+from .documents import Document, DocumentReader, Part, parts_of, place_of, told
 from .shards import DOCUMENT, MANIFEST, read_manifest, token_dtype
 from .sources import Found, find_files, is_stream, stat_of
 from .tokenizer import Tokenizer, load_tokenizer
@@ -220,7 +220,7 @@ def make_shard(plan: Plan, out: Path, number: int) -> dict[str, Any]:
             for file, start, stop, size in plan.parts[number]:
                 part, lines, faults = Part(plan.files[file][0], start, stop, size), reader.lines, len(reader.faults)
                 for document in reader.documents(part):
-                    for tokens, answers in _encoded(tokenizer, document):
+                    for tokens, answers in _encoded(tokenizer, document, part.path):
                         tokens_file.write(tokens.astype(plan.dtype).tobytes())
                         record["tokens"] += len(tokens)
                         if answers is not None:
@@ -248,13 +248,20 @@ def make_shard(plan: Plan, out: Path, number: int) -> dict[str, Any]:
     return record
 
 
-def _encoded(tokenizer: Tokenizer, document: Document) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """The begin token and what follows it, piece by piece; of a chat also which tokens are answers."""
-    if isinstance(document.content, list):
-        yield encode_chat(document.content, tokenizer)
-        return
-    yield np.array([tokenizer.begin]), None
-    yield from ((tokens, None) for tokens in tokenizer.encode_blocks(document.content))
+def _encoded(tokenizer: Tokenizer, document: Document, path: str) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """The begin token and what follows it, piece by piece; of a chat also which tokens are answers.
+
+    Raises:
+        InputError: the tokenizer refuses it; with the place of the document, which may be one of millions.
+    """
+    try:
+        if isinstance(document.content, list):
+            yield encode_chat(document.content, tokenizer)
+            return
+        yield np.array([tokenizer.begin]), None
+        yield from ((tokens, None) for tokens in tokenizer.encode_blocks(document.content))
+    except InputError as error:
+        raise InputError(f"{path}, {place_of(path, document)}: {error}") from None
 
 
 def _done(out: Path, number: int) -> dict[str, Any] | None:
