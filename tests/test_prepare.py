@@ -2,6 +2,7 @@ import gzip
 import hashlib
 import json
 import os
+import pickle
 import random
 import resource
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -275,6 +277,28 @@ def test_processes_side_by_side_give_the_same_shards(tmp_path):
         shown = megalodon("prepare", *arguments, cwd=tmp_path).stdout
         assert f"{2 * len(NOVELS)} documents" in shown
     assert digests(tmp_path / "out1") == digests(tmp_path / "out2")
+
+
+def test_what_a_process_is_told_does_not_grow_with_the_number_of_files(tmp_path, monkeypatch):
+    told = []
+
+    class Weighed(ThreadPoolExecutor):
+        def __init__(self, workers, context, initializer):
+            super().__init__(workers)
+
+        def submit(self, function, *arguments):
+            told.append(len(pickle.dumps(arguments)))
+            return super().submit(function, *arguments)
+
+    monkeypatch.setattr(prepare_module, "ProcessPoolExecutor", Weighed)
+    monkeypatch.setattr(prepare_module, "SHARD_BYTES", 4)
+    for number in range(100):
+        (tmp_path / f"{number:03d}.txt").write_text("text")
+    sources = sorted(map(str, tmp_path.glob("*.txt")))
+    for count in (2, 100):
+        assert prepare(sources[:count], tmp_path / f"out{count}", workers=2)["documents"] == count
+    assert len(told) == 102
+    assert max(told) < 2 * told[0]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -173,14 +173,17 @@ def _begin(out: Path, plan: Plan) -> None:
 
 def _run(plan: Plan, out: Path, todo: list[int], workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """Make shards in processes of their own, and yield their records as they are finished."""
+    choices = replace(plan, files=[], parts=[])  # each process gets what its shard is made of, and not all files
     if workers == 1 or len(todo) < 2:
-        yield from ((number, make_shard(plan, out, number)) for number in todo)
+        yield from ((number, make_shard(choices, _pieces(plan, number), out, number)) for number in todo)
         return
     context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
     with ProcessPoolExecutor(min(workers, len(todo)), context, _end_with_parent) as pool:
         try:
             with spared():
-                pending: list[Future[dict[str, Any]]] = [pool.submit(make_shard, plan, out, number) for number in todo]
+                pending: list[Future[dict[str, Any]]] = [
+                    pool.submit(make_shard, choices, _pieces(plan, number), out, number) for number in todo
+                ]
             yield from ((number, future.result()) for number, future in zip(todo, pending, strict=True))
         except BrokenProcessPool:
             raise InputError("a process was killed, perhaps for lack of memory; try fewer --workers") from None
@@ -204,10 +207,21 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, args=[parent.sentinel], daemon=True).start()
 
 
-def make_shard(plan: Plan, out: Path, number: int) -> dict[str, Any]:
+def _pieces(plan: Plan, number: int) -> list[tuple[int, Part]]:
+    """What a shard is made of: parts of files, and the number of each file."""
+    return [(file, Part(plan.files[file][0], start, stop, size)) for file, start, stop, size in plan.parts[number]]
+
+
+def make_shard(plan: Plan, pieces: list[tuple[int, Part]], out: Path, number: int) -> dict[str, Any]:
     """Write one shard and its record, which comes last and so stands for the whole.
 
     Until then its files have names of this process's own: another one may be at the same shard, with the same result.
+
+    Args:
+        plan: its choices; files and parts are not looked at.
+        pieces: see _pieces.
+        out: the folder.
+        number: of the shard.
     """
     tokenizer, reader = load_tokenizer(plan.tokenizer), DocumentReader(plan.field, plan.encoding, plan.chats)
     name = f"{number:05d}"
@@ -217,8 +231,8 @@ def make_shard(plan: Plan, out: Path, number: int) -> dict[str, Any]:
     try:
         with contextlib.ExitStack() as stack:
             tokens_file, documents_file, *rest = opened = [stack.enter_context(unfinished[n].open("wb")) for n in names]
-            for file, start, stop, size in plan.parts[number]:
-                part, lines, faults = Part(plan.files[file][0], start, stop, size), reader.lines, len(reader.faults)
+            for file, part in pieces:
+                lines, faults = reader.lines, len(reader.faults)
                 for document in reader.documents(part):
                     for tokens, answers in _encoded(tokenizer, document, part.path):
                         tokens_file.write(tokens.astype(plan.dtype).tobytes())
@@ -231,9 +245,9 @@ def make_shard(plan: Plan, out: Path, number: int) -> dict[str, Any]:
                 for fault in reader.faults[faults:]:
                     fault["part"] = len(record["lines"])
                 record["lines"].append(reader.lines - lines)
-            for file in opened:
-                file.flush()
-                os.fsync(file.fileno())
+            for stream in opened:
+                stream.flush()
+                os.fsync(stream.fileno())
         record["files"] = {n: digest(unfinished[n]) for n in names}
         for n in names:
             os.replace(unfinished[n], out / n)
