@@ -327,13 +327,13 @@ def _faults(plan: Plan, records: list[dict[str, Any]]) -> Iterator[dict[str, Any
     """All faults, their lines counted from the beginning of the file instead of that of its part."""
     before = 0
     for parts, record in zip(plan.parts, records, strict=True):
-        for number, (_, start, _, _) in enumerate(parts):
-            before = before if start else 0
-            for fault in record["faults"]:
-                if fault["part"] == number:
-                    whole = fault | ({"line": fault["line"] + before} if "line" in fault else {})
-                    yield {key: value for key, value in whole.items() if key != "part"}
-            before += record["lines"][number]
+        lines = []  # of its file, before each part
+        for (_, start, _, _), count in zip(parts, record["lines"], strict=True):
+            lines.append(before if start else 0)
+            before = lines[-1] + count
+        for fault in record["faults"]:
+            whole = fault | ({"line": fault["line"] + lines[fault["part"]]} if "line" in fault else {})
+            yield {key: value for key, value in whole.items() if key != "part"}
 
 
 def _first_fault(plan: Plan, records: dict[int, dict[str, Any]]) -> str:
