@@ -3,7 +3,9 @@
 import dataclasses
 import io
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import wave
@@ -103,7 +105,13 @@ def test_commands(tmp_path, sounds, capsys):
     assert "| true" in (tmp_path / "run" / "classification.md").read_text()
     assert all((tmp_path / "run" / name).exists() for name in ("training.png", "classification.png"))
     command = ["classify", "evaluate", str(tmp_path / "run"), str(sounds), "--label", "(high|low)_"]
-    parse([*command, "--json", str(tmp_path / "found.json")]).run()
+    for _ in range(2):
+        parse([*command, "--json", str(tmp_path / "found.json")]).run()
+    weights = tmp_path / "run" / "model.safetensors"
+    before = weights.read_bytes()
+    with pytest.raises(InputError, match=r"cannot write .*model\.safetensors: it is not a file of figures"):
+        parse([*command, "--json", str(weights)]).run()
+    assert weights.read_bytes() == before
     found = json.loads((tmp_path / "found.json").read_text())
     assert np.sum(found["confusion"]) == 24
     assert found["accuracy"] > 0.9
@@ -271,6 +279,53 @@ def test_blocks_are_those_of_the_file(tmp_path):
     assert [len(b) for b in blocks] == [len(b) for b in sound_blocks(tmp_path / "x.wav", RATE, 64)]
 
 
+def announcing(wav, length):
+    """A WAV file whose header says another number of bytes."""
+    return wav[:40] + length.to_bytes(4, "little") + wav[44:]
+
+
+@pytest.mark.parametrize("length", [0x7FFFF000, 0x7FFFFF00, 0x7FFFFFDB, 1 << 31, 0xFFFFFFFF - 36, 0xFFFFFFFF])
+def test_sound_that_was_recorded_into_a_pipe_is_read_to_its_end(length, tmp_path):
+    """As sox, arecord and ffmpeg leave it, who cannot go back to write its length: as a file, and as it comes."""
+    write_wav(tmp_path / "x.wav", np.sin(np.arange(300) / 5))
+    expected = read_sound(tmp_path / "x.wav", RATE)
+    wav = announcing((tmp_path / "x.wav").read_bytes(), length)
+    (tmp_path / "x.wav").write_bytes(wav)
+    assert np.array_equal(read_sound(tmp_path / "x.wav", RATE), expected)
+    assert np.array_equal(np.concatenate(list(wav_blocks(io.BytesIO(wav), RATE, 64))), expected)
+
+
+@pytest.mark.parametrize("length", [602, 1 << 20, 3 << 30])
+def test_sound_that_was_cut_is_refused(length, tmp_path):
+    write_wav(tmp_path / "x.wav", np.sin(np.arange(300) / 5))
+    (tmp_path / "x.wav").write_bytes(announcing((tmp_path / "x.wav").read_bytes(), length))
+    with pytest.raises(InputError, match=f"truncated: {length - 600:,} bytes of its samples are missing"):
+        read_sound(tmp_path / "x.wav", RATE)
+
+
+def test_a_large_file_that_was_cut_is_refused(tmp_path):
+    tone = np.sin(np.arange(300) / 5)
+    soundfile.write(tmp_path / "x.wav", tone, RATE, format="RF64", subtype="PCM_16")
+    whole = (tmp_path / "x.wav").read_bytes()
+    assert whole.startswith(b"RF64")
+    assert len(read_sound(tmp_path / "x.wav", RATE)) == 300
+    (tmp_path / "x.wav").write_bytes(whole[:-100])
+    with pytest.raises(InputError, match="truncated: 100 bytes of its samples are missing"):
+        read_sound(tmp_path / "x.wav", RATE)
+
+
+def test_flac_of_unknown_length_is_refused_in_words(tmp_path):
+    """As encoders write it into a pipe: the number of samples, 36 bits behind 108 of the first block, is 0."""
+    soundfile.write(tmp_path / "x.flac", np.sin(np.arange(3000) / 5), RATE)
+    flac = bytearray((tmp_path / "x.flac").read_bytes())
+    assert int.from_bytes(flac[21:26], "big") & (1 << 36) - 1 == 3000
+    flac[21:26] = bytes([flac[21] & 0xF0, 0, 0, 0, 0])
+    (tmp_path / "x.flac").write_bytes(flac)
+    for size in (0, 100):
+        with pytest.raises(InputError, match=r"x\.flac does not say how many samples it has; convert it"):
+            list(sound_blocks(tmp_path / "x.flac", RATE, size))
+
+
 def test_every_example_comes_once_in_an_epoch_whatever_was_asked_before(sounds):
     examples = load_examples(str(sounds), Taking("(high|low)_"))
     batches = ExampleBatches(examples, examples.form(), 5, seed=1)
@@ -324,6 +379,51 @@ def test_sources(tmp_path):
             load_examples(wrong, Taking("(x)"))
     with pytest.raises(InputError, match="class 'cat'"):
         pictures.with_classes(["dog", "cow"])
+
+
+def test_hidden_files_are_no_examples_and_a_closed_folder_is_refused(tmp_path):
+    """A class that nobody made, or one that is missing, would change all that is learnt."""
+    for name in ("cat/1.png", "cat/.thumbnail/1.png", "dog/2.png", ".ipynb_checkpoints/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / name)
+    (tmp_path / "cat" / "._1.png").write_bytes(b"\0\5\x16\7")
+    found = load_examples(str(tmp_path))
+    assert found.classes == ("cat", "dog")
+    assert found.names == (str(tmp_path / "cat" / "1.png"), str(tmp_path / "dog" / "2.png"))
+    command = [sys.executable, "-c", f"from {load_examples.__module__} import *; load_examples({str(tmp_path)!r})"]
+    if os.geteuid() == 0:  # who may read everything
+        if shutil.which("setpriv") is None:
+            return
+        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
+    (tmp_path / "dog").chmod(0)
+    try:
+        said = subprocess.run(command, capture_output=True, text=True).stderr
+    finally:
+        (tmp_path / "dog").chmod(0o755)
+    assert f"InputError: cannot read {tmp_path / 'dog'}: Permission denied" in said
+
+
+def test_damaged_arrays_are_refused_wherever_the_damage_is(tmp_path):
+    images, labels = np.arange(600, dtype=np.uint8).reshape(6, 10, 10), np.arange(6)
+    with open(tmp_path / "one.npz", "wb") as file:
+        np.save(file, images)
+    with pytest.raises(InputError, match=r"one\.npz holds no pictures with labels"):
+        load_examples(str(tmp_path / "one.npz"))
+    said = []
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "whole.npz", images=images, labels=labels)
+        whole = (tmp_path / "whole.npz").read_bytes()
+        for at in range(0, len(whole), 7):
+            for damaged in (whole[:at], whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :]):
+                (tmp_path / "a.npz").write_bytes(damaged)
+                try:
+                    found = load_examples(str(tmp_path / "a.npz"))
+                except InputError as error:
+                    said.append(str(error))
+                else:  # the damage is in what nobody needs, such as a time
+                    assert np.array_equal(np.stack(found.raw), images)
+                    assert np.array_equal(found.labels, labels)
+    assert all("a.npz" in line for line in said)
 
 
 def test_patches_of_pictures_are_squares_and_of_sound_stretches():

@@ -204,6 +204,13 @@ def test_nothing_but_a_file_of_its_own_kind_is_written_over(saved, tmp_path, ref
         assert run("evaluate", "perplexity", model, text, "--contexts", 0, "--json", figures)[0] == 0
 
 
+def test_no_tokenizer_is_learnt_from_nothing(tmp_path, refused):
+    (tmp_path / "a.jsonl").write_text('{"body": "in another field"}\n')
+    said = refused("tokenizer", "train", tmp_path / "a.jsonl", "--out", tmp_path / "tokenizer.json")
+    assert re.search(r"there is no text in .*a\.jsonl; .*a\.jsonl, line 1: no text in the field 'text', left out", said)
+    assert not (tmp_path / "tokenizer.json").exists()
+
+
 def test_a_device_is_written_to_and_not_replaced(saved, tmp_path, run):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)

@@ -130,6 +130,25 @@ def test_archives_and_the_hub(tmp_path, monkeypatch):
         load(find_task("fairytaleqa"), None)
 
 
+def test_a_damaged_archive_is_refused_wherever_the_damage_is(tmp_path):
+    scrolls(tmp_path, "narrativeqa", [("n", "Who?\n\nTale.", "He"), ("m", "Where?\n\nOther tale.", "There")])
+    expected = load(find_task("narrativeqa"), tmp_path)
+    folder, path = tmp_path / "narrative_qa", tmp_path / "narrative_qa.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(folder / "validation.jsonl", "narrative_qa/validation.jsonl")
+    (folder / "validation.jsonl").unlink()
+    whole, said = path.read_bytes(), []
+    for at in range(len(whole)):
+        for damaged in (whole[:at], whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :]):
+            path.write_bytes(damaged)
+            try:
+                assert load(find_task("narrativeqa"), tmp_path) == expected
+            except InputError as error:
+                said.append(str(error))
+    assert len(said) > len(whole)
+    assert all("narrative_qa" in line for line in said)
+
+
 def meeting(words, queries):
     return {
         "topic_list": [],
@@ -387,7 +406,8 @@ def test_right_answers_score_and_silence_is_unanswerable(tiny, monkeypatch):
 def test_the_command(tmp_path, saved, capsys, monkeypatch):
     """As docs/evaluation.md shows it, and without a look at the network."""
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    jsonl(tmp_path / "data" / "qmsum" / "val.jsonl", [meeting(["Hello ."] * 30, [("What?", "Much."), ("Who?", "He.")])])
+    cut = "Hello \ud83d ."  # within a character
+    jsonl(tmp_path / "data" / "qmsum" / "val.jsonl", [meeting([cut] * 30, [("What?", "Much."), ("Who?", "He.")])])
     jsonl(tmp_path / "data" / "qmsum" / "train" / "a.json", [meeting(["Begin ."], [("What?", "Little.")])])
     scrolls(tmp_path / "data", "quality", [("m", f"What?\n\n{OPTIONS}\n\nA story.", "two words")])
     out, said = tmp_path / "results.json", tmp_path / "answers.jsonl"

@@ -2,12 +2,15 @@ import gzip
 import hashlib
 import json
 import os
+import pickle
 import random
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ import zstandard
 
 from megalodon_lm import ByteTokenizer
 from megalodon_lm.data import prepare as prepare_module
+from megalodon_lm.data import spans as spans_module
 from megalodon_lm.data.books import bundled
 from megalodon_lm.data.mixture import load_mixture
 from megalodon_lm.data.prepare import FAULTS, LEFT_OUT, prepare
@@ -207,6 +211,55 @@ def test_killed_without_its_workers_it_goes_on_beside_them(tmp_path):
     assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("moment", ["prepared.json", pytest.param(".00*.tokens.*", marks=pytest.mark.slow)])
+def test_ctrl_c_ends_the_workers_without_a_word_or_another_shard(moment, tmp_path):
+    """While they start, and while they work for some seconds: a terminal tells all processes."""
+    document = json.dumps({"text": random.Random(0).randbytes(1_500_000).hex()}).encode() + b"\n"
+    (tmp_path / "big.jsonl").write_bytes(document * 4)
+    (tmp_path / "tokenizer.json").write_bytes(train_bpe(["0123456789abcdef" * 10], 300))
+    code = SMALL_SHARDS + (
+        "from megalodon_lm.cli.main import main\n"
+        "main(['prepare', 'big.jsonl', '--out', 'out', '--tokenizer', 'tokenizer.json', '--workers', '2'])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_until(lambda: any((tmp_path / "out").glob(moment)), process)
+    time.sleep(0.3 * (moment == "prepared.json"))
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate()[1]
+    assert process.returncode == 130
+    assert said == "megalodon: interrupted\n"
+    assert not list((tmp_path / "out").glob("0*.json"))
+
+
+def test_a_document_that_the_tokenizer_refuses_is_named(tmp_path, monkeypatch):
+    """A long run of one character, of which there are tokens longer than what is looked at around a cut."""
+    monkeypatch.setattr(spans_module, "SPAN", 512)
+    monkeypatch.setattr(spans_module, "MARGIN", 32)
+    (tmp_path / "tokenizer.json").write_bytes(train_bpe(["=" * 3000], 300))
+    first, run = "Short.", "=" * 20_000
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in (first, run)))
+    pyarrow.parquet.write_table(pyarrow.table({"text": [first, run]}), tmp_path / "a.parquet")
+    (tmp_path / "a.txt").write_text(run)
+    for name, place in {"a.jsonl": "byte 19", "a.parquet": "row 2", "a.txt": "byte 0"}.items():
+        with pytest.raises(InputError, match=f"{name}, {place}: .* cannot be cut without changing a token"):
+            prepare([str(tmp_path / name)], tmp_path / "out" / name, str(tmp_path / "tokenizer.json"), workers=1)
+
+
+def test_a_try_that_found_no_room_leaves_none_of_it_taken(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 2_000_000)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"cannot write the shard .*File too large"):
+            prepare([str(tmp_path / "a.txt")], tmp_path / "out", workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["prepared.json"]
+    assert prepare([str(tmp_path / "a.txt")], tmp_path / "out", workers=1)["tokens"] == 2_000_001
+
+
 def test_a_shard_that_vanished_is_made_again(tmp_path):
     (tmp_path / "a.txt").write_text("some text")
     prepare([str(tmp_path / "a.txt")], tmp_path / "out", workers=1)
@@ -224,6 +277,28 @@ def test_processes_side_by_side_give_the_same_shards(tmp_path):
         shown = megalodon("prepare", *arguments, cwd=tmp_path).stdout
         assert f"{2 * len(NOVELS)} documents" in shown
     assert digests(tmp_path / "out1") == digests(tmp_path / "out2")
+
+
+def test_what_a_process_is_told_does_not_grow_with_the_number_of_files(tmp_path, monkeypatch):
+    told = []
+
+    class Weighed(ThreadPoolExecutor):
+        def __init__(self, workers, context, initializer):
+            super().__init__(workers)
+
+        def submit(self, function, *arguments):
+            told.append(len(pickle.dumps(arguments)))
+            return super().submit(function, *arguments)
+
+    monkeypatch.setattr(prepare_module, "ProcessPoolExecutor", Weighed)
+    monkeypatch.setattr(prepare_module, "SHARD_BYTES", 4)
+    for number in range(100):
+        (tmp_path / f"{number:03d}.txt").write_text("text")
+    sources = sorted(map(str, tmp_path.glob("*.txt")))
+    for count in (2, 100):
+        assert prepare(sources[:count], tmp_path / f"out{count}", workers=2)["documents"] == count
+    assert len(told) == 102
+    assert max(told) < 2 * told[0]
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,11 @@ import gzip
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pyarrow
@@ -20,6 +22,7 @@ from megalodon_lm.data.books import bundled
 from megalodon_lm.data.corpus import Texts, texts_of
 from megalodon_lm.data.documents import DocumentReader, Part
 from megalodon_lm.data.mixture import load_mixture
+from megalodon_lm.data.prepare import prepare
 from megalodon_lm.data.sources import find_files
 from megalodon_lm.errors import InputError, InputNote
 
@@ -68,6 +71,39 @@ def test_one_rule_says_which_files_of_a_folder_are_read_and_what_is_left_out(tmp
         "a broken link": 1, "a link to a folder": 1, "not a file": 1, "the folder to write to": 1,
     }  # fmt: skip
     assert "hidden (2)" in str(found)
+
+
+def test_what_is_closed_to_the_user_is_left_out_and_the_rest_is_read(tmp_path):
+    """By a process that may not pass permissions by, as the superuser does."""
+    for name in ("a.txt", "closed/b.txt", "unlisted/c.txt", "names/d.txt", "names/within/e.txt", "z.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    code = (
+        "import json; from megalodon_lm.data.sources import find_files; from megalodon_lm.errors import InputError\n"
+        "found = find_files(['.'])\n"
+        "print(json.dumps([list(map(str, found.files)), found.left_out]))\n"
+        "try: find_files(['closed'])\n"
+        "except InputError as error: print(error)"
+    )
+    command = [sys.executable, "-c", code]
+    if os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("the superuser may read everything")
+        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
+    for name, mode in (("closed", 0), ("unlisted", 0o311), ("names", 0o644)):
+        (tmp_path / name).chmod(mode)
+    try:
+        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    finally:
+        for name in ("closed", "unlisted", "names"):
+            (tmp_path / name).chmod(0o755)
+    assert not ran.stderr
+    found, refused = ran.stdout.splitlines()
+    assert json.loads(found) == [
+        ["a.txt", "z.txt"],
+        [[path, "not readable"] for path in ("closed", "names/d.txt", "names/within", "unlisted")],
+    ]
+    assert refused == "cannot read closed: permission denied"
 
 
 def test_named_files_are_read_whatever_their_name(tmp_path):
@@ -173,6 +209,25 @@ def test_what_is_left_out_and_what_is_wrong_is_told_once(tmp_path):
 # what can be read only once
 
 
+def test_a_file_that_vanishes_costs_what_was_not_read_of_it(tmp_path):
+    names = ("a.txt", "b.txt", "c.txt")
+    for name in names:
+        (tmp_path / name).write_text(name * 100_000)
+    found = Texts([tmp_path / name for name in names])
+    (tmp_path / "b.txt").unlink()
+
+    def read():
+        for text in found:
+            first = next(text.blocks)
+            (tmp_path / "a.txt").unlink(missing_ok=True)
+            yield text.name, first + b"".join(text.blocks)
+
+    with pytest.warns(InputNote, match=r"1 fault .*b\.txt, byte 0: cannot be read from here on: No such file"):
+        whole = dict(read())
+    assert whole == {str(tmp_path / name): name.encode() * 100_000 for name in ("a.txt", "c.txt")}
+    assert found.done == found.num_bytes
+
+
 @pytest.mark.parametrize("content", ["x" * 100_000, "short"])
 def test_a_pipe_is_read_from_its_first_byte(content, tmp_path):
     os.mkfifo(tmp_path / "pipe")
@@ -195,6 +250,13 @@ def test_a_pipe_is_kept_where_it_is_read_twice_and_refused_where_it_cannot_be(tm
         load_mixture([str(tmp_path / "pipe.jsonl")], [], ByteTokenizer(), 0)
 
 
+def test_parquet_does_not_wait_for_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe.parquet")
+    for read in (lambda path: prepare([str(path)], tmp_path / "out"), lambda path: Texts([path], "once").whole()):
+        with pytest.raises(InputError, match=r"pipe\.parquet: a pipe, from which Parquet cannot be read"):
+            read(tmp_path / "pipe.parquet")
+
+
 def test_standard_input(monkeypatch):
     source, target = os.pipe()
     os.write(target, b"from a pipe")
@@ -203,6 +265,23 @@ def test_standard_input(monkeypatch):
         monkeypatch.setattr(sys, "stdin", stream)
         found = [(text.name, b"".join(text.blocks)) for text in Texts(["-"], "once")]
     assert found == [("standard input", b"from a pipe")]
+
+
+def test_a_pause_is_no_end_of_standard_input(monkeypatch):
+    """Of one that another program made such that it does not wait."""
+    source, target = os.pipe()
+    os.set_blocking(source, False)
+
+    def write():
+        for part in (b"before ", b"after"):
+            os.write(target, part)
+            time.sleep(0.2)
+        os.close(target)
+
+    threading.Thread(target=write, daemon=True).start()
+    with os.fdopen(source) as stream:
+        monkeypatch.setattr(sys, "stdin", stream)
+        assert Texts(["-"], "once").whole() == b"before after"
 
 
 # damaged files

@@ -268,6 +268,15 @@ def test_what_is_written_behind_a_prompt_joins_it(kind, text, at):
         assert kind.ours.decode_bytes(first) + kind.ours.decode_bytes(rest, first[-1]) == whole
 
 
+@settings(max_examples=20, deadline=None)
+@given(text=TEXTS, half=st.sampled_from(["\ud83d", "\udd88", "\udcff"]))
+def test_half_a_character_is_replaced(kind, text, half):
+    """As in JSON that was cut within one; two halves are a whole."""
+    for tokenizer in (kind.ours, ByteTokenizer()):
+        assert np.array_equal(tokenizer.encode(text + half + " x"), tokenizer.encode(text + "\ufffd x"))
+        assert np.array_equal(tokenizer.encode(text + "\ud83e\udd88"), tokenizer.encode(text + "🦈"))
+
+
 def test_added_words_are_text():
     """In a vocabulary of bytes too, whose library takes their letters for bytes."""
     tokenizer = SubwordTokenizer(byte_level())

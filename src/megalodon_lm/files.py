@@ -34,7 +34,14 @@ BOOKMARK = Kind("a bookmark", (b'"format":"megalodon-state',))
 COMPARISON = Kind("a page of a comparison", (b"<!-- megalodon compare -->",))
 FIGURES = Kind(
     "a file of figures",
-    (b'"bits_per_byte_by_context"', b'"ratio_median"', b'"accuracy_by_distance"', b'"compared"', b'"margin"'),
+    (
+        b'"bits_per_byte_by_context"',
+        b'"ratio_median"',
+        b'"accuracy_by_distance"',
+        b'"compared"',
+        b'"margin"',
+        b'{\n  "accuracy":',
+    ),
 )
 PICTURE = Kind("a picture", (b"\x89PNG", b"%PDF", b"<svg"), (".png", ".pdf", ".svg"))
 RESULTS = Kind("a file of results", (b'"megalodon_results"',))

@@ -15,7 +15,7 @@ from .options import Quiet
 if TYPE_CHECKING:
     from ..data.examples import Form
 
-REPORT, FIGURES, PICTURE = "classification.md", "classification.json", "classification.png"
+REPORT, FIGURES_FILE, PICTURE = "classification.md", "classification.json", "classification.png"
 
 
 @dataclass
@@ -66,7 +66,7 @@ class ClassifyTrain(Quiet):
         found = confusion(model, examples.validation, examples.form, trainer.precision)
         draw_confusion(found, folder / PICTURE)
         if finished:
-            write_atomically(folder / FIGURES, json.dumps(found.figures(), indent=2) + "\n")
+            write_atomically(folder / FIGURES_FILE, json.dumps(found.figures(), indent=2) + "\n")
         write_atomically(folder / REPORT, f"# Validation examples\n\n{found.markdown()}\n![]({PICTURE})\n")
         print(f"{found.accuracy:.2%} of {len(examples.validation.raw):,} validation examples are right")
         print(folder / REPORT)
@@ -95,9 +95,11 @@ class ClassifyEvaluate(Quiet):
         from ..data.example_sources import load_examples
         from ..data.examples import joined
         from ..evaluation.classification import confusion
-        from ..files import write_atomically
+        from ..files import FIGURES, check_writable, write_atomically
         from ..training.precision import choose_precision
 
+        if self.json:
+            check_writable(self.json, FIGURES)
         model, form = _load(self.model, self.device)
         taking = Taking(self.label, form.size[0] if form.scaled else 0, form.colour, form.longest)
         parts = [load_examples(source, taking).with_classes(form.classes) for source in self.examples]
@@ -172,6 +174,7 @@ class ClassifyPredict(Quiet):
         import numpy as np
 
         from ..data.sound import pcm_blocks, sound_blocks, wav_blocks
+        from ..data.sources import standard_input
         from ..evaluation.classification import decisions
 
         size = max(1, round(form.rate * self.every / 1000 / form.patch)) * form.patch
@@ -180,9 +183,9 @@ class ClassifyPredict(Quiet):
         if file != "-":
             blocks = sound_blocks(file, form.rate, size)
         elif self.raw:
-            blocks = pcm_blocks(sys.stdin.buffer, size)
+            blocks = pcm_blocks(standard_input(), size)
         else:
-            blocks = wav_blocks(sys.stdin.buffer, form.rate, size)
+            blocks = wav_blocks(standard_input(), form.rate, size)
         took = []
         for decision in decisions(model, form, blocks):
             took.append(decision.seconds)

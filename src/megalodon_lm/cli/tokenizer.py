@@ -33,21 +33,28 @@ class Tokenizer(Quiet):
         from ..data.sources import find_files
         from ..data.spans import spans
         from ..data.subword import train_bpe
+        from ..errors import InputError
         from ..files import TOKENIZER, check_writable, write_atomically
         from .progress import console
 
         check_writable(self.out, TOKENIZER)
         reader = DocumentReader(self.field, self.encoding)
-        found = find_files(self.sources)
+        found, documents = find_files(self.sources), 0
 
         def texts() -> Iterator[str]:
+            nonlocal documents
             for path in found.files:
                 for document in reader.documents(Part(str(path), 0, -1, 0)):
+                    documents += 1
                     assert not isinstance(document.content, list)
                     blocks = (block.decode() for block in document.content)
                     yield from (span for _, span in spans(blocks))
 
-        write_atomically(self.out, train_bpe(texts(), self.vocab_size))
+        trained = train_bpe(texts(), self.vocab_size)
+        if not documents:
+            why = "".join(f"; {told(fault)}" for fault in reader.faults[:1])
+            raise InputError(f"there is no text in {', '.join(self.sources)}{why}")
+        write_atomically(self.out, trained)
         if found.left_out:
             console.print(str(found))
         for fault in reader.faults[:10]:

@@ -62,7 +62,8 @@ class Texts:
             self._folder = Path(tempfile.mkdtemp(prefix="megalodon-"))
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
             self._items = [(name, self._kept(number, item)) for number, (name, item) in enumerate(self._items)]
-        self.num_bytes = None if pipes and streams == "once" else sum(_size(item) for _, item in self._items)
+        self._sizes = [_size(item) for _, item in self._items]  # the files may be gone when they were read
+        self.num_bytes = None if pipes and streams == "once" else sum(self._sizes)
         """As stored, all together; None if that is not known."""
         self.name, self.num_read = "", 0
         """Of the text being read: its name, and how many bytes of it were given."""
@@ -71,12 +72,12 @@ class Texts:
     def __iter__(self) -> Iterator[Text]:
         self._finished, self._reader, count = 0, DocumentReader(), 0
         try:
-            for name, item in self._items:
+            for (name, item), size in zip(self._items, self._sizes, strict=True):
                 for blocks in [_cut(item)] if isinstance(item, bytes) else _texts(self._reader, item):
                     count += 1
                     self.name, self.num_read = name, 0
                     yield Text(name, self._counted(blocks))
-                self._finished += _size(item)
+                self._finished += size
         finally:
             if count and self._reader.faults and not self._told:
                 self._told = True

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 from .chat import Message, messages_of
 from .parquet import Table, Unreadable
 from .sources import LINES, TABLES, compression_of, is_stream, kind_of, stat_of
+from .token_text import without_halves
 from .unpacked import FileOfBlocks, Unpacked
 
 LONGEST_LINE = 1 << 28  # bytes of a JSONL line
@@ -210,13 +211,11 @@ class DocumentReader:
         return None
 
     def _mended(self, path: str, text: str, unit: str, number: int) -> str:
-        """A text without lone surrogates, which JSON can hold and UTF-8 cannot."""
-        try:
-            text.encode()
-        except UnicodeEncodeError:
+        """A text without lone surrogates, which are a fault."""
+        whole = without_halves(text)
+        if whole != text:
             self.fault(path, "lone surrogates", unit, number, "mended")
-            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return text
+        return whole
 
     def _rows(self, part: Part) -> Iterator[Document]:
         """A document a row."""
@@ -264,6 +263,11 @@ def parts_of(path: Path, largest: int) -> Iterator[Part]:
             yield Part(str(path), at, min(at + largest, size), min(largest, size - at))
     else:
         yield Part(str(path), 0, -1, size)
+
+
+def place_of(path: str, document: Document) -> str:
+    """Where in its file a document begins, counted as in faults."""
+    return f"row {document.offset + 1:,}" if kind_of(Path(path)) in TABLES else f"byte {document.offset:,}"
 
 
 def told(fault: dict[str, Any]) -> str:

@@ -1,6 +1,9 @@
 """Examples with classes in files: arrays, folders of text, sound or pictures, and single ones to classify."""
 
+import os
 import re
+import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,12 +55,13 @@ def arrays(path: Path) -> Examples:
     """
     try:
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                images, labels = file["images"], file["labels"]
+            with open(path, "rb") as file:
+                both = np.load(file, allow_pickle=False)
+                images, labels = both["images"], both["labels"]
         else:
             images = np.load(path, allow_pickle=False)
             labels = np.load(path.with_name(path.name.replace("_x", "_y")), allow_pickle=False)
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, LookupError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path} holds no pictures with labels: {error}") from None
     if (
         not (images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3))
@@ -84,7 +88,7 @@ def folder(path: Path, taking: Taking) -> Examples:
     """
     kinds = {"sound": SUFFIXES, "picture": PICTURES, "text": TEXTS}
     kind_of = {suffix: kind for kind, suffixes in kinds.items() for suffix in suffixes}
-    found = {p: kind_of[p.suffix.lower()] for p in sorted(path.rglob("*")) if p.suffix.lower() in kind_of}
+    found = {p: kind_of[p.suffix.lower()] for p in _below(path) if p.suffix.lower() in kind_of}
     found = {p: kind for p, kind in found.items() if p.is_file()}
     if "sound" in found.values() or "picture" in found.values():  # a letter beside them is none of the examples
         found = {p: kind for p, kind in found.items() if kind != "text"}
@@ -111,6 +115,19 @@ def folder(path: Path, taking: Taking) -> Examples:
         for file in files
     ]
     return Examples("picture", pictures, labels, classes, names)
+
+
+def _below(path: Path) -> list[Path]:
+    """All files below a folder in the order of their paths, but hidden ones, such as in .ipynb_checkpoints."""
+
+    def refuse(error: OSError) -> None:  # a class would be missing
+        raise InputError(f"cannot read {error.filename}: {error.strerror}")
+
+    found = []
+    for where, folders, files in os.walk(path, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(where, name) for name in files if not name.startswith(".")]
+    return sorted(found)
 
 
 def _classes(files: list[Path], path: Path, label: str) -> list[str]:

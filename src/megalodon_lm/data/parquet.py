@@ -31,6 +31,8 @@ class Table:
         except ImportError:
             raise InputError(f"{path} is a Parquet file; install pyarrow to read it") from None
         self._broken = (OSError, ArrowException, MemoryError)
+        if path.is_fifo():  # which is opened twice, and waits for a writer each time
+            raise Unreadable("a pipe, from which Parquet cannot be read; write it to a file first")
         try:
             self._file = ParquetFile(path, page_checksum_verification=True)
             self.columns: list[str] = self._file.schema_arrow.names

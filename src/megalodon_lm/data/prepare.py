@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ import numpy as np
 
 from ..errors import InputError
 from ..files import check, digest, write_atomically
+from ..interrupts import spared
 from ..tables import read_sealed, write_sealed
 from .chat import ANSWERS, encode_chat
-from .documents import Document, DocumentReader, Part, parts_of, told
+from .documents import Document, DocumentReader, Part, parts_of, place_of, told
 from .shards import DOCUMENT, MANIFEST, read_manifest, token_dtype
 from .sources import Found, find_files, is_stream, stat_of
 from .tokenizer import Tokenizer, load_tokenizer
@@ -172,16 +173,24 @@ def _begin(out: Path, plan: Plan) -> None:
 
 def _run(plan: Plan, out: Path, todo: list[int], workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """Make shards in processes of their own, and yield their records as they are finished."""
+    choices = replace(plan, files=[], parts=[])  # each process gets what its shard is made of, and not all files
     if workers == 1 or len(todo) < 2:
-        yield from ((number, make_shard(plan, out, number)) for number in todo)
+        yield from ((number, make_shard(choices, _pieces(plan, number), out, number)) for number in todo)
         return
-    context = multiprocessing.get_context("spawn")
+    context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
     with ProcessPoolExecutor(min(workers, len(todo)), context, _end_with_parent) as pool:
         try:
-            pending: list[Future[dict[str, Any]]] = [pool.submit(make_shard, plan, out, number) for number in todo]
+            with spared():
+                pending: list[Future[dict[str, Any]]] = [
+                    pool.submit(make_shard, choices, _pieces(plan, number), out, number) for number in todo
+                ]
             yield from ((number, future.result()) for number, future in zip(todo, pending, strict=True))
         except BrokenProcessPool:
             raise InputError("a process was killed, perhaps for lack of memory; try fewer --workers") from None
+        except KeyboardInterrupt:
+            for worker in set(multiprocessing.active_children()) - others:  # which would go on with what they have
+                worker.terminate()
+            raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -198,10 +207,21 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, args=[parent.sentinel], daemon=True).start()
 
 
-def make_shard(plan: Plan, out: Path, number: int) -> dict[str, Any]:
+def _pieces(plan: Plan, number: int) -> list[tuple[int, Part]]:
+    """What a shard is made of: parts of files, and the number of each file."""
+    return [(file, Part(plan.files[file][0], start, stop, size)) for file, start, stop, size in plan.parts[number]]
+
+
+def make_shard(plan: Plan, pieces: list[tuple[int, Part]], out: Path, number: int) -> dict[str, Any]:
     """Write one shard and its record, which comes last and so stands for the whole.
 
     Until then its files have names of this process's own: another one may be at the same shard, with the same result.
+
+    Args:
+        plan: its choices; files and parts are not looked at.
+        pieces: see _pieces.
+        out: the folder.
+        number: of the shard.
     """
     tokenizer, reader = load_tokenizer(plan.tokenizer), DocumentReader(plan.field, plan.encoding, plan.chats)
     name = f"{number:05d}"
@@ -211,10 +231,10 @@ def make_shard(plan: Plan, out: Path, number: int) -> dict[str, Any]:
     try:
         with contextlib.ExitStack() as stack:
             tokens_file, documents_file, *rest = opened = [stack.enter_context(unfinished[n].open("wb")) for n in names]
-            for file, start, stop, size in plan.parts[number]:
-                part, lines, faults = Part(plan.files[file][0], start, stop, size), reader.lines, len(reader.faults)
+            for file, part in pieces:
+                lines, faults = reader.lines, len(reader.faults)
                 for document in reader.documents(part):
-                    for tokens, answers in _encoded(tokenizer, document):
+                    for tokens, answers in _encoded(tokenizer, document, part.path):
                         tokens_file.write(tokens.astype(plan.dtype).tobytes())
                         record["tokens"] += len(tokens)
                         if answers is not None:
@@ -225,26 +245,37 @@ def make_shard(plan: Plan, out: Path, number: int) -> dict[str, Any]:
                 for fault in reader.faults[faults:]:
                     fault["part"] = len(record["lines"])
                 record["lines"].append(reader.lines - lines)
-            for file in opened:
-                file.flush()
-                os.fsync(file.fileno())
+            for stream in opened:
+                stream.flush()
+                os.fsync(stream.fileno())
         record["files"] = {n: digest(unfinished[n]) for n in names}
         for n in names:
             os.replace(unfinished[n], out / n)
     except OSError as error:
         raise InputError(f"cannot write the shard {out / name}: {error.strerror or error}") from None
+    finally:  # what is left would take the room that the next try needs
+        for path in unfinished.values():
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
     record |= {"faults": reader.faults, "unlisted": reader.unlisted}
     write_sealed(out / f"{name}.json", record)
     return record
 
 
-def _encoded(tokenizer: Tokenizer, document: Document) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """The begin token and what follows it, piece by piece; of a chat also which tokens are answers."""
-    if isinstance(document.content, list):
-        yield encode_chat(document.content, tokenizer)
-        return
-    yield np.array([tokenizer.begin]), None
-    yield from ((tokens, None) for tokens in tokenizer.encode_blocks(document.content))
+def _encoded(tokenizer: Tokenizer, document: Document, path: str) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """The begin token and what follows it, piece by piece; of a chat also which tokens are answers.
+
+    Raises:
+        InputError: the tokenizer refuses it; with the place of the document, which may be one of millions.
+    """
+    try:
+        if isinstance(document.content, list):
+            yield encode_chat(document.content, tokenizer)
+            return
+        yield np.array([tokenizer.begin]), None
+        yield from ((tokens, None) for tokens in tokenizer.encode_blocks(document.content))
+    except InputError as error:
+        raise InputError(f"{path}, {place_of(path, document)}: {error}") from None
 
 
 def _done(out: Path, number: int) -> dict[str, Any] | None:
@@ -296,13 +327,13 @@ def _faults(plan: Plan, records: list[dict[str, Any]]) -> Iterator[dict[str, Any
     """All faults, their lines counted from the beginning of the file instead of that of its part."""
     before = 0
     for parts, record in zip(plan.parts, records, strict=True):
-        for number, (_, start, _, _) in enumerate(parts):
-            before = before if start else 0
-            for fault in record["faults"]:
-                if fault["part"] == number:
-                    whole = fault | ({"line": fault["line"] + before} if "line" in fault else {})
-                    yield {key: value for key, value in whole.items() if key != "part"}
-            before += record["lines"][number]
+        lines = []  # of its file, before each part
+        for (_, start, _, _), count in zip(parts, record["lines"], strict=True):
+            lines.append(before if start else 0)
+            before = lines[-1] + count
+        for fault in record["faults"]:
+            whole = fault | ({"line": fault["line"] + lines[fault["part"]]} if "line" in fault else {})
+            yield {key: value for key, value in whole.items() if key != "part"}
 
 
 def _first_fault(plan: Plan, records: dict[int, dict[str, Any]]) -> str:

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from ..errors import InputError
 
 SUFFIXES = (".wav", ".flac", ".ogg")
-UNKNOWN_LENGTH = 0x7FFFFF00  # bytes; what is announced while a recording goes on is about so many or more
+UNKNOWN_LENGTH = 0x7FFFEF00  # bytes; what is announced while a recording goes on is about so many (sox) or more
+UNKNOWN_FRAMES = (1 << 63) - 1  # as soundfile has them
 
 
 def read_sound(path: str | Path, rate: int) -> NDArray[np.float32]:
@@ -46,6 +47,8 @@ def sound_blocks(path: str | Path, rate: int, size: int = 0) -> Iterator[NDArray
                 raise InputError(f"{name} is truncated: {missing:,} bytes of its samples are missing; copy it again")
             if not file.frames:
                 raise InputError(f"{name} holds no samples")
+            if file.frames == UNKNOWN_FRAMES:  # FLAC, which the library cannot read to its end then
+                raise InputError(f"{name} does not say how many samples it has; convert it to WAV")
             left = file.frames
             while len(block := file.read(size or -1, dtype="float32")):
                 left -= len(block)
@@ -71,16 +74,22 @@ def _unreadable(name: str, error: Exception) -> InputError:
 
 def _missing_bytes(path: Path) -> int:
     """Bytes of samples that a WAV file announces and has not, which the library passes over; 0 for other files."""
-    size = path.stat().st_size
+    size, large = path.stat().st_size, 0
     with open(path, "rb") as file:
-        if file.read(4) != b"RIFF":
+        if file.read(4) not in (b"RIFF", b"RF64"):
             return 0
         file.seek(12)
         while len(header := file.read(8)) == 8:
             name, length = struct.unpack("<4sI", header)
             if name == b"data":
-                unknown = length >= 0xFFFFFFFF - 0xFF  # written while it was recorded
+                if large and length == 0xFFFFFFFF:
+                    return max(0, file.tell() + large - size)
+                # written while it was recorded, or to a pipe
+                unknown = UNKNOWN_LENGTH <= length <= 1 << 31 or length >= 0xFFFFFFFF - 0xFF
                 return 0 if unknown else max(0, file.tell() + length - size)
+            if name == b"ds64" and len(lengths := file.read(16)) == 16:  # of RF64: what 32 bits cannot hold
+                large = struct.unpack("<8xQ", lengths)[0]
+                length -= 16
             file.seek(length + length % 2, 1)
     return 0
 

@@ -9,6 +9,7 @@ import stat
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -71,7 +72,18 @@ def stat_of(path: Path) -> os.stat_result:
 
 def stored(path: Path) -> BinaryIO:
     """The bytes of a file as they are stored, or standard input."""
-    return sys.stdin.buffer if path == STANDARD_INPUT else path.open("rb")
+    return standard_input() if path == STANDARD_INPUT else path.open("rb")
+
+
+def standard_input() -> BinaryIO:
+    """Standard input, made to wait for what is to come: a program that shares it may have left it without that.
+
+    A pause would then look like its end.
+    """
+    stream = sys.stdin.buffer
+    with suppress(AttributeError, OSError):  # on Windows, and of what is no file
+        os.set_blocking(stream.fileno(), True)
+    return stream
 
 
 def is_stream(path: Path) -> bool:
@@ -141,7 +153,7 @@ def _inside(folder: Path, avoid: Path | None) -> Iterator[tuple[Path, str]]:
 
 def _passed_by(folder: Path, avoid: Path | None) -> str:
     """Why a folder within a folder is not entered, or nothing."""
-    if folder.is_symlink():
+    if os.path.islink(folder):  # False where it cannot be looked at
         return "a link to a folder"
     if folder.name.startswith("."):
         return "hidden"
@@ -154,10 +166,13 @@ def _reason(path: Path) -> str:
     """Why a file within a folder is left out, or nothing."""
     if path.name.startswith("."):
         return "hidden"
-    if not path.exists():
-        return "a broken link"
-    if not stat.S_ISREG(path.stat().st_mode):
-        return "not a file"
+    try:
+        if not path.exists():
+            return "a broken link"
+        if not stat.S_ISREG(path.stat().st_mode):
+            return "not a file"
+    except PermissionError:  # of its folder
+        return CLOSED
     if not kind_of(path):
         return f"of unknown kind {''.join(path.suffixes[-1:]) or 'without a suffix'}"
     return _unreadable(path)
@@ -175,4 +190,4 @@ def _unreadable(path: Path) -> str:
 
 
 def _is_made(folder: Path) -> bool:
-    return any(all((folder / name).exists() for name in names) for names in MADE)
+    return any(all(os.path.exists(folder / name) for name in names) for names in MADE)  # False of a closed folder

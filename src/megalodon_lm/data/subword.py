@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import InputError
 from ..files import write_atomically
 from .spans import encode_in_spans
-from .token_text import byte_level, byte_of, text_of
+from .token_text import byte_level, byte_of, text_of, without_halves
 from .tokenizer_json import BEGIN_NAMES, END_NAMES, Description
 from .tokenizer_record import write_record
 
@@ -66,7 +66,7 @@ class _Subwords(ABC):
 
     def encode(self, text: str | bytes, begin: bool = False) -> np.ndarray:
         """Text to int64 tokens (L,); bytes are UTF-8, and what is not valid becomes U+FFFD."""
-        text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+        text = text.decode("utf-8", "replace") if isinstance(text, bytes) else without_halves(text)
         parts = [np.array(ids, np.int64) for ids in encode_in_spans([text], self._ids)]
         return np.concatenate([np.array([self.begin] * begin, np.int64), *parts])
 

@@ -74,6 +74,15 @@ def text_of(subwords: Subwords, after: int | None) -> Callable[[int], bytes]:
     return add
 
 
+def without_halves(text: str) -> str:
+    """A text with U+FFFD for lone surrogates: halves of characters, which JSON can hold and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 def byte_of(piece: str) -> bytes | None:
     """The byte of a piece such as <0x0A>; None of other subwords."""
     found = _BYTE.fullmatch(piece)

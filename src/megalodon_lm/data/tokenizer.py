@@ -8,6 +8,7 @@ import numpy as np
 
 from ..architectures import load_config
 from ..errors import InputError
+from .token_text import without_halves
 from .tokenizer_record import RECORD, read_record, write_record
 
 BEGIN, END, PAD = 256, 257, 258
@@ -34,7 +35,10 @@ class Tokenizer(Protocol):
         """Identifies the map."""
 
     def encode(self, text: str | bytes, begin: bool = False) -> np.ndarray:
-        """Text to int64 tokens (L,), none of them special, but the begin token first if asked for; bytes are UTF-8."""
+        """Text to int64 tokens (L,), none of them special, but the begin token first if asked for.
+
+        Bytes are UTF-8. A string may hold half a character, which becomes U+FFFD.
+        """
 
     def encode_blocks(self, blocks: Iterable[bytes]) -> Iterator[np.ndarray]:
         """The tokens of a text that comes in blocks of bytes, in constant memory, however it is cut into blocks."""
@@ -80,7 +84,7 @@ class ByteTokenizer:
             text: a string is taken as UTF-8.
             begin: put the begin token first.
         """
-        raw = text.encode("utf-8") if isinstance(text, str) else text
+        raw = without_halves(text).encode("utf-8") if isinstance(text, str) else text
         tokens = np.frombuffer(raw, np.uint8).astype(np.int64)
         return np.concatenate([[BEGIN], tokens]) if begin else tokens
 

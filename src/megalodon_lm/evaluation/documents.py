@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..data.token_text import without_halves
 from ..errors import InputError, nearest
 from ..generation.context import Context
 from ..training.memory import forget_peak, resident
@@ -175,7 +176,7 @@ class DocumentRun:
         """To each question of a document, in their order."""
         encode, task = self.reader.tokenizer.encode, self.task
         text, tails = encode(document.text), [encode(self._asked(question)) for question in document.questions]
-        bytes_per_token = max(1, len(document.text.encode())) / max(1, len(text))
+        bytes_per_token = max(1, len(without_halves(document.text).encode())) / max(1, len(text))
         written = round(task.answer_bytes / bytes_per_token)
         choices = [[encode(f" {choice}") for choice in question.choices] for question in document.questions]
         longest = max(written, *(len(choice) for each in choices for choice in each), 1)
@@ -224,7 +225,9 @@ class DocumentRun:
 
     def _chosen(self, question: Question, context: Context, choices: list[np.ndarray]) -> Answer:
         likelihoods = [score.log_likelihood for score in self.reader.score(context, choices)]
-        by_length = [v / max(1, len(c.encode())) for v, c in zip(likelihoods, question.choices, strict=True)]
+        by_length = [
+            v / max(1, len(without_halves(c).encode())) for v, c in zip(likelihoods, question.choices, strict=True)
+        ]
         right = question.choices.index(question.references[0])
         scores = {"acc": float(np.argmax(likelihoods) == right), "acc_norm": float(np.argmax(by_length) == right)}
         return Answer(question.id, question.choices[int(np.argmax(by_length))], scores, tuple(likelihoods))

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -121,8 +122,8 @@ def _zipped(task: DocumentTask, path: Path, split: Split) -> Iterator[dict[str, 
                 raise InputError(f"{path} holds no {split}.jsonl")
             with archive.open(member) as raw:
                 yield from _parsed(io.TextIOWrapper(raw, encoding="utf-8"), path)
-    except (OSError, zipfile.BadZipFile, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
+    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {str(error) or 'it ends too early'}") from None
 
 
 def _from_hub(task: DocumentTask) -> Path:
