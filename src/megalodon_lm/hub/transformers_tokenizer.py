@@ -10,6 +10,7 @@ from jinja2.exceptions import TemplateError
 
 from ..data.chat import Message
 from ..data.subword import SubwordTokenizer
+from ..data.token_text import without_halves
 from ..errors import InputError
 
 
@@ -75,4 +76,4 @@ class TransformersTokenizer(SubwordTokenizer):
 
     def encode_chat_text(self, text: str) -> np.ndarray:
         """The tokens of a text (L,) int64, with the special tokens that are spelt in it, and no others."""
-        return np.array(self._theirs.encode(text, add_special_tokens=False), np.int64)
+        return np.array(self._theirs.encode(without_halves(text), add_special_tokens=False), np.int64)
