@@ -32,6 +32,7 @@ from rich.table import Table
 from megalodon_lm.data.corpus import Texts
 from megalodon_lm.data.shards import read_manifest
 from megalodon_lm.files import digest, write_atomically
+from megalodon_lm.processors import num_processors
 
 POLL = 0.1  # seconds
 PARAGRAPHS = 40  # of a document, at most
@@ -214,7 +215,7 @@ def main() -> None:
             write_text(text, size, arguments.seed)
         found = {tokenizer: measure(arguments, tokenizer, texts) for tokenizer in arguments.tokenizer}
     for tokenizer, of_one in found.items():
-        console.print(show(tokenizer, of_one, arguments.workers or os.cpu_count() or 1))
+        console.print(show(tokenizer, of_one, arguments.workers or num_processors()))
     if arguments.json:
         figures = [{"tokenizer": Path(name).name, **of_one} for name, of_one in found.items()]
         write_atomically(arguments.json, json.dumps(figures, indent=2) + "\n")

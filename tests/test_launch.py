@@ -20,6 +20,7 @@ from megalodon_lm.generation.context import Context
 from megalodon_lm.parallel import launch
 from megalodon_lm.parallel.launch import LOST
 from megalodon_lm.parallel.mesh import MeshSizes
+from megalodon_lm.processors import num_processors
 from megalodon_lm.training.checkpoint import checkpoints, step_of
 
 from .processes import wait_until
@@ -91,6 +92,14 @@ def test_the_example_for_kubernetes_parses():
     at = command.index("megalodon_lm")
     check(command[1:at], command[at + 1 :])
     assert f"--nnodes={job['parallelism']}" in command
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system holds no process to some processors")
+def test_a_job_that_is_held_to_one_processor_plans_with_one():
+    held = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
+    asked = f"{held}; from megalodon_lm.processors import num_processors; print(num_processors())"
+    assert subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout == "1\n"
+    assert num_processors() == len(os.sched_getaffinity(0))
 
 
 def failures(*codes):

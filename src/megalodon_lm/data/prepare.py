@@ -19,6 +19,7 @@ import numpy as np
 from ..errors import InputError
 from ..files import check, digest, write_atomically
 from ..interrupts import spared
+from ..processors import num_processors
 from ..tables import read_sealed, write_sealed
 from .chat import ANSWERS, encode_chat
 from .documents import Document, DocumentReader, Part, parts_of, place_of, told
@@ -119,7 +120,7 @@ def prepare(
     progress.earlier = progress.done
     if any(map(is_stream, found.files)):
         workers = 1  # no other process can open them
-    for number, record in _run(plan, out, todo, workers or os.cpu_count() or 1):
+    for number, record in _run(plan, out, todo, workers or num_processors()):
         count(number, record)
     useless = ""
     if not progress.tokens:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RankLost
+from ..processors import num_processors
 
 LAUNCHED = "MEGALODON_LAUNCHED"
 """Set for ranks that a command started: it says itself how they were lost."""
@@ -48,7 +49,7 @@ def launch(arguments: Sequence[str], ranks: int, restarts: int = 0) -> int:
         if name.startswith("torch.distributed.elastic"):  # each with a level of its own; what went wrong is said below
             logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ |= {LAUNCHED: "1"}
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_processors() // ranks)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(PATIENCE))
     with tempfile.TemporaryDirectory(prefix="megalodon-ranks-") as logs:
         config = LaunchConfig(
