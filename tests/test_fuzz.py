@@ -20,6 +20,7 @@ import traceback
 from pathlib import Path
 from typing import get_args
 
+import numpy
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -27,14 +28,13 @@ import torch
 import zstandard
 
 from megalodon_lm import Megalodon, ModelConfig
-from megalodon_lm.cli.commands import Command
+from megalodon_lm.cli.commands import COMMANDS, Command
 from megalodon_lm.cli.main import main
 from megalodon_lm.training.recipe import DataRecipe, TrainingRecipe
 
 from .processes import HANGS
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
     pytest.mark.filterwarnings("always::megalodon_lm.errors.InputNote"),  # what commands say in one line
 ]
@@ -65,6 +65,18 @@ validate_bytes = 50
 """
 WORDS = RECIPE.replace('"corpus", ', "").replace("[training]", 'tokenizer = "tokenizer.json"\n[training]')
 WORDS = WORDS.replace("[data]", "vocab_size = 270\n[data]")
+CLASSES = """
+[model]
+size = "encoder_tiny"
+[data]
+train = ["pictures.npz"]
+validation = ["pictures.npz"]
+[training]
+steps = 2
+batch_size = 4
+warmup_steps = 1
+validate_steps = 1
+"""
 ODD = [
     "", " ", "-", "--", "-1", "0", "1", "2", "1.5", "1e308", "-1e308", "1e400", "nan", "inf", "-inf", "true", "None",
     "[]", "{}", "[", "99999999999999999999", "4294967296", "0x10", "\u0663", "\u00e9\n", "\x1b[31m", "[/b]", "{x}",
@@ -100,8 +112,12 @@ USUAL = {
     "chat": ["model", "--max-tokens", "3"],
     "state": ["show", "book.state"],
     "evaluate": ["perplexity", "model", "text.txt", "--contexts", "8", "0"],
+    "compare": ["compare_tiny", "--out", "runs", "--report", "new"],
+    "classify": ["train", "classes.toml", "--out", "new"],
     "bench": ["--quick", "--model", "tiny", "--peers", "itself", "--measures", "decode", "--lengths", "16"],
     "info": ["model"],
+    "plan": ["--model", "tiny", "--context", "64", "--gpus", "2"],
+    "convert": ["model", "--to", "official", "--out", "new"],
 }
 """A command line of each command that succeeds, and takes little."""
 USES = {
@@ -111,6 +127,7 @@ USES = {
         ["generate", "model", "--state", "book.state", "--max-tokens", "2"],
         ["evaluate", "perplexity", "model", "text.txt", "--contexts", "0"], ["chat", "model", "--max-tokens", "2"],
         ["train", "recipe.toml", "--out", "new", "--set", "training.begin_from=model"],
+        ["convert", "model", "--to", "official", "--out", "new"], ["plan", "--model", "model", "--context", "64"],
     ],
     "book.state": [
         ["state", "show", "book.state"], ["generate", "model", "--state", "book.state", "--max-tokens", "2"],
@@ -153,7 +170,15 @@ USES = {
         ["tokenizer", "train", "table.parquet", "--out", "new.json", "--vocab-size", "270"],
         ["read", "model", "table.parquet", "--save", "n.state"],
     ],
-    "recipe.toml": [["train", "recipe.toml", "--out", "new"], ["info", "recipe.toml"]],
+    "pictures.npz": [["classify", "train", "classes.toml", "--out", "new"]],
+    "classes/": [
+        ["classify", "evaluate", "classes", "pictures.npz"], ["classify", "predict", "classes", "noise.bin"],
+        ["classify", "train", "classes.toml", "--out", "classes", "--resume", "auto", "--set", "training.steps=3"],
+    ],
+    "recipe.toml": [
+        ["train", "recipe.toml", "--out", "new"], ["info", "recipe.toml"],
+        ["plan", "--model", "recipe.toml", "--context", "64"],
+    ],
 }  # fmt: skip
 """What reads each file or folder."""
 
@@ -221,6 +246,8 @@ def world(tmp_path_factory):
     (world / "loop").symlink_to("loop")
     (world / "recipe.toml").write_text(RECIPE)
     (world / "words.toml").write_text(WORDS)
+    (world / "classes.toml").write_text(CLASSES)
+    numpy.savez("pictures.npz", images=numpy.arange(768, dtype=numpy.uint8).reshape(12, 8, 8), labels=[0, 1, 2] * 4)
     table = pyarrow.table({"text": ["Once upon a time", "the shark swam", "\u00e9"] * 9})
     pyarrow.parquet.write_table(table, "table.parquet", row_group_size=5)
     (world / "lines.jsonl.zst").write_bytes(zstandard.compress((world / "lines.jsonl").read_bytes()))
@@ -234,6 +261,7 @@ def world(tmp_path_factory):
         ["generate", "model", "--prompt", "Once", "--max-tokens", "3"],
         ["evaluate", "perplexity", "model", "text.txt", "--contexts", "8", "0"],
         ["train", "words.toml", "--out", "run", "--set", "training.checkpoint_steps=1"],
+        ["classify", "train", "classes.toml", "--out", "classes"],
     ):
         main(command)
     yield world
@@ -395,6 +423,11 @@ def faults(code, printed):
             yield sign
 
 
+def test_every_command_is_tried():
+    assert set(USUAL) == set(COMMANDS)
+
+
+@pytest.mark.slow
 def test_nothing_ends_in_a_traceback(world, tmp_path, request):
     only = request.config.getoption("--fuzz-seed")
     found = []

@@ -265,7 +265,7 @@ def wait_for(aim, rng, run, goal, process):
 
 @pytest.mark.parametrize(
     ("kind", "kills", "length"),
-    [("stream", 3, 60), *(pytest.param(kind, 25, 120, marks=pytest.mark.slow) for kind in KINDS)],
+    [("stream", 3, 60), *(pytest.param(kind, 25, 240, marks=pytest.mark.slow) for kind in KINDS)],
 )
 def test_killed_at_random_moments_the_run_ends_the_same(kind, kills, length, nursery, tmp_path):
     """Real processes. Beginnings, steps, checkpoints every other step, and the loader's thread are hit as they come."""
