@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,6 +27,12 @@ class Raising:
         raise self.error
 
 
+def raised(call):
+    with pytest.raises((RuntimeError, ValueError)) as found:
+        call()
+    return found.value
+
+
 @pytest.mark.parametrize(
     ("error", "code", "says"),
     [
@@ -38,6 +45,8 @@ class Raising:
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, "not enough memory; lower"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, "not enough memory; lower"),
         (RuntimeError("could not create a primitive"), 2, "not enough memory; lower"),
+        (raised(lambda: torch.empty(2**62, 2)), 2, "not enough memory; lower"),
+        (raised(lambda: np.empty((2**62, 2))), 2, "not enough memory; lower"),
         (RuntimeError("sizes differ"), 1, "this is a fault of megalodon"),
         (OSError(errno.ENOSPC, "No space left on device", "x.state"), 2, "error: x.state: No space left on device\n"),
         (FileNotFoundError(errno.ENOENT, "No such file", "own.bin"), 1, "this is a fault of megalodon"),

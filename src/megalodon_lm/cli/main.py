@@ -23,9 +23,9 @@ OF_THE_MACHINE = {
 
 NO_MEMORY = (
     "out of memory", "can't allocate memory", "not enough memory", "bad_alloc",
-    "could not create a primitive", "can't start new thread",
+    "could not create a primitive", "can't start new thread", "Storage size calculation overflowed", "array is too big",
 )  # fmt: skip
-"""What PyTorch's allocators, oneDNN and Python say then."""
+"""What PyTorch's allocators, oneDNN, Python and NumPy say then."""
 
 KEPT_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "256"}
 """Shapes for which oneDNN and PyTorch keep a prepared product, some megabytes each. Their own 1,024 fill gigabytes
@@ -129,7 +129,7 @@ def _verdict(error: BaseException) -> tuple[int, str]:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    said = isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+    said = isinstance(error, RuntimeError | ValueError) and any(words in str(error) for words in NO_MEMORY)
     return said or isinstance(error, MemoryError)
 
 
