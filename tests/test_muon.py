@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megalodon_lm import Megalodon, ModelConfig
+from megalodon_lm.training import muon
 from megalodon_lm.training.muon import Muon, orthogonalized
 from megalodon_lm.training.optimizer import build_optimizer
 from megalodon_lm.training.recipe import TrainingRecipe
@@ -16,13 +17,38 @@ def test_orthogonalised_is_the_direction_of_the_singular_vectors(shape, dtype, w
     matrix = torch.randn(shape, dtype=torch.float64)
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     matrix = u @ torch.diag(s.clamp(min=s.max() / 10)) @ v
-    found = orthogonalized(matrix.float(), dtype)
+    found = orthogonalized(matrix.float()[None], dtype)[0]
     assert found.dtype == torch.float32
     assert torch.linalg.matrix_norm(found.double() - u @ v, 2) < within
 
 
 def test_zeros_stay_zeros():
-    assert torch.equal(orthogonalized(torch.zeros(4, 6), torch.float32), torch.zeros(4, 6))
+    assert torch.equal(orthogonalized(torch.zeros(1, 4, 6), torch.float32), torch.zeros(1, 4, 6))
+
+
+def test_matrices_of_one_shape_move_together_as_each_alone(monkeypatch):
+    shapes = [(6, 4), (4, 6), (6, 4), (6, 4), (8, 8), (6, 4)]
+    monkeypatch.setattr(muon, "TOGETHER", 3 * 24)
+    counts, found = [], []
+    together = muon.orthogonalized
+    monkeypatch.setattr(muon, "orthogonalized", lambda x, dtype: counts.append(len(x)) or together(x, dtype))
+    for groups in ([shapes], [[shape] for shape in shapes]):
+        generator = torch.Generator().manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+        optimizers = []
+        for start in range(0, len(shapes), len(groups[0])):
+            part = weights[start : start + len(groups[0])]
+            group = {"params": part, "matrices": True, "momentum": 0.9, "lr": 0.1, "weight_decay": 0.5}
+            optimizers.append(Muon([group], torch.float32))
+        for _ in range(3):
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape, generator=generator)
+            for optimizer in optimizers:
+                optimizer.step()
+        found.append(weights)
+    assert counts == [3, 1, 1, 1] * 3 + [1] * 6 * 3
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_steps_follow_the_definition():

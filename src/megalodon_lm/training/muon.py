@@ -1,6 +1,7 @@
 """Muon for the matrices of a model, AdamW for everything else, as one optimiser."""
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,23 +19,37 @@ _STEPS = (
 _MARGIN = 1.01  # of the norm, so that rounding leaves no singular value above 1
 
 
-def orthogonalized(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """About U V^T of the singular value decomposition U S V^T: S from 0.01 of its norm up ends in 0.73 to 1.27.
+TOGETHER = 1 << 20  # elements of matrices that are orthogonalised together, unless one has more
+
+
+def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """About U V^T of singular value decompositions U S V^T: S from 0.01 of its norm up ends in 0.73 to 1.27.
 
     Args:
-        matrix: (M, N).
+        matrices: (K, M, N).
         dtype: of the products.
 
     Returns:
-        (M, N) float32.
+        (K, M, N) float32.
     """
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if tall else matrix).to(dtype)
-    x = x / (x.norm() * _MARGIN + torch.finfo(torch.float32).tiny)
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = (matrices.mT if tall else matrices).to(dtype)
+    x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) * _MARGIN + torch.finfo(torch.float32).tiny)
     for a, b, c in _STEPS:
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.T if tall else x).float()
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).float()
+
+
+def _alike(weights: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Those of one shape together: small products take longer to start than to do."""
+    shapes = defaultdict(list)
+    for weight in weights:
+        shapes[weight.shape].append(weight)
+    for shape, alike in shapes.items():
+        most = max(1, TOGETHER // max(1, shape.numel()))
+        for i in range(0, len(alike), most):
+            yield alike[i : i + most]
 
 
 class Muon(torch.optim.AdamW):
@@ -70,18 +85,24 @@ class Muon(torch.optim.AdamW):
                 loss = closure()
         for group in self.param_groups:
             if group.get("matrices"):
-                for weight in group["params"]:
-                    if weight.grad is not None:
-                        self._move(weight, weight.grad, group)
-                        weight.grad = None  # so that AdamW passes it over
+                for weights in _alike(weight for weight in group["params"] if weight.grad is not None):
+                    self._move(weights, group)
         super().step()
         return loss
 
-    def _move(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[weight]
+    def _move(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        """Those of one shape; their gradients are gone then, so that AdamW passes them over."""
+        directions = orthogonalized(torch.stack([self._direction(w, group) for w in weights]), self._dtype)
+        for weight, direction in zip(weights, directions, strict=True):
+            size = group["lr"] * max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5
+            weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(held_as(direction, weight), alpha=-size)
+            weight.grad = None
+
+    def _direction(self, weight: Tensor, group: dict[str, Any]) -> Tensor:
+        """The whole of what is orthogonalised: the gradient on the way to its momentum."""
+        gradient, state = weight.grad, self.state[weight]
+        assert gradient is not None
         if not state:
             state["momentum"] = torch.zeros_like(weight)
         momentum = state["momentum"].lerp_(gradient, 1 - group["momentum"])
-        direction = orthogonalized(whole(gradient.lerp(momentum, group["momentum"])), self._dtype)
-        size = group["lr"] * max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5
-        weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(held_as(direction, weight), alpha=-size)
+        return whole(gradient.lerp(momentum, group["momentum"]))
