@@ -12,8 +12,8 @@ import megalodon_lm
 
 PACKAGE = Path(__file__).parent.parent / "src" / "megalodon_lm"
 ROWS = [
-    "errors", "files", "interrupts", "tables", "plots", "pairs", "sizing", "configuration", "config", "ops",
-    "state_spec", "state_file", "state", "layers", "model", "parallel", "baselines", "architectures", "data",
+    "errors", "files", "interrupts", "processors", "tables", "plots", "pairs", "sizing", "configuration", "config",
+    "ops", "state_spec", "state_file", "state", "layers", "model", "parallel", "baselines", "architectures", "data",
     "training", "planning", "generation", "evaluation", "benchmark", "hub", "serving", "cli", "__main__",
 ]  # fmt: skip
 
