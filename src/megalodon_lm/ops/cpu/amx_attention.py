@@ -12,7 +12,8 @@ from torch import Tensor
 from .amx import PROCESSOR, SQUARE
 from .amx_backward import KEY_STRIPS, Exchange, Queries, attend_backward
 from .amx_forward import Packed, attend
-from .amx_packing import SQUARE_WORDS, Group, Operands, Result
+from .amx_packing import SQUARE_WORDS, Result
+from .attention_operands import Group, Operands
 from .processor import multiplies_tiles
 from .simd import as_numpy
 from .team import num_threads
@@ -35,10 +36,6 @@ def _strips(lengths: np.ndarray) -> int:
     return -(-int(lengths.max()) // SQUARE)
 
 
-def _operands(*given: Tensor) -> Operands:
-    return Operands(*map(as_numpy, given))
-
-
 def _sums_of(group: Group, length: int, heads: int, sums: np.ndarray) -> np.ndarray:
     """The part (H, n) of a group in the flat sums of all."""
     n = group.end - group.begin
@@ -51,50 +48,30 @@ def _ends_in_group(ends: np.ndarray, length: int, group: Group) -> np.ndarray:
     return np.minimum(ends[group.row, at - group.before : at + group.end - group.begin], group.end) - group.begin
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keys: Tensor | None,
-    values: Tensor | None,
-    slots: Tensor,
-    groups: np.ndarray,
-    out: Tensor,
-    sums: Tensor,
-) -> None:
+def forward(given: Operands, slots: Tensor, groups: np.ndarray, out: Tensor, sums: Tensor) -> None:
     """As tiled_attention.forward."""
-    length, heads = q.shape[1:3]
-    given = _operands(q, k, v, k if keys is None else keys, v if values is None else values)
+    length, heads = given.q.shape[1:3]
+    arrays = given.arrays()
     slots_of, sums_of, target = as_numpy(slots), as_numpy(sums), as_numpy(out)
     longest = _strips(groups[:, 2] - groups[:, 1] + groups[:, 3])
-    packed = Packed(*(_words(heads * longest * SQUARE * t.shape[3] // 2) for t in (k, v)))
+    packed = Packed(*(_words(heads * longest * SQUARE * t.shape[3] // 2) for t in given[1:3]))
     for group in (Group(*row) for row in groups.tolist()):
         result = Result(target, _sums_of(group, length, heads, sums_of))
-        attend(num_threads(), tiles, given, group, slots_of[group.row, group.begin : group.end], packed, result)
+        attend(num_threads(), tiles, arrays, group, slots_of[group.row, group.begin : group.end], packed, result)
 
 
 def backward(
     grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keys: Tensor | None,
-    values: Tensor | None,
+    given: Operands,
     ends: np.ndarray,
     groups: np.ndarray,
     out: Tensor,
     sums: Tensor,
-    grad_q: Tensor,
-    grad_k: Tensor,
-    grad_v: Tensor,
-    grad_keys: Tensor,
-    grad_values: Tensor,
+    grads: Operands,
 ) -> None:
     """As tiled_attention.backward."""
-    length, heads, dk, dv = *q.shape[1:], v.shape[3]
-    if keys is None or values is None:
-        keys, values, grad_keys, grad_values = k, v, grad_k, grad_v
-    given, grads = _operands(q, k, v, keys, values), _operands(grad_q, grad_k, grad_v, grad_keys, grad_values)
+    (length, heads, dk), dv = given.q.shape[1:], given.v.shape[3]
+    arrays, written = given.arrays(), grads.arrays()
     incoming, output, sums_of = as_numpy(grad), as_numpy(out), as_numpy(sums)
     strips = heads * _strips(groups[:, 2] - groups[:, 1])  # of queries
     packed = (_words(strips * SQUARE * d // 2) for d in (dk, dv, dk, dv))
@@ -107,5 +84,5 @@ def backward(
         result = Result(output, _sums_of(group, length, heads, sums_of))
         last = _ends_in_group(ends, length, group)
         attend_backward(
-            num_threads(), tiles, incoming, given, group, last, result, queries, exchange, grads
+            num_threads(), tiles, incoming, arrays, group, last, result, queries, exchange, written
         )  # fmt: skip

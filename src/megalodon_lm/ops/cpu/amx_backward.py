@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .amx import SQUARE, clear, enter_tiles, leave_tiles, load_sums, multiply, store_sums
-from .amx_packing import SQUARE_WORDS, Group, num_strips, pack, pack_transposed, read_rows, scratch, write_rows
+from .amx_packing import SQUARE_WORDS, num_strips, pack, pack_transposed, read_rows, scratch, write_rows
+from .attention_operands import Group
 from .simd import LANES, compiled, exp, inner, load, splat, store, total
 from .team import share
 

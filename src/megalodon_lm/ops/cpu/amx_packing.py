@@ -19,26 +19,6 @@ LINE = 64  # bytes of a cache line: tiles are read fastest from its start
 SQUARE_WORDS = SQUARE * SQUARE // 2  # 32-bit words of a packed square
 
 
-class Group(NamedTuple):
-    """Tokens begin..end of a row, how many keys before them they see, and how many entries of its cache are used."""
-
-    row: int
-    begin: int
-    end: int
-    before: int
-    entries: int
-
-
-class Operands(NamedTuple):
-    """What attention takes, or the gradients of that: (B, L, H, d) of the piece, (B, n, H, d) of the entry cache."""
-
-    q: Any
-    k: Any
-    v: Any
-    keys: Any
-    values: Any
-
-
 class Result(NamedTuple):
     """What attention gives: (B, L, H, dv), and of a group (H, n) logarithms of the sums of the exponentials."""
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import attention_kernels as kernels
+from .attention_operands import Operands
 from .simd import as_numpy
 from .team import num_threads
 
@@ -38,38 +39,26 @@ def _alike(groups: np.ndarray, heads: int) -> Iterator[np.ndarray]:
             yield np.array(alike[i : i + most])
 
 
-def _packed(piece: Tensor, cached: Tensor | None, groups: np.ndarray) -> Tensor:
+def _packed(piece: Tensor, cached: Tensor, groups: np.ndarray) -> Tensor:
     """(G * H, keys before and tokens of a group, d)."""
     _, begin, end, before, _ = groups[0].tolist()
     packed = piece.new_empty(len(groups) * piece.shape[2], end - begin + before, piece.shape[3])
-    first = piece if cached is None else cached
-    kernels.pack(num_threads(), as_numpy(first), as_numpy(piece), groups, as_numpy(packed))
+    kernels.pack(num_threads(), as_numpy(cached), as_numpy(piece), groups, as_numpy(packed))
     return packed
 
 
-def _operands(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, values: Tensor | None, groups: np.ndarray
-) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
+def _together(given: Operands, groups: np.ndarray) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
     """The groups as if they saw themselves alone, and queries, keys and values."""
+    q, k, v, keys, values = given
     own = groups * (1, 1, 1, 0, 1)
-    return own, _packed(q, None, own), _packed(k, keys, groups), _packed(v, values, groups)
+    return own, _packed(q, q, own), _packed(k, keys, groups), _packed(v, values, groups)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keys: Tensor | None,
-    values: Tensor | None,
-    slots: Tensor,
-    groups: np.ndarray,
-    out: Tensor,
-    sums: Tensor,
-) -> None:
+def forward(given: Operands, slots: Tensor, groups: np.ndarray, out: Tensor, sums: Tensor) -> None:
     """As tiled_attention.forward."""
     threads, slots_of, sums_of, target = num_threads(), as_numpy(slots), as_numpy(sums), as_numpy(out)
-    for alike in _alike(groups, q.shape[2]):
-        own, qs, ks, vs = _operands(q, k, v, keys, values, alike)
+    for alike in _alike(groups, given.q.shape[2]):
+        own, qs, ks, vs = _together(given, alike)
         scores = torch.bmm(qs, ks.mT)
         kernels.softmax(threads, as_numpy(scores), slots_of, alike, 0, sums_of)
         kernels.unpack(threads, as_numpy(torch.bmm(scores, vs)), own, False, target, target)
@@ -77,32 +66,23 @@ def forward(
 
 def backward(
     grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keys: Tensor | None,
-    values: Tensor | None,
+    given: Operands,
     ends: np.ndarray,
     groups: np.ndarray,
     out: Tensor,
     sums: Tensor,
-    grad_q: Tensor,
-    grad_k: Tensor,
-    grad_v: Tensor,
-    grad_keys: Tensor,
-    grad_values: Tensor,
+    grads: Operands,
 ) -> None:
     """As tiled_attention.backward."""
     threads = num_threads()
-    output, incoming, sums_of, to_q, to_k, to_v = map(as_numpy, (out, grad, sums, grad_q, grad_k, grad_v))
-    to_keys, to_values = (to_k, to_v) if keys is None else (as_numpy(grad_keys), as_numpy(grad_values))
-    for alike in _alike(groups, q.shape[2]):
-        own, qs, ks, vs = _operands(q, k, v, keys, values, alike)
-        gs, deltas = v.new_empty(*qs.shape[:2], v.shape[3]), np.empty(qs.shape[:2], np.float32)
+    output, incoming, sums_of, to = as_numpy(out), as_numpy(grad), as_numpy(sums), grads.arrays()
+    for alike in _alike(groups, given.q.shape[2]):
+        own, qs, ks, vs = _together(given, alike)
+        gs, deltas = vs.new_empty(*qs.shape[:2], vs.shape[2]), np.empty(qs.shape[:2], np.float32)
         kernels.pack_gradient(threads, incoming, output, alike, as_numpy(gs), deltas)
         weights, scores = torch.bmm(ks, qs.mT), torch.bmm(vs, gs.mT)
-        tile = (as_numpy(weights), as_numpy(scores), ends, q.shape[1], alike, 0, 0, sums_of, deltas)
+        tile = (as_numpy(weights), as_numpy(scores), ends, given.q.shape[1], alike, 0, 0, sums_of, deltas)
         kernels.weight_gradients(threads, *tile)
-        kernels.unpack(threads, as_numpy(torch.bmm(weights, gs)), alike, True, to_values, to_v)
-        kernels.unpack(threads, as_numpy(torch.bmm(scores, qs)), alike, True, to_keys, to_k)
-        kernels.unpack(threads, as_numpy(torch.bmm(scores.mT, ks)), own, False, to_q, to_q)
+        kernels.unpack(threads, as_numpy(torch.bmm(weights, gs)), alike, True, to.values, to.v)
+        kernels.unpack(threads, as_numpy(torch.bmm(scores, qs)), alike, True, to.keys, to.k)
+        kernels.unpack(threads, as_numpy(torch.bmm(scores.mT, ks)), own, False, to.q, to.q)

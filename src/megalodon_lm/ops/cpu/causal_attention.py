@@ -16,6 +16,7 @@ from ..finite import finite_part, is_finite
 from ..windowed_attention import spoilt
 from . import amx_attention, batched_attention, tiled_attention
 from . import attention_kernels as kernels
+from .attention_operands import operands
 from .operators import form
 from .simd import as_numpy
 from .team import num_threads
@@ -72,22 +73,20 @@ def _forward(
     everywhere = num_queries.sum() == slots.numel()
     fresh = v.new_empty if everywhere else v.new_zeros
     out, sums = fresh(v.shape), fresh(slots.numel() * heads, dtype=torch.float32)
-    few = num_queries <= FEW_QUERIES
+    given, few = operands(q, k, v, keys, values), num_queries <= FEW_QUERIES
     if few.any():
         some = groups[few]
         shape = (len(some), heads, int(num_queries[few].max()), int((num_queries + groups[:, 3])[few].max()))
-        cache = [as_numpy(piece if cached is None else cached) for piece, cached in ((k, keys), (v, values))]
-        piece = [as_numpy(t) for t in (q, k, v)]
         places = (as_numpy(slots), some, np.empty(shape, np.float32))
-        kernels.attend_few(num_threads(), *piece, *cache, *places, as_numpy(out), as_numpy(sums))
+        kernels.attend_few(num_threads(), *given.arrays(), *places, as_numpy(out), as_numpy(sums))
     if not few.all():
         shares = _by_products(q, v, groups[~few])
         for module, own in shares:
-            module.forward(q, k, v, keys, values, slots, own, out, sums)
+            module.forward(given, slots, own, out, sums)
         if not is_finite(out, slots):  # products with the zeros of hidden keys
-            finite, cached = finite_part(v), None if values is None else finite_part(values)
+            finite = given._replace(v=finite_part(v), values=finite_part(given.values))
             for module, own in shares:
-                module.forward(q, k, finite, keys, cached, slots, own, out, sums)
+                module.forward(finite, slots, own, out, sums)
             out.masked_fill_(spoilt(v, values, slots), torch.nan)
     return out, sums
 
@@ -121,10 +120,11 @@ def attention_backward(
     ends, groups = _plan(slots, keys)
     everywhere = (groups[:, 2] - groups[:, 1]).sum() == slots.numel()
     grads = [q.new_empty(q.shape) if everywhere else q.new_zeros(q.shape), *(t.new_zeros(t.shape) for t in (k, v))]
-    grads += [q.new_zeros(0) if t is None else t.new_zeros(t.shape) for t in (keys, values)]
+    cached = [None if t is None else t.new_zeros(t.shape) for t in (keys, values)]
+    given, to = operands(q, k, v, keys, values), operands(*grads, *cached)
     for module, own in _by_products(q, v, groups):
-        module.backward(grad, q, k, v, keys, values, ends, own, out, sums, *grads)
-    return grads[0], grads[1], grads[2], grads[3], grads[4]
+        module.backward(grad, given, ends, own, out, sums, to)
+    return to.q, to.k, to.v, *(q.new_zeros(0) if t is None else t for t in cached)
 
 
 @attention_backward.register_fake

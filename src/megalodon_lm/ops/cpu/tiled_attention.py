@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from . import attention_kernels as kernels
+from .attention_operands import Group, Operands
 from .simd import as_numpy
 from .team import num_threads
 
 TILE_SIZE = 256  # of bf16; half as many of float32, whose scores would not fit into the second cache
-
-Group = tuple[int, int, int, int, int]  # row, first and last token, keys before them, entries of the row's cache
 
 
 def tile_size(t: Tensor) -> int:
@@ -23,14 +22,13 @@ def tile_size(t: Tensor) -> int:
     return max(1, TILE_SIZE * torch.bfloat16.itemsize // t.itemsize)
 
 
-def _by_heads(piece: Tensor, cached: Tensor | None, group: Group) -> Tensor:
+def _by_heads(piece: Tensor, cached: Tensor, group: Group) -> Tensor:
     """(H, keys before and tokens of the group, d); a view if none is cached, matrix products take its strides."""
     row, begin, end, before, entries = group
     low = begin - before
     tokens = piece[row, max(low, 0) : end].transpose(0, 1)
     if low >= 0:
         return tokens
-    assert cached is not None
     return torch.cat([cached[row, entries + low : entries].transpose(0, 1), tokens], 1)
 
 
@@ -53,33 +51,23 @@ def _return(grad: Tensor, piece: Tensor, cached: Tensor, group: Group) -> None:
         cached[row, entries + low : entries] += grad[:-low]
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keys: Tensor | None,
-    values: Tensor | None,
-    slots: Tensor,
-    groups: np.ndarray,
-    out: Tensor,
-    sums: Tensor,
-) -> None:
+def forward(given: Operands, slots: Tensor, groups: np.ndarray, out: Tensor, sums: Tensor) -> None:
     """Attention of groups of queries.
 
     Args:
-        q, k, v: (B, L, H, d), float32 or bf16.
-        keys, values: (B, n, H, d) the cache at the entry, or None.
+        given: float32 or bf16, all of one type.
         slots: (B, L), how many tokens before it a token sees.
         groups: (M, 5), M not 0: of `Group`.
         out: (B, L, H, dv), out.
         sums: (B * L * H,), out: logarithms of the softmax's sums, (H, n) for each group in turn.
     """
+    q, k, v, keys, values = given
     heads = q.shape[2]
     threads, slots_of, sums_of = num_threads(), as_numpy(slots), as_numpy(sums)
     size = tile_size(q)
     scratch = q.new_empty(int((groups[:, 2] - groups[:, 1] + groups[:, 3]).max()) * heads * size)
     for alone in np.split(groups, len(groups)):
-        group = row, begin, end, before, _ = tuple(alone[0].tolist())
+        group = row, begin, end, before, _ = Group(*alone[0].tolist())
         qs, ks, vs = q[row, begin:end].transpose(0, 1), _by_heads(k, keys, group), _by_heads(v, values, group)
         for start in range(0, end - begin, size):
             stop = min(start + size, end - begin)
@@ -92,36 +80,29 @@ def forward(
 
 def backward(
     grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keys: Tensor | None,
-    values: Tensor | None,
+    given: Operands,
     ends: np.ndarray,
     groups: np.ndarray,
     out: Tensor,
     sums: Tensor,
-    grad_q: Tensor,
-    grad_k: Tensor,
-    grad_v: Tensor,
-    grad_keys: Tensor,
-    grad_values: Tensor,
+    grads: Operands,
 ) -> None:
     """Gradients of `forward`, which those of the cache are added to.
 
     Args:
         grad: (B, L, H, dv) of the output.
-        q, k, v, keys, values, groups, out, sums: as there.
+        given, groups, out, sums: as there.
         ends: (B, entries + L), the token after the last one that sees an entry of the cache or a token.
-        grad_q, grad_k, grad_v, grad_keys, grad_values: in the shapes of their operands, out.
+        grads: of what is given, out: zero at what no token of these groups sees or is.
     """
+    q, k, v, keys, values = given
     heads, threads = q.shape[2], num_threads()
     longest = int((groups[:, 2] - groups[:, 1]).max(initial=0))
     size = tile_size(q)
     scratch = q.new_empty(2, longest * heads * size)
     output, incoming, sums_of = as_numpy(out), as_numpy(grad), as_numpy(sums)
     for alone in np.split(groups, len(groups)):
-        group = row, begin, end, before, _ = tuple(alone[0].tolist())
+        group = row, begin, end, before, _ = Group(*alone[0].tolist())
         n = end - begin
         qs, ks, vs = q[row, begin:end].transpose(0, 1), _by_heads(k, keys, group), _by_heads(v, values, group)
         gs, deltas = v.new_empty(heads, n, v.shape[-1]), np.empty((heads, n), np.float32)
@@ -130,7 +111,7 @@ def backward(
         if before:
             dk, dv = torch.empty_like(ks), torch.empty_like(vs)
         else:
-            dk, dv = (t[row, begin:end].transpose(0, 1) for t in (grad_k, grad_v))
+            dk, dv = (t[row, begin:end].transpose(0, 1) for t in grads[1:3])
         for start in range(0, before + n, size):
             stop = min(start + size, before + n)
             query = max(start - before, 0)
@@ -144,7 +125,7 @@ def backward(
             multiply(scores, qs[:, query:], dk[:, start:stop])
             for h in range(heads):
                 dq[h, query:] += scores[h].T @ ks[h, start:stop]
-        grad_q[row, begin:end] = dq.transpose(0, 1)
+        grads.q[row, begin:end] = dq.transpose(0, 1)
         if before:
-            _return(dk, grad_k, grad_keys, group)
-            _return(dv, grad_v, grad_values, group)
+            _return(dk, grads.k, grads.keys, group)
+            _return(dv, grads.v, grads.values, group)
