@@ -3,12 +3,9 @@
 import dataclasses
 import io
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
-import wave
 
 import numpy as np
 import pytest
@@ -23,23 +20,14 @@ from megalodon_lm.cli.commands import parse
 from megalodon_lm.data.example_batches import ExampleBatches, batch_of, in_order
 from megalodon_lm.data.example_files import Taking
 from megalodon_lm.data.example_sources import load_examples
-from megalodon_lm.data.examples import Form, joined
-from megalodon_lm.data.sound import read_sound, sound_blocks, wav_blocks
+from megalodon_lm.data.examples import Form
 from megalodon_lm.errors import InputError
 from megalodon_lm.evaluation.classification import Confusion, confusion, decisions, draw_confusion, probabilities
 from megalodon_lm.training.classification import Classification, ClassificationRecipe, load_form, save_form
 from megalodon_lm.training.recipe import bundled_recipes
 from megalodon_lm.training.trainer import Trainer
 
-RATE = 1000
-
-
-def write_wav(path, samples, rate=RATE, channels=1):
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(channels)
-        file.setsampwidth(2)
-        file.setframerate(rate)
-        file.writeframes((np.asarray(samples) * 32767).astype("<i2").tobytes())
+from .test_sound import RATE, write_wav
 
 
 @pytest.fixture(scope="module")
@@ -271,61 +259,6 @@ def test_a_pipeline_of_the_shell(tmp_path, hearing):
     assert [line.split("\t")[0] for line in done.stdout.splitlines()] == ["- 0.100 s", "- 0.200 s", "- 0.300 s"]
 
 
-def test_blocks_are_those_of_the_file(tmp_path):
-    write_wav(tmp_path / "x.wav", np.sin(np.arange(300) / 5))
-    with open(tmp_path / "x.wav", "rb") as stream:
-        blocks = list(wav_blocks(stream, RATE, 64))
-    assert np.array_equal(np.concatenate(blocks), read_sound(tmp_path / "x.wav", RATE))
-    assert [len(b) for b in blocks] == [len(b) for b in sound_blocks(tmp_path / "x.wav", RATE, 64)]
-
-
-def announcing(wav, length):
-    """A WAV file whose header says another number of bytes."""
-    return wav[:40] + length.to_bytes(4, "little") + wav[44:]
-
-
-@pytest.mark.parametrize("length", [0x7FFFF000, 0x7FFFFF00, 0x7FFFFFDB, 1 << 31, 0xFFFFFFFF - 36, 0xFFFFFFFF])
-def test_sound_that_was_recorded_into_a_pipe_is_read_to_its_end(length, tmp_path):
-    """As sox, arecord and ffmpeg leave it, who cannot go back to write its length: as a file, and as it comes."""
-    write_wav(tmp_path / "x.wav", np.sin(np.arange(300) / 5))
-    expected = read_sound(tmp_path / "x.wav", RATE)
-    wav = announcing((tmp_path / "x.wav").read_bytes(), length)
-    (tmp_path / "x.wav").write_bytes(wav)
-    assert np.array_equal(read_sound(tmp_path / "x.wav", RATE), expected)
-    assert np.array_equal(np.concatenate(list(wav_blocks(io.BytesIO(wav), RATE, 64))), expected)
-
-
-@pytest.mark.parametrize("length", [602, 1 << 20, 3 << 30])
-def test_sound_that_was_cut_is_refused(length, tmp_path):
-    write_wav(tmp_path / "x.wav", np.sin(np.arange(300) / 5))
-    (tmp_path / "x.wav").write_bytes(announcing((tmp_path / "x.wav").read_bytes(), length))
-    with pytest.raises(InputError, match=f"truncated: {length - 600:,} bytes of its samples are missing"):
-        read_sound(tmp_path / "x.wav", RATE)
-
-
-def test_a_large_file_that_was_cut_is_refused(tmp_path):
-    tone = np.sin(np.arange(300) / 5)
-    soundfile.write(tmp_path / "x.wav", tone, RATE, format="RF64", subtype="PCM_16")
-    whole = (tmp_path / "x.wav").read_bytes()
-    assert whole.startswith(b"RF64")
-    assert len(read_sound(tmp_path / "x.wav", RATE)) == 300
-    (tmp_path / "x.wav").write_bytes(whole[:-100])
-    with pytest.raises(InputError, match="truncated: 100 bytes of its samples are missing"):
-        read_sound(tmp_path / "x.wav", RATE)
-
-
-def test_flac_of_unknown_length_is_refused_in_words(tmp_path):
-    """As encoders write it into a pipe: the number of samples, 36 bits behind 108 of the first block, is 0."""
-    soundfile.write(tmp_path / "x.flac", np.sin(np.arange(3000) / 5), RATE)
-    flac = bytearray((tmp_path / "x.flac").read_bytes())
-    assert int.from_bytes(flac[21:26], "big") & (1 << 36) - 1 == 3000
-    flac[21:26] = bytes([flac[21] & 0xF0, 0, 0, 0, 0])
-    (tmp_path / "x.flac").write_bytes(flac)
-    for size in (0, 100):
-        with pytest.raises(InputError, match=r"x\.flac does not say how many samples it has; convert it"):
-            list(sound_blocks(tmp_path / "x.flac", RATE, size))
-
-
 def test_every_example_comes_once_in_an_epoch_whatever_was_asked_before(sounds):
     examples = load_examples(str(sounds), Taking("(high|low)_"))
     batches = ExampleBatches(examples, examples.form(), 5, seed=1)
@@ -348,91 +281,6 @@ def test_every_example_comes_once_in_an_epoch_whatever_was_asked_before(sounds):
     assert not all(torch.equal(a, batches.read([0, i]).inputs) for i, a in enumerate(second))
     everything = sorted(i for which, _ in in_order(examples, form, 7) for i in which)
     assert everything == list(range(24))
-
-
-def test_sources(tmp_path):
-    draw = np.random.default_rng(0)
-    images, labels = draw.integers(0, 256, (6, 4, 4), np.uint8), np.array([0, 1, 2, 0, 1, 2])
-    np.savez(tmp_path / "a.npz", images=images, labels=labels)
-    np.save(tmp_path / "train_x.0.npy", images)
-    np.save(tmp_path / "train_y.0.npy", labels)
-    for i, name in enumerate(["cat", "dog"]):
-        (tmp_path / "pictures" / name).mkdir(parents=True)
-        Image.fromarray(images[i]).save(tmp_path / "pictures" / name / "1.png")
-    for source in ("a.npz", "train_x.0.npy"):
-        found = load_examples(str(tmp_path / source))
-        assert np.array_equal(np.stack(found.raw), images)
-        assert found.classes == ("0", "1", "2")
-    pictures = load_examples(str(tmp_path / "pictures"))
-    assert pictures.classes == ("cat", "dog")
-    assert np.array_equal(pictures.raw[1], images[1])
-    both = joined([load_examples("pathfinder:0:4"), load_examples("pathfinder:1:3:6")])
-    assert len(both.raw) == 7
-    assert both.form().size == (32, 32)
-    assert load_examples("pathx:0:1").raw[0].shape == (128, 128)
-    assert load_examples("listops:1:2").form().input == {"input": "tokens", "vocab_size": 15, "pairs": False}
-    for wrong, message in {
-        "listops:x:2": "must be like", "listops:1:0": "must be like", str(tmp_path / "none"): "no examples in",
-        str(tmp_path / "b.npz"): "holds no pictures", str(tmp_path): "different kinds|class|pictures",
-    }.items():  # fmt: skip
-        with pytest.raises(InputError, match=message):
-            load_examples(wrong, Taking("(x)"))
-    with pytest.raises(InputError, match="class 'cat'"):
-        pictures.with_classes(["dog", "cow"])
-
-
-def test_hidden_files_are_no_examples_and_a_closed_folder_is_refused(tmp_path):
-    """A class that nobody made, or one that is missing, would change all that is learnt."""
-    for name in ("cat/1.png", "cat/.thumbnail/1.png", "dog/2.png", ".ipynb_checkpoints/1.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / name)
-    (tmp_path / "cat" / "._1.png").write_bytes(b"\0\5\x16\7")
-    found = load_examples(str(tmp_path))
-    assert found.classes == ("cat", "dog")
-    assert found.names == (str(tmp_path / "cat" / "1.png"), str(tmp_path / "dog" / "2.png"))
-    command = [sys.executable, "-c", f"from {load_examples.__module__} import *; load_examples({str(tmp_path)!r})"]
-    if os.geteuid() == 0:  # who may read everything
-        if shutil.which("setpriv") is None:
-            return
-        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
-    (tmp_path / "dog").chmod(0)
-    try:
-        said = subprocess.run(command, capture_output=True, text=True).stderr
-    finally:
-        (tmp_path / "dog").chmod(0o755)
-    assert f"InputError: cannot read {tmp_path / 'dog'}: Permission denied" in said
-
-
-def test_damaged_arrays_are_refused_wherever_the_damage_is(tmp_path):
-    images, labels = np.arange(600, dtype=np.uint8).reshape(6, 10, 10), np.arange(6)
-    with open(tmp_path / "one.npz", "wb") as file:
-        np.save(file, images)
-    with pytest.raises(InputError, match=r"one\.npz holds no pictures with labels"):
-        load_examples(str(tmp_path / "one.npz"))
-    said = []
-    for save in (np.savez, np.savez_compressed):
-        save(tmp_path / "whole.npz", images=images, labels=labels)
-        whole = (tmp_path / "whole.npz").read_bytes()
-        for at in range(0, len(whole), 7):
-            for damaged in (whole[:at], whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :]):
-                (tmp_path / "a.npz").write_bytes(damaged)
-                try:
-                    found = load_examples(str(tmp_path / "a.npz"))
-                except InputError as error:
-                    said.append(str(error))
-                else:  # the damage is in what nobody needs, such as a time
-                    assert np.array_equal(np.stack(found.raw), images)
-                    assert np.array_equal(found.labels, labels)
-    assert all("a.npz" in line for line in said)
-
-
-def test_patches_of_pictures_are_squares_and_of_sound_stretches():
-    picture = np.arange(16, dtype=np.uint8).reshape(4, 4)
-    form = Form("picture", ("a", "b"), size=(4, 4), patch=2)
-    assert form.steps(picture).tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
-    assert form.input == {"input": "patches", "patch_dim": 4, "pairs": False}
-    sound = Form("sound", ("a", "b"), rate=8, patch=2)
-    assert sound.steps(np.array([1, 2, 3], np.float32)).tolist() == [[1, 2], [3, 0]]
 
 
 def test_numbers_are_normalised_by_what_was_trained_on(sounds):
