@@ -99,6 +99,20 @@ def test_what_nobody_asks_or_answers_is_left_out(tmp_path):
     assert [question.text for question in tale.questions] == ["Who?"]
 
 
+def test_tales_in_fields_of_any_length_and_of_no_text(tmp_path):
+    """Python's reader of CSV stops at 131,072 characters by itself."""
+    tales, long = tmp_path / "fairytaleqa" / "data-by-train-split", "Once. " * 30_000
+    for kind in ("section-stories", "questions"):
+        (tales / kind / "val").mkdir(parents=True)
+    (tales / "section-stories/val/x-story.csv").write_text(f"section,text\n1,{long}\n2,The end.\n")
+    (tales / "questions/val/x-questions.csv").write_text("question_id,question,answer1,answer2\n1,Who?,he\n")
+    [tale] = load(find_task("fairytaleqa"), tmp_path)
+    assert tale == Document(f"{long}\nThe end.", [Question("x-1", "Who?", ("he",))])
+    (tales / "questions/val/x-questions.csv").write_bytes(b"question_id,question\n1,\xff\n")
+    with pytest.raises(InputError, match=r"x-questions\.csv is no CSV in UTF-8"):
+        load(find_task("fairytaleqa"), tmp_path)
+
+
 def test_archives_and_the_hub(tmp_path, monkeypatch):
     scrolls(tmp_path, "narrativeqa", [("n", "Who?\n\nTale.", "He")])
     folder = tmp_path / "narrative_qa"

@@ -124,6 +124,9 @@ def test_the_files_of_mmlus_authors(header, tmp_path):
                 lines.writerow(["question", "choice0", "choice1", "choice2", "choice3", "answer"])
             lines.writerow(["Bones?", *"wxyz", answer])
     assert asked("mmlu_anatomy", tmp_path) == asked("mmlu_anatomy", tmp_path / "hub")
+    with (tmp_path / "data" / "test" / "anatomy_test.csv").open("a", newline="") as file:
+        csv.writer(file).writerow(["Bones? " * 20_000, *"wxyz", answer])
+    assert len(asked("mmlu_anatomy", tmp_path)[0]) == 8
     definitions = Definitions(["mmlu"], tmp_path)
     found = definitions.load("mmlu")
     assert list(found["tasks"]) == ["mmlu_anatomy"]

@@ -4,6 +4,8 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megalodon_lm.ops import reference
 from megalodon_lm.ops.boundaries import Boundaries
@@ -158,6 +160,33 @@ def _total(dtype):
     with torch.no_grad():
         out, _ = chunk_attention(*case(700, dtype, 512, 32, 96)[:3], 512, 1e4)
         return (out @ torch.ones(96, 512, dtype=dtype)).abs().mean().item()
+
+
+RUNS = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 9)), min_size=1, max_size=8)
+
+
+@settings(deadline=None)
+@given(st.lists(RUNS, min_size=1, max_size=4), st.integers(0, 9))
+def test_groups_computed_together_are_alike_and_share_no_keys(rows, entries):
+    """Else threads would add gradients to one key at once. What is seen begins later from run to run."""
+    tokens = []
+    for row in rows:
+        at, first, slots = 0, -entries, []
+        for length, later in row:
+            slots.append(at - first + torch.arange(length))
+            at += length
+            first = min(first + later, at)
+        tokens.append(torch.cat(slots))
+    slots = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=-1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(causal_attention, "MERGED_KEYS", 5)
+        _, groups = causal_attention._plan(slots, torch.empty(len(rows), entries, H, DK))
+    batches = [batch.tolist() for batch in batched_attention._alike(groups, H)]
+    assert sorted(group for batch in batches for group in batch) == groups.tolist()
+    for batch in batches:
+        assert len({(end - begin, before) for _, begin, end, before, _ in batch}) == 1
+        keys = [(row, key) for row, begin, end, before, _ in batch for key in range(begin - before, end)]
+        assert len(keys) == len(set(keys))
 
 
 def test_dropout_takes_the_portable_path():

@@ -1,6 +1,5 @@
 """Where long documents and their questions come from: local files in several layouts, or the hub."""
 
-import csv
 import io
 import json
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import InputError
+from .csv_lines import csv_lines
 from .documents import Document, DocumentTask, Question
 
 Split = Literal["validation", "train"]
@@ -208,15 +208,16 @@ def _of_fairy_tales(path: Path) -> Pairs:
     for story in sorted(path.glob("*-story.csv")):
         name = story.name.removesuffix("-story.csv")
         asked = path.parent.parent / "questions" / path.name / f"{name}-questions.csv"
-        with (
-            story.open(encoding="utf-8", newline="") as sections,
-            asked.open(encoding="utf-8", newline="") as questions,
-        ):
-            text = "\n".join(section["text"] for section in csv.DictReader(sections))
-            for row in csv.DictReader(questions):
-                answers = tuple(a.strip() for k in range(1, 7) if (a := row.get(f"answer{k}") or "").strip())
-                if answers:
-                    yield text, Question(f"{name}-{row['question_id']}", row["question"], answers)
+        text = "\n".join(section["text"] for section in _named(csv_lines(story)))
+        for row in _named(csv_lines(asked)):
+            answers = tuple(a.strip() for k in range(1, 7) if (a := row.get(f"answer{k}", "").strip()))
+            if answers:
+                yield text, Question(f"{name}-{row['question_id']}", row["question"], answers)
+
+
+def _named(lines: list[list[str]]) -> list[dict[str, str]]:
+    """Lines after the first, which names the fields; a line may end early."""
+    return [dict(zip(lines[0], line, strict=False)) for line in lines[1:] if line]
 
 
 _OWN_LAYOUTS: dict[str, tuple[Callable[[Path], Pairs], dict[Split, tuple[str, ...]]]] = {

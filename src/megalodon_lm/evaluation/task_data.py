@@ -8,13 +8,13 @@ Three layouts are understood, in the folder itself or in folders under it:
   JSONL, JSON or CSV, and single files with the fields of the hub, `social_iqa.jsonl`.
 """
 
-import csv
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from .csv_lines import csv_lines
 
 Row = dict[str, Any]
 ENDINGS = (".parquet", ".jsonl", ".json", ".csv")
@@ -205,8 +205,7 @@ def _rows(path: Path, columns: Sequence[str] = ()) -> Iterable[Row]:
 
             yield from pyarrow.parquet.read_table(path).to_pylist()
         elif path.suffix == ".csv":
-            with path.open(newline="", encoding="utf-8") as file:
-                lines = list(csv.reader(file))
+            lines = csv_lines(path)
             names = lines.pop(0) if lines and (not columns or lines[0] == list(columns)) else columns
             yield from (dict(zip(names, line, strict=True)) for line in lines)
         else:
