@@ -42,7 +42,7 @@ def norm_that_forgets(where):
 
 def peak(run, where):
     """Most bytes of tensors alive at a time, forward and backward."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as measured:
         inputs, outputs = run(where)
         torch.autograd.grad(sum(t.sum() for t in outputs), inputs)
     events = [e for e in measured.profiler.kineto_results.events() if e.name() == "[memory]"]
