@@ -137,11 +137,29 @@ def test_processor_and_emulation_agree(monkeypatch):
         assert (a != b).double().mean() < 0.02
 
 
+@pytest.mark.parametrize("widths", [(18, 34), (32, 40), (40, 32)])
+@pytest.mark.parametrize("cached", [True, False])
+def test_heads_that_fill_no_square(tiles, widths, cached, monkeypatch):
+    monkeypatch.setattr(causal_attention, "MERGED_KEYS", 36)
+    fill = torch.tensor([3, 39, 0] if cached else [0, 0, 0])
+    compare(boundaries("both", B, 50), fill, case(50, torch.bfloat16, 40, *widths), 40)
+    pieces = case(50, torch.bfloat16, 40, *widths)[:3]
+    found, expected = (
+        gradients(lambda *a, of=of: of(*a, 40, 1e4)[:1], [t.to(dtype) for t in pieces])
+        for of, dtype in ((chunk_attention, torch.bfloat16), (reference.chunk_attention, torch.float64))
+    )
+    for a, e in zip(found[0] + found[1], expected[0] + expected[1], strict=True):
+        assert ((a - e).abs().max() / e.abs().max().clamp(min=1)).item() <= 3e-2
+
+
 @pytest.mark.parametrize("kind", ["none", "both"])
-def test_nan_and_infinity_reach_what_depends_on_them(tiles, kind):
+@pytest.mark.parametrize("widths", [(32, 64), (16, 24)])
+def test_nan_and_infinity_reach_what_depends_on_them(tiles, kind, widths):
+    """Also where PyTorch's own products read beyond rows that fill no tile, into the next one."""
     b, length, size = 2, 18, 8
     g = torch.Generator().manual_seed(0)
-    shapes = [(b, length, H, 32), (b, length, H, 32), (b, length, H, 64), (b, size, H, 32), (b, size, H, 64)]
+    dk, dv = widths
+    shapes = [(b, length, H, dk), (b, length, H, dk), (b, length, H, dv), (b, size, H, dk), (b, size, H, dv)]
     inputs = [torch.randn(s, generator=g) * 0.5 for s in shapes]
     where = boundaries(kind, b, length)
     for seed in range(2 * len(inputs)):

@@ -7,6 +7,7 @@ keys by the queries of a chunk.
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .amx import PROCESSOR, SQUARE
@@ -22,8 +23,24 @@ tiles = PROCESSOR  # those that kernels are compiled for
 
 
 def fits(q: Tensor, v: Tensor) -> bool:
-    """Whether these go into tiles: bf16, and widths of heads a multiple of 32."""
-    return q.dtype == torch.bfloat16 and q.shape[3] % SQUARE == 0 and v.shape[3] % SQUARE == 0 and multiplies_tiles()
+    """Whether these go into tiles: those of bf16."""
+    return q.dtype == v.dtype == torch.bfloat16 and multiplies_tiles()
+
+
+def _widened(given: Operands) -> Operands:
+    """With heads as wide as whole squares, zeros after what is there; the same tensor stays one."""
+    wide = {id(t): _wide(t) for t in given}
+    return Operands(*(wide[id(t)] for t in given))
+
+
+def _wide(t: Tensor) -> Tensor:
+    return F.pad(t, (0, -t.shape[3] % SQUARE)) if t.shape[3] % SQUARE else t
+
+
+def _narrow(wide: Tensor, t: Tensor) -> None:
+    """Bring what was made in a widened tensor back."""
+    if wide is not t:
+        t.copy_(wide[..., : t.shape[3]])
 
 
 def _words(count: int) -> np.ndarray:
@@ -50,14 +67,17 @@ def _ends_in_group(ends: np.ndarray, length: int, group: Group) -> np.ndarray:
 
 def forward(given: Operands, slots: Tensor, groups: np.ndarray, out: Tensor, sums: Tensor) -> None:
     """As tiled_attention.forward."""
+    given = _widened(given)
     length, heads = given.q.shape[1:3]
     arrays = given.arrays()
-    slots_of, sums_of, target = as_numpy(slots), as_numpy(sums), as_numpy(out)
+    wide = _wide(out)
+    slots_of, sums_of, target = as_numpy(slots), as_numpy(sums), as_numpy(wide)
     longest = _strips(groups[:, 2] - groups[:, 1] + groups[:, 3])
     packed = Packed(*(_words(heads * longest * SQUARE * t.shape[3] // 2) for t in given[1:3]))
     for group in (Group(*row) for row in groups.tolist()):
         result = Result(target, _sums_of(group, length, heads, sums_of))
         attend(num_threads(), tiles, arrays, group, slots_of[group.row, group.begin : group.end], packed, result)
+    _narrow(wide, out)
 
 
 def backward(
@@ -70,9 +90,10 @@ def backward(
     grads: Operands,
 ) -> None:
     """As tiled_attention.backward."""
+    given, wide = _widened(given), _widened(grads)
     (length, heads, dk), dv = given.q.shape[1:], given.v.shape[3]
-    arrays, written = given.arrays(), grads.arrays()
-    incoming, output, sums_of = as_numpy(grad), as_numpy(out), as_numpy(sums)
+    arrays, written = given.arrays(), wide.arrays()
+    incoming, output, sums_of = as_numpy(_wide(grad)), as_numpy(_wide(out)), as_numpy(sums)
     strips = heads * _strips(groups[:, 2] - groups[:, 1])  # of queries
     packed = (_words(strips * SQUARE * d // 2) for d in (dk, dv, dk, dv))
     queries = Queries(*packed, *(_words(strips * SQUARE).view(np.float32) for _ in range(2)))
@@ -86,3 +107,5 @@ def backward(
         attend_backward(
             num_threads(), tiles, incoming, arrays, group, last, result, queries, exchange, written
         )  # fmt: skip
+    for made, t in zip(wide, grads, strict=True):
+        _narrow(made, t)
