@@ -36,6 +36,10 @@ def gate_definition(gate, x):
     return [gate / (1 + torch.exp(-gate)) * x]
 
 
+def silu_definition(x):
+    return [x / (1 + torch.exp(-x))]
+
+
 def sum_definition(x, branch, other):
     return [x + branch + other]
 
@@ -55,13 +59,15 @@ CASES = {
     "layer": (layer_definition, draw((2, 70, 32), (32,), (32,))),
     "head": (head_definition, draw((2, 70, 3, 32), (3, 32), (3, 32))),
     "gate": (gate_definition, [10 * t for t in draw((3, 16), (3, 16))]),
+    "silu": (silu_definition, [10 * t for t in draw((3, 16))]),
     "sum": (sum_definition, draw((3, 70, 16), (3, 70, 16), (3, 70, 16))),
     "rope": (rope_definition, draw((2, 70, 2, 16))),
 }
 
 
 def implementation(name, native):
-    modules = {**dict.fromkeys(("rms", "layer", "head"), (norms, native_norms)), "gate": (gates, native_gates),
+    modules = {**dict.fromkeys(("rms", "layer", "head"), (norms, native_norms)),
+               **dict.fromkeys(("gate", "silu"), (gates, native_gates)),
                "sum": (residual, native_residual), "rope": (rotary, native_rope)}  # fmt: skip
     m = modules[name][native]
 
@@ -73,6 +79,7 @@ def implementation(name, native):
         "layer": lambda x, w, b: [of(m.layer_norm)(x, w, b, 1e-5)],
         "head": lambda z, scale, shift: [of(m.head_rms_norm)(z, scale, shift, 1e-5)],
         "gate": lambda a, x: [of(m.silu_gate)(a, x)],
+        "silu": lambda x: [of(m.silu)(x)],
         "sum": lambda x, a, b: [of(m.add_branch)(x, a, b)],
         "rope": lambda x: [m.rotate(x, SLOTS, 1e4, 80) if native else turned(x, SLOTS)],
     }[name]
@@ -132,7 +139,8 @@ def test_head_rms_norm_equals_reference():
 
 def test_gate_saturates_without_overflow():
     gate = torch.tensor([-1e4, -100.0, -88.0, 0.0, 88.0, 100.0, 1e4, 1.0] * 2)
-    assert_close([native_gates.silu_gate(gate, torch.ones(16))], [torch.nn.functional.silu(gate)], 1e-6)
+    for found in (native_gates.silu_gate(gate, torch.ones(16)), native_gates.silu(gate)):
+        assert_close([found], [torch.nn.functional.silu(gate)], 1e-6)
 
 
 @pytest.mark.parametrize("types", [(torch.float32, torch.bfloat16), (torch.bfloat16,) * 2, (torch.float32,) * 2])
@@ -151,5 +159,6 @@ def test_branches_are_added_to_the_last_bit_as_tensors_are(number, types):
 def test_operators_are_well_formed():
     x, w, b = (t.float().requires_grad_() for t in draw((2, 5, 32), (32,), (32,)))
     torch.library.opcheck(native_norms.norm_forward, (x, w, b, True, 1e-5, torch.float32))
+    torch.library.opcheck(native_gates.silu_forward, (x,))
     torch.library.opcheck(native_gates.silu_gate_forward, (x, x.detach().clone().requires_grad_()))
     torch.library.opcheck(native_residual.add_branch_forward, (x, x.detach().bfloat16(), x.detach().bfloat16()))

@@ -4,8 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megalodon_lm.ops import linear as module
-from megalodon_lm.ops.linear import linear, rounded_linear
+from megalodon_lm.ops.cpu import amx, amx_linear
+from megalodon_lm.ops.cpu import linear as native
+from megalodon_lm.ops.cpu.emulated_tiles import EMULATED
+from megalodon_lm.ops.cpu.processor import multiplies_tiles
+from megalodon_lm.ops.linear import linear
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -15,9 +18,9 @@ def test_it_is_the_product_of_what_was_rounded(shape, with_bias, dtype):
     g = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(s, generator=g) for s in (shape, (24, 40), (24,)))
     bias = bias if with_bias else None
-    with torch.inference_mode():
-        found = rounded_linear(x, weight, bias, dtype)
-        again = rounded_linear(x, weight, bias, dtype)
+    with torch.inference_mode(), torch.autocast("cpu", dtype):
+        found = linear(x, weight, bias)
+        again = linear(x, weight, bias)
     wide = [None if t is None else t.to(dtype).double() for t in (x, weight, bias)]
     expected = F.linear(*wide)
     assert found.dtype == dtype
@@ -30,8 +33,8 @@ def onednn(request, monkeypatch):
     """Whether oneDNN's products are taken in float32, however few they are."""
     if request.param and not torch.backends.mkldnn.is_available():
         pytest.skip("PyTorch has no oneDNN here")
-    monkeypatch.setattr(module, "MANY", 0)
-    monkeypatch.setattr(module, "_onednn_multiplies_float32_faster", lambda: request.param)
+    monkeypatch.setattr(native, "MANY", 0)
+    monkeypatch.setattr(native, "_onednn_multiplies_float32_faster", lambda: request.param)
     return request.param
 
 
@@ -58,7 +61,37 @@ def test_what_is_not_finite_stays_in_its_token(narrow, onednn):
     x[1, 5, 3] = torch.nan
     with torch.inference_mode():
         bias = torch.zeros(24)
-        found = rounded_linear(x, weight, bias, torch.bfloat16) if narrow else linear(x, weight, bias)
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            found = linear(x, weight, bias)
     spoilt = torch.zeros(3, 33, dtype=torch.bool)
     spoilt[1, 5] = True
     assert torch.equal(found.isnan(), spoilt[..., None].expand_as(found))
+
+
+TILES = {"emulated": EMULATED} | ({"processor": amx.PROCESSOR} if multiplies_tiles() else {})
+
+
+@pytest.mark.parametrize("tiles", TILES)
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("panel_bytes", [1 << 20, 1 << 13])
+@pytest.mark.parametrize("rows", [(1,), (2, 37), (96,)])
+def test_products_in_tiles(rows, panel_bytes, with_bias, tiles, monkeypatch):
+    """Strips that end early, several panels, and NaN that stays in its row; rows do not depend on those beside them."""
+    monkeypatch.setattr(amx_linear, "multiplies_tiles", lambda: True)
+    monkeypatch.setattr(amx_linear, "tiles", TILES[tiles])
+    monkeypatch.setattr(amx_linear, "DEEP", 64)
+    monkeypatch.setattr(amx_linear, "PANEL_BYTES", panel_bytes)
+    g = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(s, generator=g) for s in ((*rows, 96), (160, 96), (160,)))
+    bias, x = bias if with_bias else None, x.bfloat16()
+    assert amx_linear.fits(weight)
+    assert not any(map(amx_linear.fits, (weight[:40], weight[:, :80], weight[:, :32])))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        found, first = linear(x, weight, bias), linear(x.view(-1, 96)[:1], weight, bias)
+        spoilt = linear(x.masked_fill(torch.arange(x.numel()).view_as(x) == 5, torch.nan), weight, bias)
+    expected = F.linear(x.double(), weight.bfloat16().double(), None if bias is None else bias.bfloat16().double())
+    torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=1e-2)
+    found, spoilt = found.view(-1, 160), spoilt.view(-1, 160)
+    assert torch.equal(found[:1], first)
+    assert spoilt[0].isnan().all()
+    assert torch.equal(spoilt[1:], found[1:])

@@ -20,7 +20,14 @@ from megalodon_lm.ops.sliding_attention import SlidingCache
 from megalodon_lm.ops.timestep_norm import NormState
 
 from .cases import boundaries
-from .test_elementwise import gate_definition, head_definition, layer_definition, rms_definition, sum_definition
+from .test_elementwise import (
+    gate_definition,
+    head_definition,
+    layer_definition,
+    rms_definition,
+    silu_definition,
+    sum_definition,
+)
 
 for file in pkgutil.iter_modules(megalodon_lm.ops.__path__, "megalodon_lm.ops."):
     importlib.import_module(file.name)
@@ -171,6 +178,7 @@ TOKEN_OPS = {
     "rms_norm": (rms_definition, (1e-5,), draw((B, L, D), (D,))),
     "layer_norm": (layer_definition, (1e-5,), draw((B, L, D), (D,), (D,))),
     "head_rms_norm": (head_definition, (1e-5,), draw(HEADS[0], (H, 16), (H, 16))),
+    "silu": (silu_definition, (), draw((B, L, D))),
     "silu_gate": (gate_definition, (), draw((B, L, D), (B, L, D))),
     "add_branch": (sum_definition, (), draw((B, L, D), (B, L, D), (B, L, D))),
 }
@@ -180,7 +188,7 @@ BIDIRECTIONAL = {
     "sequence_norm": ((G, 1e-5), draw((B, L, D), (D,), (D,))),
     "bidirectional_attention": ((C, 1e4, "softmax"), draw(*HEADS[:3])),
 }
-ELSEWHERE = {"zero_padding", "reverse", "laplace"}  # in test_bidirectional.py and test_laplace.py
+ELSEWHERE = {"zero_padding", "reverse", "laplace", "linear"}  # test_bidirectional.py, test_laplace.py, test_linear.py
 DEFINITIONS = (reference, recurrence_definitions, bidirectional_definitions)
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..configuration import Configuration, check_positive, check_sizes, require
@@ -23,7 +22,7 @@ from ..model.decoder import Decoder, Head
 from ..ops.boundaries import Boundaries
 from ..ops.cema import ema_coefficients
 from ..ops.derived import derived
-from ..ops.gates import silu_gate
+from ..ops.gates import silu, silu_gate
 from ..sizing import nearest_size, usual_depth
 from ..state_spec import Sealed, Tree
 
@@ -156,7 +155,7 @@ class DampedEMA(ComplexEMA):
     ) -> tuple[Tensor, Tensor]:
         """x (B, L, D) and the entry state (B, D, N, 1) to y (B, L, D) and the exit state."""
         y, leaving = super().forward(x, state, boundaries)
-        return F.silu(y), leaving
+        return silu(y), leaving
 
 
 class MovingAverageAttention(nn.Module):
@@ -199,11 +198,11 @@ class MovingAverageAttention(nn.Module):
         entry, leaving = state or {}, {}
         n = self.norm(x)
         m, leaving["ema"] = self.ema(n, entry.get("ema"), boundaries)
-        z = F.silu(self.wz(m))
+        z = silu(self.wz(m))
         q, k = (z * gain + shift for gain, shift in zip(self.gamma, self.beta, strict=True))
-        q, k, v = (t.unsqueeze(2) for t in (q * z.shape[-1] ** -0.5, k, F.silu(self.wv(n))))
+        q, k, v = (t.unsqueeze(2) for t in (q * z.shape[-1] ** -0.5, k, silu(self.wv(n))))
         attention, leaving["attention"] = self.attention(q, k, v, entry.get("attention"), boundaries)
-        candidate = F.silu(self.wc(m) + self.wh(silu_gate(self.wr(m), attention.squeeze(2))))
+        candidate = silu(self.wc(m) + self.wh(silu_gate(self.wr(m), attention.squeeze(2))))
         return torch.lerp(x, candidate.to(x.dtype), torch.sigmoid(self.wu(m)).to(x.dtype)), leaving
 
 

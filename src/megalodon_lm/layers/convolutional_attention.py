@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.boundaries import Boundaries
+from ..ops.gates import silu
 from ..ops.norms import head_rms_norm
 from ..ops.residual import add_branch
 from ..state_spec import Tree, present
@@ -103,7 +104,7 @@ class ConvolutionalAttention(nn.Module):
             made[name], after[name] = self.convolutions[name](linear(u), before.get(name), boundaries)
         leaving["convolution"] = after
         q, k = (split_heads(made[name], self.z_head_dim, name) for name in "qk")
-        v = split_heads(F.silu(made["v"]), self.value_head_dim, "v")
+        v = split_heads(silu(made["v"]), self.value_head_dim, "v")
 
         cache = entry.get("attention")
         near_q, near_k = self._of_attention(q, k)

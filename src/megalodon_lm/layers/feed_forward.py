@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.gates import silu_gate
+from ..ops.gates import silu, silu_gate
 from ..ops.residual import add_branch
 from .initialization import Initialiser
 from .linear import Linear
@@ -54,7 +54,7 @@ class FeedForward(nn.Module):
     def forward(self, y: Tensor, residual: Tensor) -> Tensor:
         """y, residual (B, L, D) to (B, L, D)."""
         n = self.norm(y)
-        hidden = F.silu(self.fc1(n)) if self.fc3 is None else silu_gate(self.fc1(n), self.fc3(n))
+        hidden = silu(self.fc1(n)) if self.fc3 is None else silu_gate(self.fc1(n), self.fc3(n))
         out = self.fc2(F.dropout(hidden, self.hidden_dropout, self.training))
         out = F.dropout(out, self.dropout, self.training)
         return add_branch(residual, out if self.alpha is None else self.alpha * out)

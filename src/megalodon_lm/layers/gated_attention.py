@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..ops.boundaries import Boundaries
-from ..ops.gates import silu_gate
+from ..ops.gates import silu, silu_gate
 from ..ops.norms import head_rms_norm
 from ..ops.residual import add_branch
 from ..state_spec import Tree, present
@@ -117,7 +117,7 @@ class GatedAttention(nn.Module):
         mx = F.dropout(self.rmsnorm(average), self.hidden_dropout, self.training)
 
         z = split_heads(self.wz(mx), self.z_head_dim, "z")
-        v = split_heads(F.silu(self.wv(tn)), self.value_head_dim, "values")
+        v = split_heads(silu(self.wv(tn)), self.value_head_dim, "values")
         r = self.wr(mx)
         held = (z.shape[-2], v.shape[-2], r.shape[-1] / self.value_head_dim)
         if len(set(held)) > 1:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.linear import linear, rounded_linear
+from ..ops.linear import linear
 from .initialization import Initialiser
 
 
@@ -34,9 +34,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., fan_in) to (..., fan_out)."""
-        device = x.device.type
-        if torch.is_grad_enabled() or self.weight.dtype == torch.float64:
-            return F.linear(x, self.weight, self.bias)  # with gradients, autocast rounds and knows the way back
-        if not torch.is_autocast_enabled(device):
+        reads = not torch.is_grad_enabled() and self.weight.dtype != torch.float64
+        if reads and (torch.is_autocast_enabled(x.device.type) or x.dtype == self.weight.dtype):
             return linear(x, self.weight, self.bias)
-        return rounded_linear(x, self.weight, self.bias, torch.get_autocast_dtype(device))
+        return F.linear(x, self.weight, self.bias)  # with gradients, autocast rounds and knows the way back

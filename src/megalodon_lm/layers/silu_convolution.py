@@ -4,10 +4,10 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.boundaries import Boundaries
+from ..ops.gates import silu
 from ..ops.short_convolution import short_convolution
 from ..state_spec import declare
 
@@ -44,4 +44,4 @@ class SiluConvolution(nn.Module):
     def forward(self, x: Tensor, state: Tensor | None, boundaries: Boundaries | None) -> tuple[Tensor, Tensor]:
         """x (B, L, D) to (B, L, D), and the newest inputs."""
         y, leaving = short_convolution(x, self.weight, self.bias, state, boundaries)
-        return F.silu(y), leaving
+        return silu(y), leaving

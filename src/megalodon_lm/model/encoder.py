@@ -21,6 +21,7 @@ from ..layers.linear import Linear
 from ..layers.norms import RMSNorm, TimestepNorm
 from ..layers.sequence_norm import SequenceNorm
 from ..ops.boundaries import Boundaries, Padding
+from ..ops.gates import silu
 from ..ops.padding import zero_padding
 from ..state import State
 from ..state_spec import Sealed, Tree, declare
@@ -66,7 +67,7 @@ class ClassificationHead(nn.Module):
         carries, leaving = self.final_norm.state_spec is not None, {}
         if x.shape[1]:
             x, final = self.final_norm(x, None if entry is None else entry["final"], boundaries)
-            x = F.silu(self.proj(x) + x)
+            x = silu(self.proj(x) + x)
             x = x.to(torch.promote_types(x.dtype, torch.float64 if carries else torch.float32))
             if boundaries is not None and boundaries.lengths is not None:
                 x = zero_padding(x, boundaries.lengths)

@@ -1,9 +1,15 @@
-"""Gated products."""
+"""SiLU, and products that it gates."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import op
+
+
+@op()
+def silu(x: Tensor) -> Tensor:
+    """x / (1 + e^-x), elementwise."""
+    return F.silu(x)
 
 
 @op()

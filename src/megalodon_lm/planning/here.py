@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear
 
 from ..config import ModelConfig
 from ..errors import InputError
@@ -19,7 +19,7 @@ from ..layers.complex_ema import ComplexEMA
 from ..layers.norms import LayerNorm, RMSNorm, TimestepNorm
 from ..model.assembly import build_block
 from ..ops.chunk_attention import chunk_attention
-from ..ops.gates import silu_gate
+from ..ops.gates import silu, silu_gate
 from ..ops.residual import add_branch
 from ..training.precision import autocast
 from .devices import Device

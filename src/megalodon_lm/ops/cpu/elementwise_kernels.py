@@ -91,6 +91,24 @@ def norm_backward(
 
 
 @inner
+def silu_forward(first: int, last: int, size: int, x: Any, y: Any) -> None:
+    """Stretches first..last of `size` elements, a multiple of 16: y = x sigmoid(x)."""
+    for i in range(first * size, min(last * size, len(y)), LANES):
+        value = load(x, i)
+        store(y, i, value * sigmoid(value))
+
+
+@inner
+def silu_backward(first: int, last: int, size: int, x: Any, grad_y: Any, grad_x: Any) -> None:
+    """Gradient of silu_forward: dy / dx = s + x s (1 - s) with s = sigmoid(x)."""
+    one = splat(np.float32(1))
+    for i in range(first * size, min(last * size, len(grad_x)), LANES):
+        value = load(x, i)
+        s = sigmoid(value)
+        store(grad_x, i, load(grad_y, i) * (s + value * s * (one - s)))
+
+
+@inner
 def gate_forward(first: int, last: int, size: int, gate: Any, x: Any, y: Any) -> None:
     """Stretches first..last of `size` elements, a multiple of 16: y = silu(gate) * x."""
     for i in range(first * size, min(last * size, len(y)), LANES):
@@ -136,6 +154,18 @@ def norm_forward_on_team(threads: int, num_tasks: int, args: Any) -> None:
 def norm_backward_on_team(threads: int, num_tasks: int, args: Any) -> None:
     """norm_backward for all tasks."""
     share(norm_backward, threads, num_tasks, args)
+
+
+@compiled
+def silu_forward_on_team(threads: int, num_tasks: int, args: Any) -> None:
+    """silu_forward for all tasks."""
+    share(silu_forward, threads, num_tasks, args)
+
+
+@compiled
+def silu_backward_on_team(threads: int, num_tasks: int, args: Any) -> None:
+    """silu_backward for all tasks."""
+    share(silu_backward, threads, num_tasks, args)
 
 
 @compiled

@@ -1,4 +1,4 @@
-"""Gated products on the CPU, as an operator with fake and autograd."""
+"""SiLU, and products that it gates, on the CPU, as operators with fake and autograd."""
 
 from typing import Any
 
@@ -13,6 +13,38 @@ from .simd import LANES
 from .team import run_on_team
 
 _TASK = 256 * LANES  # elements
+
+
+@implements(portable.silu, "cpu", lambda x: x.numel() % LANES == 0)
+def silu(x: Tensor) -> Tensor:
+    """As megalodon_lm.ops.gates.silu, for float32 or bf16."""
+    return form(silu_forward, _silu, x)(x.contiguous())
+
+
+def _silu(x: Tensor) -> Tensor:
+    y = x.new_empty(x.shape)
+    run_on_team(kernels.silu_forward_on_team, -(-x.numel() // _TASK), _TASK, x, y)
+    return y
+
+
+@torch.library.custom_op("megalodon::silu_forward", mutates_args=())
+def silu_forward(x: Tensor) -> Tensor:
+    """_silu as an operator."""
+    return _silu(x.detach())
+
+
+@torch.library.custom_op("megalodon::silu_backward", mutates_args=())
+def silu_backward(x: Tensor, grad_y: Tensor) -> Tensor:
+    """Gradient to x."""
+    grad_x = x.new_empty(x.shape)
+    run_on_team(kernels.silu_backward_on_team, -(-x.numel() // _TASK), _TASK, x, grad_y, grad_x)
+    return grad_x
+
+
+@silu_forward.register_fake
+@silu_backward.register_fake
+def _(x: Tensor, *_: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 def _fits(gate: Tensor, x: Tensor) -> bool:
@@ -64,3 +96,6 @@ def _backward(ctx: Any, grad_y: Tensor) -> Any:
 
 
 silu_gate_forward.register_autograd(_backward, setup_context=_save)
+silu_forward.register_autograd(
+    lambda ctx, grad_y: silu_backward(*ctx.saved_tensors, grad_y.contiguous()), setup_context=_save
+)

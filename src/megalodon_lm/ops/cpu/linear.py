@@ -1,0 +1,59 @@
+"""Linear layers that read, by the faster library or in AMX's own tiles, over weights laid out once."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import linear as portable
+from ..backend import implements
+from ..derived import derived, rounded
+from . import amx_linear
+
+MANY = 1 << 22  # multiplications from which a product by oneDNN gains more than starting it costs
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.numel():
+        return False
+    if x.dtype == torch.bfloat16:
+        return amx_linear.fits(weight) or _onednn_multiplies_bf16()
+    if weight.dtype != torch.float32 or not weight.is_contiguous():  # other strides take a thousand times as long
+        return False
+    return x.numel() * len(weight) >= MANY and _onednn_multiplies_float32_faster()
+
+
+@implements(portable.linear, "cpu", _fits)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As megalodon_lm.ops.linear.linear, for float32 or bf16, without gradients.
+
+    In float32 PyTorch takes MKL's products, which on processors of AMD use AVX2 at most, and reach less with it than
+    oneDNN's. Those take the weight as it lies. In bf16 weights are kept in the layout in which they are multiplied, and
+    the bias is added within the product; PyTorch's linear lays the weight out anew and copies the bias into the result
+    each time.
+    """
+    if x.dtype == torch.float32:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    if amx_linear.fits(weight):
+        return amx_linear.linear(x, derived(amx_linear.packed, weight), bias)
+    bias = None if bias is None else rounded(bias, x.dtype)
+    return torch.ops.mkldnn._linear_pointwise(x, derived(_laid_out, weight), bias, "none", [], "")
+
+
+def _laid_out(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.to(torch.bfloat16).contiguous())
+
+
+@functools.cache
+def _onednn_multiplies_float32_faster() -> bool:
+    """On processors of AMD, which MKL gives one kernel for AVX2; on those of its own maker they were not compared."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
+        return False
+    ask: Any = getattr(torch.cpu, "get_capabilities", dict)  # older versions of PyTorch tell nothing
+    return str(ask().get("cpu_name", "")).startswith("AMD")
+
+
+@functools.cache
+def _onednn_multiplies_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
