@@ -11,7 +11,7 @@ from megalodon_lm.ops import reference
 from megalodon_lm.ops.boundaries import Boundaries
 from megalodon_lm.ops.chunk_attention import KeyValueCache
 from megalodon_lm.ops.chunk_attention import chunk_attention as op
-from megalodon_lm.ops.cpu import batched_attention, causal_attention, rotary, tiled_attention
+from megalodon_lm.ops.cpu import amx_attention, batched_attention, causal_attention, rotary, tiled_attention
 from megalodon_lm.ops.cpu import open_chunk as exits
 from megalodon_lm.ops.cpu.chunk_attention import chunk_attention
 from megalodon_lm.training.memory import resident
@@ -82,7 +82,8 @@ def test_merged_documents_and_long_chunks_equal_the_portable_path(kind, widths, 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_short_groups_go_together(dtype, monkeypatch):
-    """Four shapes in eight rows, two products forward and five backward for each."""
+    """Four shapes in eight rows, two products forward and five backward for each, where the processor has no tiles."""
+    monkeypatch.setattr(amx_attention, "multiplies_tiles", lambda: False)
     fill = torch.tensor([0, 64, 7, 0, 64, 64, 120, 0])
     products, bmm = [], torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda a, b: products.append(len(a) // H) or bmm(a, b))
