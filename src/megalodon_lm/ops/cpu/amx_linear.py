@@ -46,14 +46,13 @@ def _multiply_strips(
     fan_out, depth, rows = bias.size, fan_in // SQUARE, x.size // fan_in
     strips = num_strips(rows)
     sums = scratch(SQUARE * SQUARE).view(bias.dtype)
-    short = scratch(SQUARE * fan_in // 2).view(x.dtype)  # a strip that ends early, zeros after it
+    short = scratch(SQUARE * fan_in // 2).view(x.dtype)  # a strip that ends early, and no matter what after it
     own = enter_tiles(tiles)
     for task in range(first, last):
         panel, row = task // strips, task % strips * SQUARE
         count = min(SQUARE, rows - row)
         if count < SQUARE:
             short[: count * fan_in] = x[row * fan_in :]
-            short[count * fan_in :] = 0
         for j in range(panel * width, min((panel + 1) * width, fan_out // SQUARE)):
             clear(own)
             at = j * depth * SQUARE_WORDS
