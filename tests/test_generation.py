@@ -1,5 +1,8 @@
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from megalodon_lm import ByteTokenizer, Generator
 from megalodon_lm.errors import InputError
@@ -73,6 +76,8 @@ def test_extreme_settings_still_draw_a_token(penalty, temperature):
     for written in ([True] * 4, [True, True, False, False], [False] * 4):
         token = sample(logits, settings, torch.tensor([0.999], dtype=torch.float64), torch.tensor([written]))
         assert 0 <= token.item() < 4
+        token = sample(F.pad(logits, (0, 1), value=-math.inf), settings, torch.tensor([0.999]).double())
+        assert 0 <= token.item() < 4  # one that is left out stays so
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -106,9 +111,10 @@ def test_draws_of_a_row_do_not_depend_on_its_neighbours():
     [
         {"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}, {"min_p": 2}, {"min_p": -0.1},
         {"repetition_penalty": 0}, {"max_tokens": -1}, {"stop": ("x", "")}, {"temperature": float("nan")},
-        {"top_k": 1.5}, {"max_tokens": float("nan")}, {"seed": 0.5},
+        {"top_k": 1.5}, {"max_tokens": float("nan")}, {"seed": 0.5}, {"stop": "abc"},
     ],
 )  # fmt: skip
 def test_settings_outside_their_range_are_refused(settings):
-    with pytest.raises(ValueError, match=next(iter(settings))):
+    with pytest.raises(ValueError, match=next(iter(settings))) as told:
         Sampling(**settings)
+    assert (settings == {"stop": "abc"}) == ("must be a list" in str(told.value))

@@ -55,6 +55,8 @@ class Sampling:
             raise InputError(f"top_p = {self.top_p} must be above 0 and at most 1; 1 keeps every token")
         if not 0 < self.repetition_penalty < math.inf:
             raise InputError(f"repetition_penalty = {self.repetition_penalty} must be positive; 1 changes nothing")
+        if isinstance(self.stop, str):
+            raise InputError(f"stop = {self.stop!r} must be a list of strings")
         if "" in self.stop:
             raise InputError("a stop string is empty; it would stop before the first token")
 
@@ -86,7 +88,8 @@ def sample(logits: Tensor, sampling: Sampling, draws: Tensor, written: Tensor | 
         return logits.argmax(-1)
     # From the most likely one down, of equal ones the first, so that a count is a count and equal logits are no trap.
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    ordered = (ordered - ordered[:, :1]) / sampling.temperature
+    out = ordered == -math.inf  # and stays so at any temperature
+    ordered = ((ordered - ordered[:, :1]) / sampling.temperature).masked_fill(out, -math.inf)
     if sampling.top_k:
         ordered[:, sampling.top_k :] = -math.inf
     if sampling.top_p < 1:
