@@ -235,9 +235,12 @@ def test_the_command_measures_and_writes(tmp_path):
 
 def test_a_broken_interpreter_for_jax_is_one_line(tmp_path):
     choices = ("--quick", "--measures", "training", "--peers", "jax", "--lengths", 64)
-    result = bench(*choices, "--jax-python", "/no/such/python", cwd=tmp_path)
-    assert "training at 64 against megalodon-jax is left out: megalodon-jax cannot start" in result.stderr
-    assert "Traceback" not in result.stderr
+    for more in ((), ("--quiet",)):
+        result = bench(*choices, "--jax-python", "/no/such/python", *more, cwd=tmp_path)
+        left_out = "training at 64 against megalodon-jax is left out: megalodon-jax cannot start"
+        assert f"nothing could be compared: {left_out}" in " ".join(result.stderr.split())
+        assert (result.returncode, result.stdout) == (2, "")
+        assert "Traceback" not in result.stderr
 
 
 def test_wrong_choices_are_refused(tmp_path):

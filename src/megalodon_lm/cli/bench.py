@@ -80,8 +80,11 @@ class Bench(Quiet):
         threads = torch.get_num_threads()
         console.print(f"{config.num_parameters:,} parameters, {precision}, {threads} threads")
 
+        failed: list[str] = []
+
         def skipped(case: Case, reason: str) -> None:
-            console.print(f"{case} is left out: {reason}")
+            failed.append(f"{case} is left out: {reason}")
+            console.print(failed[-1])
 
         records: list[Record] = []
         for record in suite.run(cases, skipped):
@@ -92,6 +95,8 @@ class Bench(Quiet):
                 f"{len(records)}/{len(cases)} {record.measure} {record.length:,} against {record.peer_name}: "
                 f"{record.ratio_median:.2f} ({record.ratio_low:.2f} - {record.ratio_high:.2f})",
             )
+        if not records:
+            raise InputError(f"nothing could be compared: {failed[0]}")
         results.print(table(records), width=max(results.width, TABLE_WIDTH), crop=False)
         if self.plot is not None:
             draw(self.plot, records)
