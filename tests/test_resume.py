@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from megalodon_lm import Megalodon
 from megalodon_lm.cli.training import RunningMean, train_with_progress
 from megalodon_lm.data.prepare import prepare
+from megalodon_lm.errors import InputError
 from megalodon_lm.training import trainer as trainer_module
 from megalodon_lm.training.checkpoint import checkpoints
 from megalodon_lm.training.compiling import compile_kernels
@@ -68,6 +69,39 @@ def test_a_run_that_goes_on_is_the_run_that_never_stopped(change, tmp_path):
     for whole, parts in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
         assert whole["bits_per_token"] == parts["bits_per_token"]
         assert whole["tokens"] == parts["tokens"]
+
+
+@pytest.mark.parametrize("place", ["validation", "reading"])
+def test_an_error_outside_a_step_costs_nothing_of_what_was_learnt(place, tmp_path, monkeypatch):
+    given = recipe(tmp_path, validate_steps=3, checkpoint_steps=0, average=0.9)
+    assert Trainer(given, tmp_path / "whole").train(validate=lambda model: 1.0)
+    trainer, left = Trainer(given, tmp_path / "parts"), iter(range(1) if place == "validation" else range(99))
+
+    def validate(model):
+        assert not model.training
+        if next(left, None) is None:
+            raise InputError("the text is gone")
+        return 1.0
+
+    if place == "reading":
+        read, reads = trainer.batches.read, iter(range(8))
+
+        def gone(cursor):
+            if next(reads, None) is None:
+                raise InputError("the text is gone")
+            return read(cursor)
+
+        monkeypatch.setattr(trainer.batches, "read", gone)
+    with pytest.raises(InputError, match="the text is gone"):
+        trainer.train(validate=validate)
+    done = 6 if place == "validation" else 8
+    assert trainer.model.training
+    assert steps(tmp_path / "parts") == list(range(1, done + 1))
+    resumed = Trainer(given, tmp_path / "parts", resume="last")
+    assert resumed.step == done
+    assert resumed.train(validate=lambda model: 1.0)
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
+    assert steps(tmp_path / "parts") == list(range(1, 13))
 
 
 def test_only_the_newest_and_the_best_checkpoints_are_kept(tmp_path):

@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -161,6 +161,7 @@ class Trainer:
         Raises:
             InputError: the disk is full, or the loss is not finite or spikes and the recipe says to stop; the last
                 checkpoint can be used.
+            Exception: what reading or `validate` raised; one process alone leaves a checkpoint of the step before.
             KeyboardInterrupt: interrupted in the last step; the run is whole.
         """
         t = self.recipe.training
@@ -178,7 +179,12 @@ class Trainer:
                     began = time.perf_counter()
                     tokens = self.tokens
                     rate = self.learning_rate
-                    trouble, loss, norm = self._step(batches, rate)
+                    try:
+                        parts = _taken(batches, accumulated(t, self.step))
+                    except Exception:
+                        self._keep(writer, metrics)
+                        raise
+                    trouble, loss, norm = self._step(parts, rate)
                     took, now = self.ranks.agreed([time.perf_counter() - began, time.perf_counter()])
                     self.step += 1
                     self.seconds += took
@@ -188,9 +194,12 @@ class Trainer:
                         event = self._recover(trouble, writer, metrics, event)
                         if t.bad_step == "rewind":
                             continue
-                    validation = None
+                    validation, wrong = None, None
                     if validate is not None and t.validate_steps and self.step % t.validate_steps == 0:
-                        validation = self._validate(validate)
+                        try:
+                            validation = self._validate(validate)
+                        except Exception as error:
+                            wrong = error
                     speed = (self.tokens - tokens) / took
                     record = StepMetrics(
                         self.step, self.tokens, loss / math.log(2), rate, norm, speed, self.seconds,
@@ -198,6 +207,9 @@ class Trainer:
                     )  # fmt: skip
                     metrics.write(asdict(record))
                     watch(record)
+                    if wrong is not None:
+                        self._keep(writer, metrics)
+                        raise wrong
                     event = ""
                     due = t.checkpoint_steps and self.step % t.checkpoint_steps == 0
                     if due or now - saved > 60 * t.checkpoint_minutes or self._is_best():
@@ -214,11 +226,10 @@ class Trainer:
             raise KeyboardInterrupt  # nothing is left to go on with, and what would come next is not wanted
         return self.progress >= 1
 
-    def _step(self, batches: Iterator[Batch], rate: float) -> tuple[str, float, float]:
+    def _step(self, parts: Sequence[Batch], rate: float) -> tuple[str, float, float]:
         """One step: what is wrong with it, its loss in nats per token, and the norm of the gradient before clipping."""
         t = self.recipe.training
         self.optimizer.zero_grad(set_to_none=True)
-        parts = _taken(batches, accumulated(t, self.step))
         learnt = sum(batch.num_learnt for batch in parts)
         total = 0.0
         for batch in parts:
@@ -250,6 +261,13 @@ class Trainer:
             writer.submit(self.checkpoint(), self.best and self.best[1])
             self.saved_step = self.step
 
+    def _keep(self, writer: CheckpointWriter, metrics: MetricsFile | Unwritten) -> None:
+        """Save what was learnt before an error ends the run; not among ranks, of which others may know of none."""
+        if self.ranks.ranks == 1 and self.step:
+            with suppress(InputError):  # the first error is the one to tell
+                self._save(writer, metrics)
+                writer.wait()
+
     def _recover(self, trouble: str, writer: CheckpointWriter, metrics: MetricsFile | Unwritten, event: str) -> str:
         """Do with a bad step what the recipe says; the step itself changed no weight.
 
@@ -277,8 +295,10 @@ class Trainer:
     def _validate(self, validate: Callable[[LanguageModel], float]) -> float:
         with self.averaged():
             self.model.eval()
-            (result,) = self.ranks.agreed([validate(self.reader)])
-            self.model.train()
+            try:
+                (result,) = self.ranks.agreed([validate(self.reader)])
+            finally:
+                self.model.train()
         if self.best is None or result < self.best[0]:
             self.best = (result, self.step)
         return result
