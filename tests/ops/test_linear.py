@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megalodon_lm.ops.cpu import amx, amx_linear
+from megalodon_lm.layers.linear import Linear
+from megalodon_lm.ops.cpu import amx_linear
 from megalodon_lm.ops.cpu import linear as native
-from megalodon_lm.ops.cpu.emulated_tiles import EMULATED
-from megalodon_lm.ops.cpu.processor import multiplies_tiles
 from megalodon_lm.ops.linear import linear
+
+from .test_amx import TILES
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -68,9 +69,6 @@ def test_what_is_not_finite_stays_in_its_token(narrow, onednn):
     assert torch.equal(found.isnan(), spoilt[..., None].expand_as(found))
 
 
-TILES = {"emulated": EMULATED} | ({"processor": amx.PROCESSOR} if multiplies_tiles() else {})
-
-
 @pytest.mark.parametrize("tiles", TILES)
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("panel_bytes", [1 << 20, 1 << 13])
@@ -95,3 +93,10 @@ def test_products_in_tiles(rows, panel_bytes, with_bias, tiles, monkeypatch):
     assert torch.equal(found[:1], first)
     assert spoilt[0].isnan().all()
     assert torch.equal(spoilt[1:], found[1:])
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_types_that_do_not_match_are_refused_with_gradients_or_without(grad):
+    layer = Linear(32, 32, False, None).bfloat16()
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="same dtype"):
+        layer(torch.ones(3, 32))

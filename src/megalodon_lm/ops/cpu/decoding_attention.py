@@ -5,16 +5,10 @@ from typing import Any
 import numpy as np
 
 from . import scalars
+from .elementwise_kernels import silu
 from .simd import LANES, add_product, exp, inner, load, sigmoid, splat, store, total
 
 SPLIT = 128  # keys in one task of attention
-
-
-@inner
-def silu(x: Any, at: int, y: Any, to: int, size: int) -> None:
-    for i in range(0, size, LANES):
-        some = load(x, at + i)
-        store(y, to + i, some * sigmoid(some))
 
 
 @inner

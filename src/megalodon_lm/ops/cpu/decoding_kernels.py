@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from .decoding_attention import SPLIT, attend, combine, enter_cache, silu
+from .decoding_attention import SPLIT, attend, combine, enter_cache
 from .decoding_memory import enter_memory, recall, strips
 from .decoding_parts import Choices, HeadWeights, LayerRows, LayerWeights, Scratch, Sizes
-from .elementwise_kernels import gate_forward_on_team, norm_forward_on_team
+from .elementwise_kernels import gate_forward_on_team, norm_forward_on_team, silu
 from .matrix_vector import products
 from .simd import LANES, add_product, compiled, inner, load, splat, store, sub_product, total
 from .team import share

@@ -91,11 +91,17 @@ def norm_backward(
 
 
 @inner
+def silu(x: Any, at: int, y: Any, to: int, size: int) -> None:
+    """x sigmoid(x) of `size` elements from `at`, a multiple of 16, into those of y from `to`."""
+    for i in range(0, size, LANES):
+        value = load(x, at + i)
+        store(y, to + i, value * sigmoid(value))
+
+
+@inner
 def silu_forward(first: int, last: int, size: int, x: Any, y: Any) -> None:
-    """Stretches first..last of `size` elements, a multiple of 16: y = x sigmoid(x)."""
-    for i in range(first * size, min(last * size, len(y)), LANES):
-        value = load(x, i)
-        store(y, i, value * sigmoid(value))
+    """Stretches first..last of `size` elements, a multiple of 16: y = silu(x)."""
+    silu(x, first * size, y, first * size, min(last * size, len(y)) - first * size)
 
 
 @inner
