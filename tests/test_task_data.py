@@ -135,6 +135,14 @@ def test_the_files_of_mmlus_authors(header, tmp_path):
     assert "mmlu_virology" in definitions.left_out["mmlu"]
 
 
+def test_what_is_no_csv_is_said_once(tmp_path):
+    for split in ("test", "dev"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / f"anatomy_{split}.csv").write_bytes(b"Bones?,w,x,y,z,\xff\n")
+    with pytest.raises(InputError, match=r"^\S+\.csv is no CSV in UTF-8"):
+        Definitions(["mmlu_anatomy"], tmp_path).load("mmlu_anatomy")
+
+
 def test_what_is_not_there_is_said_in_one_line(tmp_path, monkeypatch):
     in_hub_layout(tmp_path, "arc_challenge")
     with pytest.raises(InputError, match="the data of arc_easy is not in"):  # a part of the same dataset is no copy

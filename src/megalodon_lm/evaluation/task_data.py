@@ -179,6 +179,8 @@ def _reader(
     def read() -> Iterable[Row]:
         try:
             return [convert(row) for row in _rows(path, columns)]
+        except InputError:
+            raise
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise InputError(f"{path} has a row that is not as expected: {type(error).__name__}: {error}") from None
 
