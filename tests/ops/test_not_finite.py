@@ -15,6 +15,8 @@ from megalodon_lm.ops.boundaries import Boundaries
 from megalodon_lm.ops.cema import cema_coefficients
 from megalodon_lm.ops.chunk_attention import KeyValueCache
 from megalodon_lm.ops.cpu import adaptive_memory, causal_attention
+from megalodon_lm.ops.cpu import finite as cpu_finite
+from megalodon_lm.ops.finite import is_finite
 from megalodon_lm.ops.local_attention import LocalCache
 from megalodon_lm.ops.sliding_attention import SlidingCache
 from megalodon_lm.ops.timestep_norm import NormState
@@ -286,3 +288,26 @@ def test_ops_of_single_tokens(name, dtype, natively):
     definition, rest, inputs = TOKEN_OPS[name]
     fast = native(OPS[name]) if natively else OPS[name].portable
     compare(lambda *a: [fast(*a, *rest)], lambda *a: definition(*a), inputs, dtype, True)
+
+
+@pytest.mark.parametrize("look", [is_finite, cpu_finite.is_finite])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (2, 2), (2, 16)])  # rows of whole words of eight bytes, and others
+def test_the_last_token_of_each_run_is_looked_at(look, dtype, shape):
+    since = torch.tensor([[3, 4, 0, 1, 2, -1], [1, 1, 1, 2, 3, 4]])
+    ends = torch.tensor([[False, True, False, False, True, False], [True, True, False, False, False, True]])
+    plain = torch.full((2, 6, *shape), torch.finfo(dtype).max / 64, dtype=dtype) * (-1) ** torch.arange(shape[-1])
+    plain = plain.to(dtype)
+    assert look(plain, since)
+    for value in NOT_FINITE:
+        for place in (0, plain[0, 0].numel() - 1):
+            for row in range(2):
+                for token in range(6):
+                    out = plain.clone()
+                    out[row, token].view(-1)[place] = value
+                    assert look(out, since) != ends[row, token], (value, place, row, token)
+
+
+@pytest.mark.parametrize("shape", [(0, 6, 2, 2), (2, 0, 2, 2)])
+def test_nothing_is_finite(shape):
+    assert cpu_finite.is_finite(torch.zeros(shape), torch.zeros(shape[:2], dtype=torch.int64))

@@ -102,7 +102,7 @@ def _common_start(fill: Tensor | None, boundaries: Boundaries | None) -> int | N
         return None
     if fill is None:
         return 0
-    if torch.compiler.is_compiling() or (fill != fill[0]).any():
+    if torch.compiler.is_compiling() or not len(fill) or (fill != fill[0]).any():
         return None
     return int(fill[0])
 

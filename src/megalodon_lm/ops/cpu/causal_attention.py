@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..finite import finite_part, is_finite
+from ..finite import finite_part
 from ..windowed_attention import spoilt
 from . import amx_attention, batched_attention, tiled_attention
 from . import attention_kernels as kernels
 from .attention_operands import operands
+from .finite import is_finite
 from .operators import form
 from .simd import as_numpy
 from .team import num_threads

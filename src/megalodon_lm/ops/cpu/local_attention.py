@@ -8,7 +8,7 @@ from ..backend import implements
 from ..boundaries import Boundaries
 from ..local_attention import LocalCache
 from ..rotary import Base, document_turns, rope
-from ..windowed_attention import SlidingWindow
+from ..windowed_attention import SlidingWindow, enter
 from .rotary import rotate
 from .windowed_attention import attend_and_leave
 
@@ -38,6 +38,7 @@ def local_attention(
         q, k = rope(q, turns), rope(k, turns)
     else:
         q, k = (rotate(t, places, rope_base, portable.TABLE) for t in (q, k))
-    entry = None if cache is None else (cache.keys, cache.values, cache.fill)
-    out, *leaving = attend_and_leave(q, k, v, SlidingWindow(window), entry, boundaries)
+    held = None if cache is None else (cache.keys, cache.values, cache.fill)
+    entry = enter(SlidingWindow(window), None if cache is None else cache.fill, boundaries, batch, length)
+    out, *leaving = attend_and_leave(q, k, v, window, held, entry)
     return out, LocalCache(*leaving, where.exit_position(position, length))

@@ -89,7 +89,7 @@ def as_numpy(t: Tensor) -> np.ndarray:
     That memory can then no longer be freed before the tensor is, as FSDP2 does with parameters: give copies of those.
     """
     assert t.is_contiguous(), t.stride()
-    t = t.detach()
+    t = t.detach() if t.requires_grad else t
     return (t.view(torch.uint16) if t.dtype == torch.bfloat16 else t).numpy()
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..boundaries import Boundaries
-from ..windowed_attention import AnyWindow, Window, token_slots
+from ..windowed_attention import Entry, Window, enter
 from .causal_attention import causal_attention
 from .open_chunk import open_chunk
 from .rotary import rotate
@@ -53,31 +53,21 @@ def windowed_attention(
     Returns:
         (B, L, H, dv), and the cache at the exit.
     """
-    if positions is None:
-        fill = torch.zeros(len(q), dtype=torch.int64) if cache is None else cache[2]
-        positions = token_slots(window, fill, boundaries or Boundaries(), q.shape[1])
-    turn = (positions, rope_base, window.chunk_size, heads_without_rope)
-    return attend_and_leave(rotate(q, *turn), rotate(k, *turn), v, window, cache, boundaries)
+    entry = enter(window, None if cache is None else cache[2], boundaries, *q.shape[:2])
+    turn = (entry.slots if positions is None else positions, rope_base, window.chunk_size, heads_without_rope)
+    return attend_and_leave(rotate(q, *turn), rotate(k, *turn), v, window.size, cache, entry)
 
 
 def attend_and_leave(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: AnyWindow,
-    cache: tuple[Tensor, Tensor, Tensor] | None,
-    boundaries: Boundaries | None,
+    q: Tensor, k: Tensor, v: Tensor, size: int, cache: tuple[Tensor, Tensor, Tensor] | None, entry: Entry
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of rotated queries and keys; arguments and results as in windowed_attention."""
-    batch, length = q.shape[:2]
-    keys, values, fill = None, None, torch.zeros(batch, dtype=torch.int64)
+    """Of rotated queries and keys, to the cache's `size` tokens; arguments and results as in windowed_attention."""
+    keys, values = None, None
     if cache is not None:
-        keys, values, fill = cache[0].to(k.dtype).contiguous(), cache[1].to(v.dtype).contiguous(), cache[2]
-    where = boundaries or Boundaries()
-    slots = token_slots(window, fill, where, length)
-    stops = torch.full_like(fill, length) if where.lengths is None else where.lengths
+        keys, values = cache[0].to(k.dtype).contiguous(), cache[1].to(v.dtype).contiguous()
+    lengths = entry.boundaries.lengths
+    stops = torch.full_like(entry.fill, q.shape[1]) if lengths is None else lengths
     v = v.contiguous()
-    out = causal_attention(q, k, v, keys, values, slots)
-    leaving = window.slots(where.exit_position(fill, length))
-    places = torch.stack([stops, leaving, fill], 1)
-    return out, open_chunk(k, keys, places, window.size), open_chunk(v, values, places, window.size), leaving
+    out = causal_attention(q, k, v, keys, values, entry.slots)
+    places = torch.stack([stops, entry.leaving, entry.fill], 1)
+    return out, open_chunk(k, keys, places, size), open_chunk(v, values, places, size), entry.leaving
