@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import os
 import re
+import signal
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -82,6 +84,17 @@ def test_a_loss_that_stays_bad_ends_the_run(tmp_path, poison):
         poison(trainer, *range(6, 99))
         with pytest.raises(ValueError, match="the 10th time"):
             trainer.train()
+
+
+def test_bad_steps_in_a_row_are_counted_across_a_resume(tmp_path, poison):
+    def trainer(resume="no"):
+        trainer = Trainer(recipe(tmp_path, bad_step="skip", steps=40), tmp_path / "run", resume=resume)
+        poison(trainer, *range(3 if resume == "no" else 1, 99))
+        return trainer
+
+    assert not trainer().train(lambda m: os.kill(os.getpid(), signal.SIGINT) if m.step == 7 else None)
+    with pytest.raises(ValueError, match="at step 12, the 10th time in a row"):
+        trainer("last").train()
 
 
 def test_going_back_ends_although_good_steps_lie_between(tmp_path, poison):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalodon_lm import Megalodon, ModelConfig
+from megalodon_lm.cli.train import Train
 from megalodon_lm.data.prepare import prepare
 from megalodon_lm.errors import InputError
 from megalodon_lm.evaluation.comparison import Comparison
@@ -287,6 +289,24 @@ def test_an_interrupt_in_the_last_step_is_not_lost(text, tmp_path):
         trainer.train(lambda metrics: os.kill(os.getpid(), signal.SIGINT) if metrics.step == 3 else None)
     assert trainer.saved_step == 3
     assert Megalodon.load(tmp_path / "run").config == trainer.recipe.model
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt("enough"), InputError("the disk is full"), ValueError("a fault of ours")])
+def test_whatever_ends_a_run_leaves_a_report_and_is_told(error, text, tmp_path, monkeypatch):
+    def end(trainer, *rest):
+        trainer.train()
+        raise error
+
+    monkeypatch.setattr("megalodon_lm.cli.training.train_with_progress", end)
+    path, run = tmp_path / "recipe.toml", tmp_path / "run"
+    path.write_text(recipe(text).to_toml())
+    with pytest.raises(type(error), match=str(error)):
+        Train(path, run).run()
+    assert "| steps | 3 |" in (run / "training.md").read_text()
+    shutil.rmtree(run)
+    monkeypatch.setattr("megalodon_lm.training.report.write_report", Mock(side_effect=InputError("cannot write")))
+    with pytest.raises(type(error), match=str(error)):
+        Train(path, run).run()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

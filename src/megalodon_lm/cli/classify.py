@@ -46,7 +46,7 @@ class ClassifyTrain(Quiet):
         from ..model.encoder import Encoder
         from ..training.classification import Classification, ClassificationRecipe
         from ..training.metrics import EXAMPLES
-        from ..training.report import write_report
+        from ..training.report import reported
         from ..training.run_folder import free_run_folder
         from ..training.trainer import Trainer
         from .training import train_with_progress
@@ -58,10 +58,8 @@ class ClassifyTrain(Quiet):
         examples = Classification(recipe)
         trainer = Trainer(recipe, folder, self.device, self.resume, examples)
         measure = ErrorRate(examples.validation, examples.form, trainer.precision)
-        try:
+        with reported(folder, 0.0, EXAMPLES):
             finished, _ = train_with_progress(trainer, self.tensorboard, measure, EXAMPLES)
-        finally:
-            write_report(folder, 0.0, EXAMPLES)
         model = Encoder.load(folder, trainer.device).eval()
         found = confusion(model, examples.validation, examples.form, trainer.precision)
         draw_confusion(found, folder / PICTURE)

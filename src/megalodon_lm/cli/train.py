@@ -1,7 +1,7 @@
 """megalodon train"""
 
 import sys
-from contextlib import suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -74,7 +74,7 @@ class Train(Shared):
 
     def _train(self, recipe: "Recipe", folder: Path, ranks: "Ranks") -> bool:
         """One process's share of the run; whether it reached its end."""
-        from ..training.report import REPORT_MARKDOWN, bytes_per_token, write_report
+        from ..training.report import REPORT_MARKDOWN, bytes_per_token, reported
         from ..training.trainer import Trainer
         from .progress import console
         from .training import train_with_progress
@@ -82,14 +82,8 @@ class Train(Shared):
         console.quiet = console.quiet or not ranks.is_first
         trainer = Trainer(recipe, folder, self.device, self.resume, ranks=ranks)
         per_token = bytes_per_token(trainer.batches, trainer.tokenizer)
-        try:
+        with reported(folder, per_token) if ranks.is_first else nullcontext():
             finished, _ = train_with_progress(trainer, self.tensorboard and ranks.is_first)
-        except InputError:  # what happened until then is worth a report too
-            if ranks.is_first:
-                with suppress(InputError):  # on a full disk, what was met first is told
-                    write_report(folder, per_token)
-            raise
         if ranks.is_first:
-            write_report(folder, per_token)
             print(folder / REPORT_MARKDOWN)
         return finished

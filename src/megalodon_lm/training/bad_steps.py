@@ -17,12 +17,13 @@ class BadSteps:
 
     Attributes:
         usual_loss: running mean in nats; NaN before the first good step.
+        in_a_row: bad steps since the last good one.
     """
 
     def __init__(self, recipe: TrainingRecipe):
         self.recipe = recipe
         self.usual_loss = math.nan
-        self._in_a_row = 0
+        self.in_a_row = 0
         self._went_back = (-1, 0)  # to which step, and how many times
 
     def judge(self, step: int, loss: float, norm: float) -> str:
@@ -34,9 +35,9 @@ class BadSteps:
             norm: of the gradient.
         """
         if trouble := self._trouble(loss, norm):
-            self._in_a_row += 1
+            self.in_a_row += 1
             return trouble
-        self._in_a_row = 0
+        self.in_a_row = 0
         fresh = 1.0 if math.isnan(self.usual_loss) else 1 / min(step + 1, USUAL_LOSS_STEPS)
         self.usual_loss = loss if fresh == 1.0 else self.usual_loss + fresh * (loss - self.usual_loss)
         return ""
@@ -59,8 +60,8 @@ class BadSteps:
         """
         if self.recipe.bad_step == "stop":
             raise Diverged(f"{trouble} at step {step}; {self._advice}, or set training.bad_step to skip or rewind")
-        if self._in_a_row >= MOST_BAD_STEPS:
-            raise Diverged(f"{trouble} at step {step}, the {self._in_a_row}th time in a row; {self._advice}")
+        if self.in_a_row >= MOST_BAD_STEPS:
+            raise Diverged(f"{trouble} at step {step}, the {self.in_a_row}th time in a row; {self._advice}")
         return f"skipped: {trouble}"
 
     def go_back(self, trouble: str, step: int, checkpoint: int | None) -> str:

@@ -1,7 +1,8 @@
 """What a run did, as a page and a picture, from its metrics."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from ..data.batches import Batches
 from ..data.tokenizer import Tokenizer
+from ..errors import InputError
 from ..files import write_atomically
 from ..plots import amount_axis, finite, log_axis, picture
 from .metrics import TEXT, Units, read_metrics
@@ -47,6 +49,18 @@ def write_report(folder: Path, bytes_per_token: float, units: Units = TEXT) -> N
         return
     write_atomically(folder / REPORT_MARKDOWN, _markdown(records, bytes_per_token, units))
     _draw(folder / PICTURE, records, bytes_per_token, units)
+
+
+@contextmanager
+def reported(folder: Path, bytes_per_token: float, units: Units = TEXT) -> Iterator[None]:
+    """Write the report after what is done within, also after what ends it early, whose error is the one to tell."""
+    try:
+        yield
+    except BaseException:
+        with suppress(InputError):
+            write_report(folder, bytes_per_token, units)
+        raise
+    write_report(folder, bytes_per_token, units)
 
 
 def _markdown(records: list[dict[str, Any]], bytes_per_token: float, units: Units) -> str:

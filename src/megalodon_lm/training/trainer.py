@@ -321,6 +321,7 @@ class Trainer:
             "warmup_seconds": self.warmup_seconds,
             "averaged_steps": self.average.steps if self.average else 0,
             "usual_loss": None if math.isnan(usual_loss) else usual_loss,
+            "bad_steps_in_a_row": self.bad_steps.in_a_row,
             "best": self.best,
             "place": self.cursor,
             "data": self.batches.fingerprint,
@@ -342,7 +343,8 @@ class Trainer:
         self.state = carried if t.carry_state else None
         self.step = self.saved_step = checkpoint.step
         self.tokens, self.seconds = progress["tokens"], progress["seconds"]
-        self.warmup_seconds = progress.get("warmup_seconds", 0.0)  # these two: not yet known to the first checkpoints
+        self.warmup_seconds = progress.get("warmup_seconds", 0.0)  # these three: not known to the first checkpoints
+        self.bad_steps.in_a_row = progress.get("bad_steps_in_a_row", 0)
         if self.average is not None:
             self.average.steps = progress.get("averaged_steps", self.step)
         self.bad_steps.usual_loss = math.nan if progress["usual_loss"] is None else progress["usual_loss"]
