@@ -27,6 +27,7 @@ from megalodon_lm.data.books import bundled
 from megalodon_lm.data.mixture import load_mixture
 from megalodon_lm.data.prepare import FAULTS, LEFT_OUT, prepare
 from megalodon_lm.data.shards import Prepared
+from megalodon_lm.data.sources import is_descriptor
 from megalodon_lm.data.spans import SPAN
 from megalodon_lm.data.subword import train_bpe
 from megalodon_lm.data.tokenizer import load_tokenizer
@@ -485,3 +486,18 @@ def test_a_pipe_is_prepared_from_its_first_byte(tmp_path):
     (tmp_path / "a.txt").write_text("and this")
     made = prepare([str(tmp_path / name) for name in ("pipe.jsonl", "a.txt")], tmp_path / "out", workers=2)
     assert (made["documents"], made["faults"]) == (10_001, 0)
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="needs files by the numbers of descriptors")
+def test_a_descriptor_is_read_by_the_process_that_has_it(tmp_path, monkeypatch):
+    """Another one has another file, or a pipe that gives nothing, under the number."""
+    monkeypatch.setattr(prepare_module, "SHARD_BYTES", 1000)
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name * 400)
+    with (tmp_path / "a.txt").open() as file:
+        (tmp_path / "link.txt").symlink_to(f"/dev/fd/{file.fileno()}")
+        sources = [f"/dev/fd/{file.fileno()}", str(tmp_path / "link.txt"), str(tmp_path / "b.txt")]
+        assert [is_descriptor(Path(source)) for source in sources] == [True, True, False]
+        assert not is_descriptor(Path("-"))
+        made = prepare(sources, tmp_path / "out", workers=2)
+    assert (made["documents"], made["faults"], made["tokens"]) == (3, 0, 3 * 2001)

@@ -291,7 +291,9 @@ def test_an_interrupt_in_the_last_step_is_not_lost(text, tmp_path):
     assert Megalodon.load(tmp_path / "run").config == trainer.recipe.model
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt("enough"), InputError("the disk is full"), ValueError("a fault of ours")])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt("enough"), InputError("the disk is full"), ValueError("a fault of ours")]
+)
 def test_whatever_ends_a_run_leaves_a_report_and_is_told(error, text, tmp_path, monkeypatch):
     def end(trainer, *rest):
         trainer.train()

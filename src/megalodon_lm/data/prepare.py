@@ -24,7 +24,7 @@ from ..tables import read_sealed, write_sealed
 from .chat import ANSWERS, encode_chat
 from .documents import Document, DocumentReader, Part, parts_of, place_of, told
 from .shards import DOCUMENT, MANIFEST, read_manifest, token_dtype
-from .sources import Found, find_files, is_stream, stat_of
+from .sources import Found, find_files, is_descriptor, is_stream, stat_of
 from .tokenizer import Tokenizer, load_tokenizer
 
 SHARD_BYTES = 1 << 26  # of text, about
@@ -118,7 +118,7 @@ def prepare(
         if i not in todo and (record := _done(out, i)) is not None:
             count(i, record)
     progress.earlier = progress.done
-    if any(map(is_stream, found.files)):
+    if any(is_stream(path) or is_descriptor(path) for path in found.files):
         workers = 1  # no other process can open them
     for number, record in _run(plan, out, todo, workers or num_processors()):
         count(number, record)

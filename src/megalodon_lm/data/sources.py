@@ -5,6 +5,7 @@ Of a folder, all files below it whose names tell that they hold text are read, i
 """
 
 import os
+import re
 import stat
 import sys
 from collections import Counter
@@ -89,6 +90,16 @@ def standard_input() -> BinaryIO:
 def is_stream(path: Path) -> bool:
     """Whether a file can be read only once: a pipe, a terminal, standard input."""
     return path == STANDARD_INPUT or not stat.S_ISREG(stat_of(path).st_mode)
+
+
+def is_descriptor(path: Path) -> bool:
+    """Whether a path is what this process has open under a number, as /dev/fd/3 is; to others it is another file."""
+    name = path.absolute()
+    while not re.fullmatch(r"/dev/fd|/proc/.*/fd", os.path.realpath(name.parent)):
+        if not name.is_symlink():
+            return False
+        name = name.parent / os.readlink(name)
+    return True
 
 
 def find_files(sources: Sequence[str | Path], avoid: Path | None = None) -> Found:
