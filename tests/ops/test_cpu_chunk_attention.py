@@ -246,3 +246,10 @@ def test_a_cache_takes_memory_for_what_it_holds():
     """256 MB of a long window, of which a short piece fills the beginning; in a process whose memory is not filled."""
     told = subprocess.run([sys.executable, "-c", SHORT_PIECE], capture_output=True, text=True, check=True)
     assert max(map(int, told.stdout.split())) < 2**25
+
+
+def test_a_batch_of_no_rows_goes_on_from_a_cache():
+    q = torch.zeros(0, 4, 2, 8)
+    cache = KeyValueCache(torch.zeros(0, 8, 2, 8), torch.zeros(0, 8, 2, 8), torch.zeros(0, dtype=torch.int64))
+    out, leaving = chunk_attention(q, q, q, 8, 1e4, cache)
+    assert (out.shape, leaving.keys.shape, leaving.fill.shape) == (q.shape, cache.keys.shape, cache.fill.shape)
