@@ -16,6 +16,12 @@ def rounds_to_bf16() -> bool:
 
 
 @functools.cache
+def guesses_reciprocals() -> bool:
+    """Whether one instruction guesses the reciprocals of sixteen float32."""
+    return _has("avx512f")
+
+
+@functools.cache
 def multiplies_tiles() -> bool:
     """Whether there are AMX tiles for bf16, and Linux lets this process use them."""
     if sys.platform != "linux" or platform.machine() != "x86_64" or not _has("amx-bf16"):
