@@ -94,9 +94,10 @@ def test_does_not_drift_over_a_million_tokens():
 
 def test_operator_is_well_formed_and_compiles():
     x, w, b, mean, var = (t.requires_grad_() for t in case(20, 12))
-    counts, lengths = COUNT[:, None] + torch.arange(1, 21), torch.full((B,), 20)
-    arguments = (x, w, b, mean, var, counts, lengths, G, 1e-5, *kernels.CUMULATIVE, torch.float32, True)
-    torch.library.opcheck(native.norm_over_time_forward, arguments)
+    settings = (G, 1e-5, *kernels.CUMULATIVE, torch.float32)
+    starts, lengths = torch.rand(B, 20) < 0.2, torch.tensor([20, 3, 0])
+    torch.library.opcheck(native.norm_over_time_forward, (x, w, b, mean, var, COUNT, starts, lengths, *settings))
+    torch.library.opcheck(native.norm_over_time_forward, (x, w, b, *[None] * 5, *settings))
 
     def loss(x):
         return timestep_norm(x, w, b, G, state=NormState(COUNT, mean, var))[0].square().sum()

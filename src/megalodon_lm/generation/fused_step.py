@@ -44,7 +44,7 @@ class FusedStep:
             self._layer = kernels.layer_with_memory
             layers = [(*parts, *memory) for parts, memory in zip(layers, memories, strict=True)]
         self._layers = [plain(parts) for parts in layers]
-        head = (weights.head, self.rows.norm, scratch.normed, scratch.ones, as_numpy(self._logits).reshape(-1))
+        head = (weights.head, self.rows.norm, scratch, as_numpy(self._logits).reshape(-1))
         self._head = plain(head)
 
     @torch.no_grad()  # what memories absorb

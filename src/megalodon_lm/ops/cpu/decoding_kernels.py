@@ -55,16 +55,16 @@ def _add(a: Any, b: Any, y: Any, size: int) -> None:
 
 @part
 def _time_norm(
-    threads: int, rows: int, sizes: Any, choices: Any, x: Any, affine: Any, state: Any, ones: Any, y: Any
+    threads: int, rows: int, sizes: Any, choices: Any, x: Any, affine: Any, state: Any, scratch: Any, y: Any
 ) -> None:
-    """A norm over time of one token a row; what a backward pass would need is not kept."""
+    """A norm over time of one token a row."""
     scale, shift = affine
     count, mean, var = state
+    shape = (1, sizes.model_dim, sizes.num_groups)
+    statistics = (mean, var, count, scratch.nowhere, scratch.ones, y, mean, var, scratch.moments)
+    timestep_norm(threads, rows, (x, shape, scale, shift, choices.eps, choices.decays, *statistics))
     for i in range(rows):
         count[i] += 1
-    shape, nothing = (1, sizes.model_dim, sizes.num_groups, False), var
-    args = (x, shape, scale, shift, choices.eps, choices.decays, mean, var, count, ones, y, mean, var, nothing)
-    timestep_norm(threads, rows * sizes.num_groups, args)
 
 
 @part
@@ -74,7 +74,7 @@ def _average(
     """What stands before attention: norm, moving average, and all that they are multiplied by."""
     dim, ndim, normed, mixed, y = sizes.model_dim, sizes.cema_ndim, scratch.normed, scratch.mixed, scratch.y
     if choices.over_time:
-        _time_norm(few, rows, sizes, choices, x, weights.timenorm, state.norm, scratch.ones, normed)
+        _time_norm(few, rows, sizes, choices, x, weights.timenorm, state.norm, scratch, normed)
     else:
         norm_forward_on_team(few, rows, (x, dim, *weights.timenorm, True, choices.eps, normed, scratch.saved))
     some = 1 if rows * dim * ndim < _FEW else threads
@@ -188,13 +188,14 @@ def layer_with_memory(
 
 @compiled
 def head(
-    threads: int, rows: int, sizes: Any, choices: Any, x: Any, weights: Any, state: Any, normed: Any, ones: Any,
-    logits: Any,
-) -> None:  # fmt: skip
+    threads: int, rows: int, sizes: Any, choices: Any, x: Any, weights: Any, state: Any, scratch: Any, logits: Any
+) -> None:
     """The residual stream x (B, D) to logits (B, vocabulary) float32; as `layer`, of HeadWeights and Statistics."""
     sizes, choices, weights = Sizes(*sizes), Choices(*choices), HeadWeights(*weights)
+    scratch = Scratch(*scratch)
     matrix, bias = weights.output
+    normed = scratch.normed
     few = 1 if rows * sizes.model_dim < _FEW else threads
-    _time_norm(few, rows, sizes, choices, x, weights.final_norm, state, ones, normed)
+    _time_norm(few, rows, sizes, choices, x, weights.final_norm, state, scratch, normed)
     idle = (normed, (matrix, bias[:0]), logits)
     products(threads, rows, (normed, (matrix, bias), logits), idle, idle, idle)

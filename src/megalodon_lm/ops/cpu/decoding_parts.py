@@ -170,8 +170,12 @@ class Scratch(NamedTuple):
     hidden_gated: np.ndarray
     saved: np.ndarray
     """Where norms leave what a backward pass would need."""
+    moments: np.ndarray
+    """The same of norms over time: (B, 3, G) float64."""
     ones: np.ndarray
     """(B,) int64, tokens of each row in this step."""
+    nowhere: np.ndarray
+    """Empty: no document begins."""
 
     @classmethod
     def make(cls, rows: int, sizes: Sizes) -> "Scratch":
@@ -182,4 +186,5 @@ class Scratch(NamedTuple):
         tasks = sizes.num_heads * splits
         widths = (d, d, v, z, v, d, z, tasks * SPLIT, tasks * 2, v * splits, v, d, f, f)
         arrays = (as_numpy(torch.zeros(rows * width)) for width in (*widths, 2))  # PyTorch's begin at a cache line
-        return cls(*arrays, np.ones(rows, np.int64))
+        moments = np.zeros(rows * 3 * sizes.num_groups)
+        return cls(*arrays, moments, np.ones(rows, np.int64), np.zeros(0, np.bool_))

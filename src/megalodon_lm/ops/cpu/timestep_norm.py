@@ -2,15 +2,17 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import timestep_norm as portable
 from ..backend import implements
 from ..boundaries import Boundaries
-from ..timestep_norm import NormState, empty_norm_state
+from ..timestep_norm import NormState
 from . import timestep_norm_kernels as kernels
-from .operators import form, tracked
+from .norms import SUMMED_TOKENS
+from .operators import form
 from .team import run_on_team
 
 
@@ -42,50 +44,56 @@ def norm_over_time(
 ) -> tuple[Tensor, NormState]:
     """timestep_norm or decay_norm, told by the decays; see timestep_norm_kernels."""
     batch, length, _ = x.shape
-    out_dtype = out_dtype or x.dtype
-    entry = empty_norm_state(batch, num_groups) if state is None else state
-    lengths = torch.full((batch,), length) if boundaries is None or boundaries.lengths is None else boundaries.lengths
-    where = boundaries or Boundaries()
-    counts = (where.since_start(entry.count, length) + 1).contiguous()
-    bias = bias.float().clone()
-    inputs = tuple(
-        t.contiguous() for t in (x.float(), weight.float() + 1, bias, entry.mean.double(), entry.var.double())
-    )
-    settings = (num_groups, eps, *decays, out_dtype, tracked(*inputs))
+    out_dtype, where = out_dtype or x.dtype, boundaries or Boundaries()
+    count, *entry = (None, None, None) if state is None else state
+    affine = (weight.float() + 1).contiguous(), bias.float().clone(memory_format=torch.contiguous_format)
+    inputs = x.float().contiguous(), *affine, *(None if t is None else t.double().contiguous() for t in entry)
     run = form(norm_over_time_forward, _forward, *inputs)
-    y, mean, var, _ = run(*inputs, counts, lengths.contiguous(), *settings)
-    return y, NormState(where.exit_position(entry.count, length), mean, var)
+    y, mean, var, _ = run(*inputs, count, where.starts, where.lengths, num_groups, eps, *decays, out_dtype)
+    entered = torch.zeros(batch, dtype=torch.int64) if count is None else count
+    return y, NormState(where.exit_position(entered, length), mean, var)
 
 
 def _forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    entry_mean: Tensor,
-    entry_var: Tensor,
-    counts: Tensor,
-    lengths: Tensor,
+    entry_mean: Tensor | None,
+    entry_var: Tensor | None,
+    count: Tensor | None,
+    starts: Tensor | None,
+    lengths: Tensor | None,
     num_groups: int,
     eps: float,
     mean_decay: float,
     var_decay: float,
     out_dtype: torch.dtype,
-    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, the exit mean and variance (B, G), and what backward needs (B, G, L, 3), L = 0 unless `keep`."""
+    """y, the exit mean and variance (B, G), and what backward needs, (B, L, 3, G)."""
     batch, length, dim = x.shape
-    y = _blank(x, lengths, out_dtype)
-    mean, var = entry_mean.new_empty(entry_mean.shape), entry_var.new_empty(entry_var.shape)
-    saved = mean.new_empty(batch, num_groups, length if keep else 0, 3)
-    inputs = (x, (length, dim, num_groups, keep), weight, bias, eps, (mean_decay, var_decay), entry_mean, entry_var)
-    run_on_team(kernels.forward_on_team, batch * num_groups, *inputs, counts, lengths, y, mean, var, saved)
-    return y, mean, var, saved
+    mean, var = (torch.empty(batch, num_groups, dtype=torch.float64) for _ in range(2))
+    moments = _blank((batch, length, 3, num_groups), lengths, torch.float64)
+    inputs = (x, (length, dim, num_groups), weight, bias, eps, (mean_decay, var_decay))
+    entry = (np.zeros(mean.numel()) if t is None else t for t in (entry_mean, entry_var))
+    y = _blank(x.shape, lengths, out_dtype)
+    places = _places(x, count, starts, lengths)
+    run_on_team(kernels.forward_on_team, batch * length, *inputs, *entry, *places, y, mean, var, moments)
+    return y, mean, var, moments
 
 
-def _blank(x: Tensor, lengths: Tensor, dtype: torch.dtype) -> Tensor:
+def _places(x: Tensor, count: Tensor | None, starts: Tensor | None, lengths: Tensor | None) -> tuple[Any, Any, Any]:
+    """Tokens before the piece, document starts and lengths as the kernels take them."""
+    batch, length, _ = x.shape
+    return (
+        np.zeros(batch, np.int64) if count is None else count.contiguous(),
+        np.zeros(0, np.bool_) if starts is None else starts.contiguous(),
+        np.full(batch, length) if lengths is None else lengths.contiguous(),
+    )
+
+
+def _blank(shape: tuple[int, ...], lengths: Tensor | None, dtype: torch.dtype) -> Tensor:
     """What kernels fill up to the lengths; zero beyond them."""
-    full = bool((lengths == x.shape[1]).all())
-    return torch.empty(x.shape, dtype=dtype) if full else torch.zeros(x.shape, dtype=dtype)
+    return (torch.empty if lengths is None else torch.zeros)(shape, dtype=dtype)
 
 
 @torch.library.custom_op("megalodon::norm_over_time_forward", mutates_args=())
@@ -93,20 +101,21 @@ def norm_over_time_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    entry_mean: Tensor,
-    entry_var: Tensor,
-    counts: Tensor,
-    lengths: Tensor,
+    entry_mean: Tensor | None,
+    entry_var: Tensor | None,
+    count: Tensor | None,
+    starts: Tensor | None,
+    lengths: Tensor | None,
     num_groups: int,
     eps: float,
     mean_decay: float,
     var_decay: float,
     out_dtype: torch.dtype,
-    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """_forward as an operator."""
-    tensors = [t.detach() for t in (x, weight, bias, entry_mean, entry_var)]
-    return _forward(*tensors, counts, lengths, num_groups, eps, mean_decay, var_decay, out_dtype, keep)
+    tensors = [None if t is None else t.detach() for t in (x, weight, bias, entry_mean, entry_var)]
+    places = (count, starts, lengths)
+    return _forward(*tensors, *places, num_groups, eps, mean_decay, var_decay, out_dtype)
 
 
 @norm_over_time_forward.register_fake
@@ -114,30 +123,31 @@ def _(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    entry_mean: Tensor,
-    entry_var: Tensor,
-    counts: Tensor,
-    lengths: Tensor,
+    entry_mean: Any,
+    entry_var: Any,
+    count: Any,
+    starts: Any,
+    lengths: Any,
     num_groups: int,
     eps: float,
     mean_decay: float,
     var_decay: float,
     out_dtype: torch.dtype,
-    keep: bool,
 ) -> Any:
-    saved = entry_mean.new_empty(x.shape[0], num_groups, x.shape[1] if keep else 0, 3)
-    mean, var = entry_mean.new_empty(entry_mean.shape), entry_var.new_empty(entry_var.shape)
-    return x.new_empty(x.shape, dtype=out_dtype), mean, var, saved
+    moments = x.new_empty(*x.shape[:2], 3, num_groups, dtype=torch.float64)
+    mean, var = (moments.new_empty(len(x), num_groups) for _ in range(2))
+    return x.new_empty(x.shape, dtype=out_dtype), mean, var, moments
 
 
 @torch.library.custom_op("megalodon::norm_over_time_backward", mutates_args=())
 def norm_over_time_backward(
     x: Tensor,
     weight: Tensor,
-    entry_mean: Tensor,
-    counts: Tensor,
-    lengths: Tensor,
-    saved: Tensor,
+    entry_mean: Tensor | None,
+    count: Tensor | None,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    moments: Tensor,
     grad_y: Tensor,
     grad_mean: Tensor,
     grad_var: Tensor,
@@ -146,13 +156,16 @@ def norm_over_time_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients to x, weight, bias, and the entry mean and variance."""
     batch, length, dim = x.shape
-    groups = entry_mean.shape[1]
-    grad_x = _blank(x, lengths, x.dtype)
-    grad_weight, grad_bias = x.new_empty(batch, dim), x.new_empty(batch, dim)
+    groups = grad_mean.shape[1]
+    grad_x = _blank(x.shape, lengths, x.dtype)
+    stretches = -(-batch * length // SUMMED_TOKENS)
+    grad_weight, grad_bias = x.new_empty(stretches, dim), x.new_empty(stretches, dim)
     to_mean, to_var = grad_mean.new_empty(grad_mean.shape), grad_var.new_empty(grad_var.shape)
-    inputs = (x, (length, dim, groups, True), weight, (mean_decay, var_decay), counts, lengths, saved, entry_mean)
-    grads = (grad_y, grad_mean, grad_var, grad_x, grad_weight, grad_bias, to_mean, to_var)
-    run_on_team(kernels.backward_on_team, batch * groups, *inputs, *grads)
+    entry = np.zeros(grad_mean.numel()) if entry_mean is None else entry_mean
+    inputs = (x, (length, dim, groups), weight, (mean_decay, var_decay), *_places(x, count, starts, lengths), entry)
+    grads = (grad_y, grad_mean, grad_var, moments.new_empty(batch, length, 2, groups))
+    results = (grad_x, grad_weight, grad_bias, to_mean, to_var)
+    run_on_team(kernels.backward_on_team, batch * length, SUMMED_TOKENS, *inputs, moments, *grads, *results)
     return grad_x, grad_weight.sum(0), grad_bias.sum(0), to_mean, to_var
 
 
@@ -160,10 +173,11 @@ def norm_over_time_backward(
 def _(
     x: Tensor,
     weight: Tensor,
-    entry_mean: Tensor,
-    counts: Tensor,
-    lengths: Tensor,
-    saved: Tensor,
+    entry_mean: Any,
+    count: Any,
+    starts: Any,
+    lengths: Any,
+    moments: Tensor,
     grad_y: Tensor,
     grad_mean: Tensor,
     grad_var: Tensor,
@@ -174,19 +188,21 @@ def _(
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, _, entry_mean, _, counts, lengths = inputs[:7]
-    ctx.save_for_backward(x, weight, entry_mean, counts, lengths, output[3])
-    ctx.decays, ctx.out_dtype = inputs[9:11], output[0].dtype
+    x, weight, _, entry_mean, _, *places = inputs[:8]
+    ctx.save_for_backward(x, weight, entry_mean, *places, output[3])
+    ctx.decays, ctx.out_dtype = inputs[10:12], output[0].dtype
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_y: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None, _: None) -> Any:
     saved = ctx.saved_tensors  # asked for once: checkpointing allows no second time
-    x, entry_mean = saved[0], saved[2]
+    x, entry_mean, moments = saved[0], saved[2], saved[-1]
     grad_y = x.new_zeros(x.shape, dtype=ctx.out_dtype) if grad_y is None else grad_y.contiguous()
-    moments = (entry_mean.new_zeros(entry_mean.shape) if g is None else g.contiguous() for g in (grad_mean, grad_var))
-    grads = norm_over_time_backward(*saved, grad_y, *moments, *ctx.decays)
-    return *grads, *([None] * 8)
+    statistics = len(x), moments.shape[-1]
+    exits = (moments.new_zeros(statistics) if g is None else g.contiguous() for g in (grad_mean, grad_var))
+    *grads, to_mean, to_var = norm_over_time_backward(*saved, grad_y, *exits, *ctx.decays)
+    to_entry = (None, None) if entry_mean is None else (to_mean, to_var)
+    return *grads, *to_entry, *([None] * 8)
 
 
 norm_over_time_forward.register_autograd(_backward, setup_context=_save)
