@@ -40,9 +40,15 @@ def boundaries(kind: str, batch: int, length: int, seed: int = 0) -> Boundaries 
     }[kind]
 
 
-def gradients(run: Callable[..., Iterable[Tensor]], inputs: list[Tensor], seed: int = 0) -> tuple[list[Tensor], ...]:
-    """Outputs of run(*inputs), and the gradients of a random projection of all of them with respect to all inputs."""
-    inputs = [t.detach().clone().requires_grad_(t.is_floating_point() or t.is_complex()) for t in inputs]
+def gradients(
+    run: Callable[..., Iterable[Tensor]], inputs: list[Tensor], seed: int = 0, asked: int | None = None
+) -> tuple[list[Tensor], ...]:
+    """Outputs of run(*inputs), and the gradients of a random projection of all of them with respect to all inputs.
+
+    With `asked`, to so many of the inputs alone.
+    """
+    kinds = [t.is_floating_point() or t.is_complex() for t in inputs[:asked]]
+    inputs = [t.detach().clone().requires_grad_(any(kinds[i : i + 1])) for i, t in enumerate(inputs)]
     outputs = [t for t in run(*inputs) if t.is_floating_point()]
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in outputs]

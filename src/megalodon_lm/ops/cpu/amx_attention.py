@@ -89,7 +89,10 @@ def backward(
     sums: Tensor,
     grads: Operands,
 ) -> None:
-    """As tiled_attention.backward."""
+    """As tiled_attention.backward; those to the cache are computed whether asked for or not."""
+    if grads.of_piece_alone and not given.of_piece_alone:
+        unasked = (torch.zeros_like(t) for t in (given.keys, given.values))
+        grads = Operands(*grads[:3], *unasked)
     given, wide = _widened(given), _widened(grads)
     (length, heads, dk), dv = given.q.shape[1:], given.v.shape[3]
     arrays, written = given.arrays(), wide.arrays()

@@ -33,7 +33,12 @@ class Operands(NamedTuple):
         """Their memory."""
         return Operands(*map(as_numpy, self))
 
+    @property
+    def of_piece_alone(self) -> bool:
+        """Whether there is nothing of a cache; as gradients: whether those to a cache are not asked for."""
+        return self.keys is self.k
+
 
 def operands(q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, values: Tensor | None) -> Operands:
-    """Where there is no cache, the piece stands in its place: no token sees an entry."""
+    """Where there is nothing of a cache, the piece stands in its place, and nobody reads or writes an entry."""
     return Operands(q, k, v, k if keys is None else keys, v if values is None else values)

@@ -27,13 +27,13 @@ def short(groups: np.ndarray, tile: int) -> np.ndarray:
 
 
 def _alike(groups: np.ndarray, heads: int) -> Iterator[np.ndarray]:
-    """Those together that have as many queries and keys as each other, but none that see the same keys."""
+    """Those together that have as many queries, keys and keys of a cache as each other; none that see the same keys."""
     shapes, of_row = defaultdict(list), Counter[int]()
     for group in groups.tolist():
         row, begin, end, before, _ = group
         of_row[row] += 1
-        shapes[end - begin, before, of_row[row] if before else 0].append(group)
-    for (n, before, _), alike in shapes.items():
+        shapes[end - begin, before, max(before - begin, 0), of_row[row] if before else 0].append(group)
+    for (n, before, *_), alike in shapes.items():
         most = max(1, TOGETHER // (heads * n * (n + before)))
         for i in range(0, len(alike), most):
             yield np.array(alike[i : i + most])
@@ -83,6 +83,8 @@ def backward(
         weights, scores = torch.bmm(ks, qs.mT), torch.bmm(vs, gs.mT)
         tile = (as_numpy(weights), as_numpy(scores), ends, given.q.shape[1], alike, 0, 0, sums_of, deltas)
         kernels.weight_gradients(threads, *tile)
-        kernels.unpack(threads, as_numpy(torch.bmm(weights, gs)), alike, True, to.values, to.v)
-        kernels.unpack(threads, as_numpy(torch.bmm(scores, qs)), alike, True, to.keys, to.k)
+        skipped = max(int(alike[0, 3] - alike[0, 1]), 0) if grads.of_piece_alone else 0
+        asked = alike - np.array((0, 0, 0, skipped, 0))
+        kernels.unpack(threads, as_numpy(torch.bmm(weights[:, skipped:], gs)), asked, True, to.values, to.v)
+        kernels.unpack(threads, as_numpy(torch.bmm(scores[:, skipped:], qs)), asked, True, to.keys, to.k)
         kernels.unpack(threads, as_numpy(torch.bmm(scores.mT, ks)), own, False, to.q, to.q)

@@ -116,16 +116,17 @@ def attention_backward(
     slots: Tensor,
     out: Tensor,
     sums: Tensor,
+    to_cache: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to q, k, v, keys and values; the last two empty if there is no cache."""
+    """Gradients to q, k, v, keys and values; the last two empty unless those to the cache are asked for."""
     ends, groups = _plan(slots, keys)
     everywhere = (groups[:, 2] - groups[:, 1]).sum() == slots.numel()
     grads = [q.new_empty(q.shape) if everywhere else q.new_zeros(q.shape), *(t.new_zeros(t.shape) for t in (k, v))]
-    cached = [None if t is None else t.new_zeros(t.shape) for t in (keys, values)]
+    cached = [t.new_zeros(t.shape) if to_cache and t is not None else None for t in (keys, values)]
     given, to = operands(q, k, v, keys, values), operands(*grads, *cached)
     for module, own in _by_products(q, v, groups):
         module.backward(grad, given, ends, own, out, sums, to)
-    return to.q, to.k, to.v, *(q.new_zeros(0) if t is None else t for t in cached)
+    return to.q, to.k, to.v, *(q.new_empty(0) if t is None else t for t in cached)
 
 
 @attention_backward.register_fake
@@ -139,8 +140,9 @@ def _(
     slots: Tensor,
     out: Tensor,
     sums: Tensor,
+    to_cache: bool,
 ) -> Any:
-    cached = (q.new_empty(0) if t is None else t.new_empty(t.shape) for t in (keys, values))
+    cached = (t.new_empty(t.shape) if to_cache and t is not None else q.new_empty(0) for t in (keys, values))
     return *(t.new_empty(t.shape) for t in (q, k, v)), *cached
 
 
@@ -152,9 +154,9 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _backward(ctx: Any, grad: Tensor, _: None) -> Any:
     saved = ctx.saved_tensors  # asked for once: checkpointing allows no second time
-    *grads, grad_keys, grad_values = attention_backward(grad.contiguous(), *saved)
-    cached = saved[3] is not None
-    return *grads, grad_keys if cached else None, grad_values if cached else None, None
+    to_cache = any(ctx.needs_input_grad[3:5])  # not where a state is carried on as it is
+    *grads, grad_keys, grad_values = attention_backward(grad.contiguous(), *saved, to_cache)
+    return *grads, *((grad_keys, grad_values) if to_cache else (None, None)), None
 
 
 attention_forward.register_autograd(_backward, setup_context=_save)

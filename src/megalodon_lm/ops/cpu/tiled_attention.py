@@ -41,13 +41,13 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a[h], b[h], out=out[h])
 
 
-def _return(grad: Tensor, piece: Tensor, cached: Tensor, group: Group) -> None:
+def _return(grad: Tensor, piece: Tensor, cached: Tensor | None, group: Group) -> None:
     """Gradients of `_by_heads`: written to the tokens of the group, added to those before, which have one already."""
     row, begin, end, before, entries = group
     grad, low = grad.transpose(0, 1), begin - before
     piece[row, begin:end] = grad[before:]
     piece[row, max(low, 0) : begin] += grad[max(-low, 0) : before]
-    if low < 0:
+    if low < 0 and cached is not None:
         cached[row, entries + low : entries] += grad[:-low]
 
 
@@ -93,7 +93,8 @@ def backward(
         grad: (B, L, H, dv) of the output.
         given, groups, out, sums: as there.
         ends: (B, entries + L), the token after the last one that sees an entry of the cache or a token.
-        grads: of what is given, out: zero at what no token of these groups sees or is.
+        grads: of what is given, out: zero at what no token of these groups sees or is; of the piece alone, if those to
+            the cache are not asked for.
     """
     q, k, v, keys, values = given
     heads, threads = q.shape[2], num_threads()
@@ -112,6 +113,7 @@ def backward(
             dk, dv = torch.empty_like(ks), torch.empty_like(vs)
         else:
             dk, dv = (t[row, begin:end].transpose(0, 1) for t in grads[1:3])
+        first = max(before - begin, 0) if grads.of_piece_alone else 0  # key whose gradients are asked for
         for start in range(0, before + n, size):
             stop = min(start + size, before + n)
             query = max(start - before, 0)
@@ -121,11 +123,13 @@ def backward(
             multiply(vs[:, start:stop], gs[:, query:].mT, scores)
             tile = (as_numpy(weights), as_numpy(scores), ends, q.shape[1], alone, start, query, sums_of, deltas)
             kernels.weight_gradients(threads, *tile)
-            multiply(weights, gs[:, query:], dv[:, start:stop])
-            multiply(scores, qs[:, query:], dk[:, start:stop])
+            asked = max(first, start)
+            if asked < stop:
+                multiply(weights[:, asked - start :], gs[:, query:], dv[:, asked:stop])
+                multiply(scores[:, asked - start :], qs[:, query:], dk[:, asked:stop])
             for h in range(heads):
                 dq[h, query:] += scores[h].T @ ks[h, start:stop]
         grads.q[row, begin:end] = dq.transpose(0, 1)
         if before:
-            _return(dk, grads.k, grads.keys, group)
-            _return(dv, grads.v, grads.values, group)
+            _return(dk, grads.k, None if grads.of_piece_alone else grads.keys, group)
+            _return(dv, grads.v, None if grads.of_piece_alone else grads.values, group)
