@@ -32,13 +32,37 @@ def whole(mixture):
     return mixture.sequences[0].read(0, len(mixture.sequences[0]))[0]
 
 
+def beginning(starts, row, rows):
+    """Where a row begins: with the document at its even share of the text, unless the row before it is there."""
+    share = len(starts) // rows
+    document = max(at for at in range(row * share + 1) if starts[at])
+    return document if document > (row - 1) * share else row * share
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(1, 6), st.integers(0, 3))
+def test_rows_begin_with_documents_and_none_where_another_does(lengths, rows, seed):
+    mixture = Mixture([in_memory(documents(*lengths), seed)])
+    found = [row["at"][0] for row in SequentialBatches(mixture, rows, 1).begin()]
+    starts = whole(mixture) == BEGIN
+    assert found == [beginning(starts, row, rows) for row in range(rows)]
+    if len(starts) >= rows:
+        assert found == sorted(set(found))
+
+
+def test_rows_of_equal_documents_come_to_their_ends_together():
+    mixture = Mixture([in_memory(documents(*[19] * 11), seed=0)])
+    for batch in take(SequentialBatches(mixture, batch_size=4, length=8), 20):
+        assert batch.starts is None or torch.equal(batch.starts, batch.starts[:1].expand(4, -1))
+
+
 def test_stream_reads_each_row_in_order_and_marks_documents():
     mixture = Mixture([in_memory(documents(10, 17, 5), seed=1)])
     batches = take(SequentialBatches(mixture, batch_size=2, length=7), 5)
     flat = whole(mixture)
     for row in range(2):
         read = torch.cat([b.inputs[row] for b in batches])
-        begin = row * (len(flat) // 2)
+        begin = beginning(flat == BEGIN, row, 2)
         assert read.tolist() == [flat[(begin + i) % len(flat)] for i in range(35)]
         targets = torch.cat([b.targets[row] for b in batches])
         assert torch.equal(targets[:-1], read[1:])
@@ -130,16 +154,17 @@ def test_packed_documents_train_as_one_by_one():
 
 
 @pytest.mark.parametrize("length", [8, 13])
-def test_a_row_enters_every_source_of_a_mixture_at_a_marked_start(length):
+@pytest.mark.parametrize("parts", [1, 5])
+def test_a_row_enters_every_source_of_a_mixture_at_a_marked_start(length, parts):
     """Also where that is in mid-document, and where a step ends just before it: whose tokens change, the state does."""
-    sources = [[np.array([BEGIN, *[i] * 38])] * 5 for i in range(2)]
+    sources = [[np.array([BEGIN, *[i] * (195 // parts - 1)])] * parts for i in range(2)]
     stream = SequentialBatches(Mixture([in_memory(documents, seed=0) for documents in sources]), 3, length)
     batches = take(stream, 30)
     for row in range(3):
         tokens = torch.cat([b.inputs[row] for b in batches]).tolist()
         starts = torch.cat([torch.zeros(length).bool() if b.starts is None else b.starts[row] for b in batches])
         changes = [at for at in range(1, len(tokens)) if {tokens[at - 1], tokens[at]} == {0, 1}]
-        assert changes or row == 0, "rows after the first enter in mid-document"
+        assert bool(changes) == (parts == 1 and row > 0), "rows after the first enter a long document in its midst"
         assert all(starts[at] for at in changes)
         assert all(starts[at] for at, token in enumerate(tokens) if token == BEGIN)
         marked_inside = sum(bool(starts[at]) for at in range(len(tokens)) if tokens[at] != BEGIN)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .mixture import Mixture
-from .sequence import Stretch
+from .sequence import Sequence, Stretch
 
 AHEAD = 2  # batches read before they are asked for
 
@@ -73,8 +73,10 @@ class Batches(Protocol):
 class SequentialBatches:
     """B rows that read the documents in order from B evenly spaced positions, so that the State can be carried.
 
-    A row continues where it stopped at the step before. With several sequences it changes between documents; where it
-    comes to one for the first time, which is in mid-document, a start is marked: the State is that of another document.
+    A row begins with the document at its position, unless the row before it reads that one: rows of documents of one
+    length then come to the ends of documents and of chunks at the same steps. A row continues where it stopped at the
+    step before. With several sequences it changes between documents; where it comes to one for the first time in
+    mid-document, a start is marked: the State is that of another document.
 
     Args:
         mixture: what to read.
@@ -94,13 +96,18 @@ class SequentialBatches:
 
     def begin(self) -> list[dict[str, Any]]:
         """Of each row: the sequence it reads, its position in each, and what it took from each."""
-        sizes = [len(s) for s in self.mixture.sequences]
-        none = [0] * len(sizes)
+        none = [0] * len(self.mixture.sequences)
         first = self.mixture.furthest_behind(none)
         return [
-            {"reads": first, "at": [row * (size // self.batch_size) for size in sizes], "taken": none}
+            {"reads": first, "at": [self._first(s, row) for s in self.mixture.sequences], "taken": none}
             for row in self.rows
         ]
+
+    def _first(self, sequence: Sequence, row: int) -> int:
+        """Where a row begins."""
+        apart = len(sequence) // self.batch_size
+        document = sequence.start_of_document(row * apart)
+        return document if document > (row - 1) * apart else row * apart
 
     def read(self, cursor: list[dict[str, Any]]) -> Batch:
         """The batch at a cursor."""

@@ -78,6 +78,11 @@ class Sequence:
         """Whether some tokens alone are to be learnt, as the answers of chats are."""
         return self._learnt is not None
 
+    def start_of_document(self, at: int) -> int:
+        """Where the document of a position starts."""
+        document = int(np.searchsorted(self._ends, at, "right"))
+        return int(self._ends[document - 1]) if document else 0
+
     def rest_of_document(self, at: int) -> int:
         """Tokens from a position to the end of its document."""
         at %= len(self)
