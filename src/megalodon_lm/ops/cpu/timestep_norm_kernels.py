@@ -1,4 +1,4 @@
-"""Norms over time in one pass over x forward and one backward; statistics in float64, features in float32.
+"""Norms over time, forward and backward: statistics in float64, features in float32.
 
 TimestepNorm and the norm that forgets differ only in how much of the running statistics a token replaces, which is told
 by `decays`: `CUMULATIVE`, or those of ops/decay_norm.py. One compiled kernel runs both.
