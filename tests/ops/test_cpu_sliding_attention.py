@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from megalodon_lm.ops import reference
-from megalodon_lm.ops.cpu import batched_attention, causal_attention, tiled_attention
+from megalodon_lm.ops.cpu import amx_attention, batched_attention, causal_attention, tiled_attention
 from megalodon_lm.ops.cpu.sliding_attention import sliding_attention
 from megalodon_lm.ops.sliding_attention import SlidingCache
 from megalodon_lm.ops.sliding_attention import sliding_attention as op
@@ -53,6 +53,14 @@ def test_equals_reference_with_all_gradients(kind, position, length, dtype, size
 def test_merged_documents_and_long_chunks_equal_the_portable_path(kind, dtype):
     """Default tiles: several short documents in one, chunks of more than a tile, widths that fill no vector."""
     compare(boundaries(kind, B, 1000), (17, 1299, 0), inputs_of(1000, dtype, 18, 34, 300), 300, portable)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_chunks_of_one_shape_see_more_or_less_of_the_cache(dtype, monkeypatch):
+    """The second one of each row sees 31, 8 and 2 entries of it, and has no gradients to them where none are asked for."""
+    monkeypatch.setattr(amx_attention, "multiplies_tiles", lambda: False)
+    monkeypatch.setattr(causal_attention, "MERGED_KEYS", 1)
+    compare(None, (31, 40, 66), inputs_of(150, dtype, 18, 34, 32), 32)
 
 
 def test_without_cache():

@@ -46,6 +46,25 @@ def test_equals_reference_with_all_gradients(kind, length, dim):
     assert torch.equal(fast.count, slow.count)
 
 
+def test_more_groups_than_one_task_follows():
+    g = torch.Generator().manual_seed(0)
+    groups = kernels.TOGETHER + 3
+    x, w, b = (torch.randn(s, generator=g) for s in ((2, 30, 16 * groups), (16 * groups,), (16 * groups,)))
+    mean, var = (torch.rand(2, groups, generator=g, dtype=torch.float64) for _ in range(2))
+
+    def run(op):
+        def call(x, w, b, mean, var):
+            y, state = op(x, w, b, groups, 1e-5, NormState(COUNT[:2], mean, var))
+            return y, state.mean, state.var
+
+        return call
+
+    actual = gradients(run(timestep_norm), [x, w, b, mean, var])
+    expected = gradients(run(reference.timestep_norm), [t.double() for t in (x, w, b, mean, var)])
+    assert_close(actual[0], expected[0], 1e-5)
+    assert_close(actual[1], expected[1], 1e-4)
+
+
 def test_bf16_in_and_out_lose_no_more_than_their_rounding():
     inputs = case(150, 64, torch.bfloat16)
     actual = gradients(run(timestep_norm, None), inputs)
