@@ -299,7 +299,7 @@ def wait_for(aim, rng, run, goal, process):
 
 @pytest.mark.parametrize(
     ("kind", "kills", "length"),
-    [("stream", 3, 60), *(pytest.param(kind, 25, 400, marks=pytest.mark.slow) for kind in KINDS)],
+    [("stream", 3, 60), *(pytest.param(kind, 25, 800, marks=pytest.mark.slow) for kind in KINDS)],
 )
 def test_killed_at_random_moments_the_run_ends_the_same(kind, kills, length, nursery, tmp_path):
     """Real processes. Beginnings, steps, checkpoints every other step, and the loader's thread are hit as they come."""
@@ -327,7 +327,7 @@ def test_killed_at_random_moments_the_run_ends_the_same(kind, kills, length, nur
     for number in range(kills):
         process = start(run)
         aim = ("step", "checkpoint", "beginning")[number % 3]
-        wait_for(aim, rng, run, ((number + rng.random()) * 0.7 * length) // kills, process)
+        wait_for(aim, rng, run, ((number + rng.random()) * 0.9 * length) // kills, process)
         with contextlib.suppress(ProcessLookupError):  # it came to its end
             os.kill(process, signal.SIGKILL)
         code = nursery.ended()

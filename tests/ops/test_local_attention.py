@@ -22,7 +22,7 @@ from .test_sliding_properties import FAST, Largest, mark, pieces
 B, H, W, BASE = 3, 2, 8, 1e4
 POSITIONS = [(0, 0, 0), (5, 5, 5), (31, 31, 31), (3, 31, 7)]
 LENGTHS = [1, 7, 8, 50]
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 4e-2}  # each tile of five keys is rounded
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 IMPLEMENTATIONS = [(op.portable, torch.float64), (native, torch.float32)]
 
 

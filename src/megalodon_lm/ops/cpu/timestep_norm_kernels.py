@@ -242,8 +242,11 @@ def _run_adjoint(
     grad_entry_mean: Any,
     grad_entry_var: Any,
 ) -> None:
-    """One task is TOGETHER groups of a row, from the last token to the first: in place of the sums what every feature's
-    gradient is shifted by, and what its distance from the token's mean adds to it."""
+    """One task is TOGETHER groups of a row, from the last token to the first, by the sums of _find_sums.
+
+    In their place it leaves what every feature's gradient is shifted by, and the slope by which its distance from the
+    token's mean adds to it.
+    """
     length, dim, groups = shape
     width = dim // groups
     parts = -(-groups // TOGETHER)
