@@ -78,15 +78,19 @@ class Sequence:
         """Whether some tokens alone are to be learnt, as the answers of chats are."""
         return self._learnt is not None
 
+    def _document(self, at: int) -> tuple[int, int, int]:
+        """Of a position: the number of its document, and where that starts and ends."""
+        number = int(np.searchsorted(self._ends, at, "right"))
+        return number, int(self._ends[number - 1]) if number else 0, int(self._ends[number])
+
     def start_of_document(self, at: int) -> int:
         """Where the document of a position starts."""
-        document = int(np.searchsorted(self._ends, at, "right"))
-        return int(self._ends[document - 1]) if document else 0
+        return self._document(at)[1]
 
     def rest_of_document(self, at: int) -> int:
         """Tokens from a position to the end of its document."""
         at %= len(self)
-        return int(self._ends[np.searchsorted(self._ends, at, "right")]) - at
+        return self._document(at)[2] - at
 
     def read(self, at: int, count: int) -> Stretch:
         """So many tokens from a position on."""
@@ -94,10 +98,8 @@ class Sequence:
         done = 0
         while done < count:
             position = (at + done) % len(self)
-            document = int(np.searchsorted(self._ends, position, "right"))
-            end = int(self._ends[document])
-            length = int(self._ends[document] - (self._ends[document - 1] if document else 0))
-            into = position - (end - length)
+            document, start, end = self._document(position)
+            into = position - start
             taken = min(end - position, count - done)
             begin, array = int(self._begin[document]) + into, self._array[document]
             tokens[done : done + taken] = self._tokens[array][begin : begin + taken]
