@@ -11,7 +11,7 @@ from megalodon_lm.ops import reference
 from megalodon_lm.ops.boundaries import Boundaries
 from megalodon_lm.ops.chunk_attention import KeyValueCache
 from megalodon_lm.ops.chunk_attention import chunk_attention as op
-from megalodon_lm.ops.cpu import amx_attention, batched_attention, causal_attention, rotary, tiled_attention
+from megalodon_lm.ops.cpu import batched_attention, causal_attention, rotary, squares, tiled_attention
 from megalodon_lm.ops.cpu import open_chunk as exits
 from megalodon_lm.ops.cpu.chunk_attention import chunk_attention
 from megalodon_lm.training.memory import resident
@@ -89,7 +89,7 @@ def test_short_groups_go_together(dtype, monkeypatch):
 
     Once with gradients to the cache and once without.
     """
-    monkeypatch.setattr(amx_attention, "multiplies_tiles", lambda: False)
+    monkeypatch.setattr(squares, "available", lambda: None)
     fill = torch.tensor([0, 64, 7, 0, 64, 64, 120, 0])
     products, bmm = [], torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda a, b: products.append(len(a) // H) or bmm(a, b))

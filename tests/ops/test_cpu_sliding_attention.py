@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from megalodon_lm.ops import reference
-from megalodon_lm.ops.cpu import amx_attention, batched_attention, causal_attention, tiled_attention
+from megalodon_lm.ops.cpu import batched_attention, causal_attention, squares, tiled_attention
 from megalodon_lm.ops.cpu.sliding_attention import sliding_attention
 from megalodon_lm.ops.sliding_attention import SlidingCache
 from megalodon_lm.ops.sliding_attention import sliding_attention as op
@@ -58,7 +58,7 @@ def test_merged_documents_and_long_chunks_equal_the_portable_path(kind, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_chunks_of_one_shape_see_more_or_less_of_the_cache(dtype, monkeypatch):
     """The second ones of the rows see 31, 8 and 2 entries, and give them gradients where those are asked for alone."""
-    monkeypatch.setattr(amx_attention, "multiplies_tiles", lambda: False)
+    monkeypatch.setattr(squares, "available", lambda: None)
     monkeypatch.setattr(causal_attention, "MERGED_KEYS", 1)
     compare(None, (31, 40, 66), inputs_of(150, dtype, 18, 34, 32), 32)
 

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from megalodon_lm.layers.linear import Linear
-from megalodon_lm.ops.cpu import amx_linear
 from megalodon_lm.ops.cpu import linear as native
+from megalodon_lm.ops.cpu import squares, squares_linear
 from megalodon_lm.ops.linear import linear
 
-from .test_amx import TILES
+from .test_squares import TILES
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -75,15 +75,14 @@ def test_what_is_not_finite_stays_in_its_token(narrow, onednn):
 @pytest.mark.parametrize("rows", [(1,), (2, 37), (96,)])
 def test_products_in_tiles(rows, panel_bytes, with_bias, tiles, monkeypatch):
     """Strips that end early, several panels, and NaN that stays in its row; rows do not depend on those beside them."""
-    monkeypatch.setattr(amx_linear, "multiplies_tiles", lambda: True)
-    monkeypatch.setattr(amx_linear, "tiles", TILES[tiles])
-    monkeypatch.setattr(amx_linear, "DEEP", 64)
-    monkeypatch.setattr(amx_linear, "PANEL_BYTES", panel_bytes)
+    monkeypatch.setattr(squares, "available", lambda: TILES[tiles])
+    monkeypatch.setattr(squares_linear, "DEEP", 64)
+    monkeypatch.setattr(squares_linear, "PANEL_BYTES", panel_bytes)
     g = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(s, generator=g) for s in ((*rows, 96), (160, 96), (160,)))
     bias, x = bias if with_bias else None, x.bfloat16()
-    assert amx_linear.fits(weight)
-    assert not any(map(amx_linear.fits, (weight[:40], weight[:, :80], weight[:, :32])))
+    assert squares_linear.fits(weight)
+    assert not any(map(squares_linear.fits, (weight[:40], weight[:, :80], weight[:, :32])))
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         found, first = linear(x, weight, bias), linear(x.view(-1, 96)[:1], weight, bias)
         spoilt = linear(x.masked_fill(torch.arange(x.numel()).view_as(x) == 5, torch.nan), weight, bias)

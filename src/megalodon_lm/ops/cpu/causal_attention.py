@@ -2,7 +2,7 @@
 
 Rows are cut into groups, one chunk or several short ones; keys of a chunk that the next one sees belong to two groups.
 Groups of few queries are computed in one go; all others go to the tiles of the processor, where it has some
-(amx_attention), or to matrix products of PyTorch, long ones by themselves (tiled_attention) and short ones together
+(squares_attention), or to matrix products of PyTorch, long ones by themselves (tiled_attention) and short ones together
 (batched_attention).
 """
 
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..finite import finite_part
 from ..windowed_attention import spoilt
-from . import amx_attention, batched_attention, tiled_attention
 from . import attention_kernels as kernels
+from . import batched_attention, squares_attention, tiled_attention
 from .attention_operands import operands
 from .finite import is_finite
 from .operators import form
@@ -55,8 +55,8 @@ def _plan(slots: Tensor, keys: Tensor | None = None) -> tuple[np.ndarray, np.nda
 
 def _by_products(q: Tensor, v: Tensor, groups: np.ndarray) -> list[tuple[Any, np.ndarray]]:
     """The modules that multiply matrices for groups, each with its own, in this order: the last one adds gradients."""
-    if amx_attention.fits(q, v):
-        shares = [(amx_attention, groups)]
+    if squares_attention.fits(q, v):
+        shares = [(squares_attention, groups)]
     else:
         short = batched_attention.short(groups, tiled_attention.tile_size(q))
         shares = [(tiled_attention, groups[~short]), (batched_attention, groups[short])]

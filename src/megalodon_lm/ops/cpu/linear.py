@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import linear as portable
 from ..backend import implements
 from ..derived import derived, rounded
-from . import amx_linear
+from . import squares_linear
 
 MANY = 1 << 22  # multiplications from which a product by oneDNN gains more than starting it costs
 
@@ -18,7 +18,7 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.numel():
         return False
     if x.dtype == torch.bfloat16:
-        return amx_linear.fits(weight) or _onednn_multiplies_bf16()
+        return squares_linear.fits(weight) or _onednn_multiplies_bf16()
     if weight.dtype != torch.float32 or not weight.is_contiguous():  # other strides take a thousand times as long
         return False
     return x.numel() * len(weight) >= MANY and _onednn_multiplies_float32_faster()
@@ -35,8 +35,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if x.dtype == torch.float32:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    if amx_linear.fits(weight):
-        return amx_linear.linear(x, derived(amx_linear.packed, weight), bias)
+    if squares_linear.fits(weight):
+        return squares_linear.linear(x, derived(squares_linear.packed, weight), bias)
     bias = None if bias is None else rounded(bias, x.dtype)
     return torch.ops.mkldnn._linear_pointwise(x, derived(_laid_out, weight), bias, "none", [], "")
 

@@ -16,6 +16,12 @@ def rounds_to_bf16() -> bool:
 
 
 @functools.cache
+def multiplies_pairs() -> bool:
+    """Whether one instruction adds the products of sixteen pairs of bf16 to float32."""
+    return _has("avx512bf16")
+
+
+@functools.cache
 def guesses_reciprocals() -> bool:
     """Whether one instruction guesses the reciprocals of sixteen float32."""
     return _has("avx512f")

@@ -149,7 +149,7 @@ def _widened(builder: Any, halves: Any) -> Any:
     return builder.bitcast(builder.shl(builder.zext(halves, _WORDS), _words(16)), _FLOATS)
 
 
-class _BFloat16(ir.types.Type):
+class BFloat16(ir.types.Type):
     """LLVM's type, which llvmlite lacks."""
 
     def _to_string(self) -> str:
@@ -157,7 +157,7 @@ class _BFloat16(ir.types.Type):
 
 
 def _round_by_instruction(builder: Any, value: Any) -> Any:
-    return builder.bitcast(builder.fptrunc(value, ir.VectorType(_BFloat16(), LANES)), _HALVES)
+    return builder.bitcast(builder.fptrunc(value, ir.VectorType(BFloat16(), LANES)), _HALVES)
 
 
 def _round_bits(builder: Any, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Gradients of attention of a group of queries with all matrix products in AMX tiles; see amx and amx_packing.
+"""Gradients of attention of a group of queries with all matrix products in squares; see squares and squares_packing.
 
 Keys are taken in tiles of some strips. Each strip of keys meets all queries that see it, computes the weights anew, and
 has its own gradients at once; then each strip of queries adds what the tile of keys gives to its gradients.
@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .amx import SQUARE, clear, enter_tiles, leave_tiles, load_sums, multiply, store_sums
-from .amx_packing import SQUARE_WORDS, num_strips, pack, pack_transposed, read_rows, scratch, write_rows
 from .attention_operands import Group
 from .simd import LANES, compiled, exp, inner, load, splat, store, total
+from .squares import SQUARE, clear, enter_tiles, leave_tiles, load_sums, multiply, store_sums
+from .squares_packing import SQUARE_WORDS, num_strips, pack, pack_transposed, read_rows, scratch, write_rows
 from .team import share
 
 TOGETHER = 2  # strips of keys for each time that the queries come from the outer caches
@@ -242,11 +242,11 @@ def attend_backward(
     exchange: Any,
     grads: Any,
 ) -> None:
-    """Gradients of `amx_forward.attend`.
+    """Gradients of `squares_forward.attend`.
 
     Args:
         threads: from num_threads().
-        tiles: PROCESSOR or EMULATED.
+        tiles: AMX, VECTORS or EMULATED.
         grad: (B, L, H, dv) of the output, bf16 as uint16.
         given: Operands, as there.
         group: Group.

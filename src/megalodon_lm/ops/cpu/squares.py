@@ -1,18 +1,19 @@
-"""Matrix products of bf16 squares by AMX, the tile registers of some Intel processors, inside compiled kernels.
+"""Matrix products of bf16, in squares of 32 x 32 sums, inside compiled kernels.
 
-A kernel takes `tiles`, which says by its type what it is compiled for: PROCESSOR for the processor's own, EMULATED for
-plain code that does the same anywhere (emulated_tiles), so that tests need no such processor. `enter_tiles` makes of it
-what the functions here take.
+A kernel takes `tiles`, which says by its type what it is compiled for: AMX for the tile registers of some Intel
+processors, VECTORS for AVX-512's dot products of bf16 (vector_squares), EMULATED for plain code that does as AMX
+anywhere (emulated_tiles), so that tests need no such processor. `enter_tiles` makes of it what the functions here take.
 
-A product is made in squares of 32 x 32 sums in float32, kept in four tiles while `accumulate` adds the product of
-32 x 32 elements of A, as they lie in memory, with 32 x 32 of B, packed: a packed square holds two tiles, its left 16
-columns and its right ones, each of 16 rows of 16 words, and word (i, j) of a tile is the pair B[2 i, j], B[2 i + 1, j].
-So transposing the words of a row-major matrix packs its transpose, and pairing its rows packs the matrix itself.
-On one core this reached 1.5 times the rate of oneDNN's own products at the shapes of attention.
+A product is made in squares of 32 x 32 sums in float32, of 32 rows of A, as they lie in memory, and 32 columns of B,
+packed: a packed square holds 32 x 32 elements as two tiles, its left 16 columns and its right ones, each of 16 rows of
+16 words, and word (i, j) of a tile is the pair B[2 i, j], B[2 i + 1, j]. So transposing the words of a row-major matrix
+packs its transpose, and pairing its rows packs the matrix itself. At the shapes of attention this reached 1.5 times the
+rate of oneDNN's own products with AMX, and 1.3 times with vectors.
 
 Instructions: Intel 64 and IA-32 Architectures Software Developer's Manual, chapter on programming with AMX.
 """
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -21,19 +22,27 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from . import emulated_tiles
+from . import emulated_tiles, vector_squares
 from .emulated_tiles import TILE
+from .processor import multiplies_pairs, multiplies_tiles
 from .simd import inner
+from .vector_squares import VECTORS
 
 SQUARE = 32  # rows, columns and depth
 _SUMS, _LEFT, _RIGHT = 0, 4, 6  # first tile of each use
 _BYTE, _INT = ir.IntType(8), ir.IntType(64)
 _POINTER = _BYTE.as_pointer()
 
-PROCESSOR = np.zeros(64, np.uint8)  # what ldtilecfg takes: all eight tiles whole
-PROCESSOR[0] = 1  # palette
-PROCESSOR[16:32:2] = 64  # bytes of a row
-PROCESSOR[48:56] = TILE
+AMX = np.zeros(64, np.uint8)  # what ldtilecfg takes: all eight tiles whole
+AMX[0] = 1  # palette
+AMX[16:32:2] = 64  # bytes of a row
+AMX[48:56] = TILE
+
+
+@functools.cache
+def available() -> Any:
+    """The `tiles` for which kernels are compiled on this processor; None if it multiplies no bf16 in such a way."""
+    return AMX if multiplies_tiles() else VECTORS if multiplies_pairs() else None
 
 
 def _call(builder: Any, name: str, *operands: Any) -> None:
@@ -82,6 +91,11 @@ class _Instructions:
             _call(self.builder, "tdpbf16ps", *map(_BYTE, (sums, left, right)))
 
 
+def _are_vectors(kind: Any) -> bool:
+    """Whether an array of this type stands for sums that vectors add to."""
+    return bool(kind.dtype == types.float32)
+
+
 def _configuration(name: str) -> Any:
     @intrinsic
     def run(typingctx: Any, tiles: Any) -> Any:
@@ -119,7 +133,11 @@ def clear(typingctx: Any, tiles: Any) -> Any:
     """Set the 32 x 32 sums to zero."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        instructions = _Instructions(context, builder, signature.args[0], args[0])
+        kind = signature.args[0]
+        if _are_vectors(kind):
+            vector_squares.clear(builder, address_of(context, builder, kind, args[0], _INT(0)))
+            return context.get_dummy_value()
+        instructions = _Instructions(context, builder, kind, args[0])
         for tile in range(4):
             instructions.zero(_SUMS + tile)
         return context.get_dummy_value()
@@ -132,11 +150,17 @@ def _move_sums(name: str) -> Any:
     def run(typingctx: Any, tiles: Any, c: Any, at: Any, stride: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             tiles, array, at, stride = args
-            instructions = _Instructions(context, builder, signature.args[0], tiles)
+            kind, kind_c = signature.args[:2]
+            if _are_vectors(kind):
+                own = address_of(context, builder, kind, tiles, _INT(0)), _INT(4 * SQUARE)
+                there = address_of(context, builder, kind_c, array, at), builder.mul(stride, _INT(4))
+                vector_squares.copy(builder, *((*there, *own) if name == "load" else (*own, *there)))
+                return context.get_dummy_value()
+            instructions = _Instructions(context, builder, kind, tiles)
             for tile in range(4):
                 down, right = builder.mul(stride, _INT(TILE * (tile // 2))), _INT(TILE * (tile % 2))
                 start = builder.add(at, builder.add(down, right))
-                instructions.move(name, _SUMS + tile, signature.args[1], array, start, stride)
+                instructions.move(name, _SUMS + tile, kind_c, array, start, stride)
             return context.get_dummy_value()
 
         return types.void(tiles, c, types.intp, types.intp), codegen
@@ -150,35 +174,43 @@ store_sums = _move_sums("store")
 
 
 @intrinsic
-def accumulate(typingctx: Any, tiles: Any, a: Any, a_at: Any, stride: Any, b: Any, b_at: Any) -> Any:
-    """Add to the sums the product of 32 rows of A, 32 elements each, with a packed square of B.
-
-    Args:
-        tiles: from `enter_tiles`.
-        a: flat uint16 (bf16) array.
-        a_at, stride: first element, and elements from one row to the next.
-        b: flat uint32 array of packed squares.
-        b_at: first word of the square.
-    """
-
+def _multiply(
+    typingctx: Any, tiles: Any, a: Any, a_at: Any, stride: Any, b: Any, b_at: Any, step: Any, squares: Any
+) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        tiles, a, a_at, stride, b, b_at = args
-        kind, kind_a, _, _, kind_b, _ = signature.args
+        tiles, a, a_at, stride, b, b_at, step, squares = args
+        kind, kind_a, _, _, kind_b, *_ = signature.args
+        if _are_vectors(kind):
+            own = address_of(context, builder, kind, tiles, _INT(0))
+            rows = address_of(context, builder, kind_a, a, a_at), builder.mul(stride, _INT(2))
+            packed = address_of(context, builder, kind_b, b, b_at), builder.mul(step, _INT(4))
+            vector_squares.multiply(builder, own, *rows, *packed, squares)
+            return context.get_dummy_value()
         instructions = _Instructions(context, builder, kind, tiles)
-        for half in range(2):
-            row = builder.add(a_at, builder.mul(stride, _INT(TILE * half)))
-            square = builder.add(b_at, _INT(half * TILE * TILE))
-            instructions.move("load", _LEFT + half, kind_a, a, row, stride)
-            instructions.move("load", _RIGHT + half, kind_b, b, square, _INT(TILE))
-        for tile in range(4):
-            instructions.multiply(_SUMS + tile, _LEFT + tile // 2, _RIGHT + tile % 2)
+        with cgutils.for_range(builder, squares) as depth:
+            for half in range(2):
+                row = builder.add(a_at, builder.mul(stride, _INT(TILE * half)))
+                row = builder.add(row, builder.mul(depth.index, _INT(SQUARE)))
+                square = builder.add(b_at, builder.add(builder.mul(depth.index, step), _INT(half * TILE * TILE)))
+                instructions.move("load", _LEFT + half, kind_a, a, row, stride)
+                instructions.move("load", _RIGHT + half, kind_b, b, square, _INT(TILE))
+            for tile in range(4):
+                instructions.multiply(_SUMS + tile, _LEFT + tile // 2, _RIGHT + tile % 2)
         return context.get_dummy_value()
 
-    return types.void(tiles, a, types.intp, types.intp, b, types.intp), codegen
+    return types.void(tiles, a, types.intp, types.intp, b, types.intp, types.intp, types.intp), codegen
 
 
 @inner
 def multiply(tiles: Any, a: Any, at: int, stride: int, b: Any, b_at: int, step: int, squares: int) -> None:
-    """Add the product of 32 rows of A, `squares` squares wide, with as many packed squares, `step` words apart."""
-    for i in range(squares):
-        accumulate(tiles, a, at + i * SQUARE, stride, b, b_at + i * step)
+    """Add to the sums the product of 32 rows of A, `squares` squares wide, with as many packed squares of B.
+
+    Args:
+        tiles: from `enter_tiles`.
+        a: flat uint16 (bf16) array.
+        at, stride: first element, and elements from one row to the next.
+        b: flat uint32 array of packed squares.
+        b_at, step: first word of the first square, and words from one square to the next.
+        squares: how many.
+    """
+    _multiply(tiles, a, at, stride, b, b_at, step, squares)

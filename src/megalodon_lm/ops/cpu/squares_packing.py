@@ -1,4 +1,4 @@
-"""Rows of a group in and out of the packed squares that AMX multiplies; see amx.
+"""Rows of a group in and out of the packed squares that are multiplied; see squares.
 
 A group has n queries and, with those before it, m keys, of H heads. Queries, keys and values are taken in
 strips of 32, the last one filled with zeros.
@@ -11,9 +11,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .amx import SQUARE, address_of
 from .emulated_tiles import TILE
 from .simd import LANES, inner, load, splat, store
+from .squares import SQUARE, address_of
 
 LINE = 64  # bytes of a cache line: tiles are read fastest from its start
 SQUARE_WORDS = SQUARE * SQUARE // 2  # 32-bit words of a packed square

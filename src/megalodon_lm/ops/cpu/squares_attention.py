@@ -1,7 +1,7 @@
-"""Causal attention of groups by the processor's own matrix tiles; the same two functions as tiled_attention.
+"""Causal attention of groups by the processor's own products of bf16; the same two functions as tiled_attention.
 
-A group is computed in one compiled call, in squares of 32 by 32: scores go from the tiles through the softmax and back
-into the tiles without leaving the cache. Forward holds 32 queries by a chunk for each thread, backward two tiles of 256
+A group is computed in one compiled call, in squares of 32 by 32: scores go from sums through the softmax and back
+into them without leaving the cache. Forward holds 32 queries by a chunk for each thread, backward two tiles of 256
 keys by the queries of a chunk.
 """
 
@@ -10,21 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .amx import PROCESSOR, SQUARE
-from .amx_backward import KEY_STRIPS, Exchange, Queries, attend_backward
-from .amx_forward import Packed, attend
-from .amx_packing import SQUARE_WORDS, Result
+from . import squares
 from .attention_operands import Group, Operands
-from .processor import multiplies_tiles
 from .simd import as_numpy
+from .squares import SQUARE
+from .squares_backward import KEY_STRIPS, Exchange, Queries, attend_backward
+from .squares_forward import Packed, attend
+from .squares_packing import SQUARE_WORDS, Result
 from .team import num_threads
-
-tiles = PROCESSOR  # those that kernels are compiled for
 
 
 def fits(q: Tensor, v: Tensor) -> bool:
-    """Whether these go into tiles: those of bf16."""
-    return q.dtype == v.dtype == torch.bfloat16 and multiplies_tiles()
+    """Whether these go into squares: those of bf16."""
+    return q.dtype == v.dtype == torch.bfloat16 and squares.available() is not None
 
 
 def _widened(given: Operands) -> Operands:
@@ -76,7 +74,15 @@ def forward(given: Operands, slots: Tensor, groups: np.ndarray, out: Tensor, sum
     packed = Packed(*(_words(heads * longest * SQUARE * t.shape[3] // 2) for t in given[1:3]))
     for group in (Group(*row) for row in groups.tolist()):
         result = Result(target, _sums_of(group, length, heads, sums_of))
-        attend(num_threads(), tiles, arrays, group, slots_of[group.row, group.begin : group.end], packed, result)
+        attend(
+            num_threads(),
+            squares.available(),
+            arrays,
+            group,
+            slots_of[group.row, group.begin : group.end],
+            packed,
+            result,
+        )
     _narrow(wide, out)
 
 
@@ -108,7 +114,7 @@ def backward(
         result = Result(output, _sums_of(group, length, heads, sums_of))
         last = _ends_in_group(ends, length, group)
         attend_backward(
-            num_threads(), tiles, incoming, arrays, group, last, result, queries, exchange, written
+            num_threads(), squares.available(), incoming, arrays, group, last, result, queries, exchange, written
         )  # fmt: skip
     for made, t in zip(wide, grads, strict=True):
         _narrow(made, t)

@@ -1,13 +1,13 @@
-"""Causal attention of a group of queries with both its matrix products in AMX tiles; see amx and amx_packing."""
+"""Causal attention of a group of queries with both its matrix products in squares; see squares and squares_packing."""
 
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .amx import SQUARE, clear, enter_tiles, leave_tiles, multiply, store_sums
-from .amx_packing import SQUARE_WORDS, num_strips, pack, pack_transposed, read_rows, scratch, write_rows
 from .attention_operands import Group
 from .simd import LANES, compiled, exp, highest, inner, larger, load, splat, store, total
+from .squares import SQUARE, clear, enter_tiles, leave_tiles, multiply, store_sums
+from .squares_packing import SQUARE_WORDS, num_strips, pack, pack_transposed, read_rows, scratch, write_rows
 from .team import share
 
 TOGETHER = 2  # strips of queries for each time that the keys come from the outer caches
@@ -125,7 +125,7 @@ def attend(threads: int, tiles: Any, given: Any, group: Any, slots: Any, packed:
 
     Args:
         threads: from num_threads().
-        tiles: PROCESSOR or EMULATED.
+        tiles: AMX, VECTORS or EMULATED.
         given: Operands, bf16 as uint16; d a multiple of 32.
         group: Group.
         slots: (n,) of the group, how many tokens before it a token sees.

@@ -6,12 +6,14 @@ import torch
 
 from megalodon_lm.ops import reference
 from megalodon_lm.ops.chunk_attention import chunk_attention as portable
-from megalodon_lm.ops.cpu import amx, amx_attention, causal_attention
-from megalodon_lm.ops.cpu.amx_packing import SQUARE_WORDS, pack, pack_transposed
+from megalodon_lm.ops.cpu import causal_attention, squares
 from megalodon_lm.ops.cpu.chunk_attention import chunk_attention
 from megalodon_lm.ops.cpu.emulated_tiles import EMULATED
-from megalodon_lm.ops.cpu.processor import multiplies_tiles
+from megalodon_lm.ops.cpu.processor import multiplies_pairs, multiplies_tiles
 from megalodon_lm.ops.cpu.simd import as_numpy, compiled
+from megalodon_lm.ops.cpu.squares import clear, enter_tiles, leave_tiles, load_sums, multiply, store_sums
+from megalodon_lm.ops.cpu.squares_packing import SQUARE_WORDS, pack, pack_transposed
+from megalodon_lm.ops.cpu.vector_squares import VECTORS
 
 from . import test_cpu_sliding_attention as sliding
 from . import test_local_attention as local
@@ -20,7 +22,9 @@ from .test_cpu_chunk_attention import B, H, case, compare, run
 from .test_not_finite import run_attention
 from .test_not_finite import spoilt as spoil
 
-TILES = {"emulated": EMULATED} | ({"processor": amx.PROCESSOR} if multiplies_tiles() else {})
+TILES = {"emulated": EMULATED}
+TILES |= {"amx": squares.AMX} if multiplies_tiles() else {}
+TILES |= {"vectors": VECTORS} if multiplies_pairs() else {}
 
 
 @pytest.fixture(params=TILES)
@@ -30,21 +34,20 @@ def tiles(request, monkeypatch):
 
 
 def use(tiles, monkeypatch):
-    monkeypatch.setattr(amx_attention, "multiplies_tiles", lambda: True)
-    monkeypatch.setattr(amx_attention, "tiles", tiles)
+    monkeypatch.setattr(squares, "available", lambda: tiles)
     monkeypatch.setattr(causal_attention, "FEW_QUERIES", 0)
 
 
 @compiled
 def product(tiles, a, packed, step, squares, c):
     """c += the product of a (32, 32 squares) with packed squares."""
-    own = amx.enter_tiles(tiles)
-    amx.clear(own)
-    amx.store_sums(own, c[32 * 32 :], 0, 32)
-    amx.load_sums(own, c, 0, 32)
-    amx.multiply(own, a, 0, 32 * squares, packed, 0, step, squares)
-    amx.store_sums(own, c, 0, 32)
-    amx.leave_tiles(own)
+    own = enter_tiles(tiles)
+    clear(own)
+    store_sums(own, c[32 * 32 :], 0, 32)
+    load_sums(own, c, 0, 32)
+    multiply(own, a, 0, 32 * squares, packed, 0, step, squares)
+    store_sums(own, c, 0, 32)
+    leave_tiles(own)
 
 
 @compiled
@@ -127,7 +130,7 @@ def test_chunks_of_several_tiles_of_keys_and_the_ones_before(tiles):
 @pytest.mark.skipif(not multiplies_tiles(), reason="the processor has no tiles to compare with")
 def test_processor_and_emulation_agree(monkeypatch):
     found = []
-    for tiles in (EMULATED, amx.PROCESSOR):
+    for tiles in (EMULATED, squares.AMX):
         use(tiles, monkeypatch)
         call = run(chunk_attention, boundaries("both", B, 350), torch.tensor([17, 300, 599]), 600)
         outputs, grads = gradients(call, case(350, torch.bfloat16, 600, 64, 32))

@@ -1,4 +1,4 @@
-"""Linear layers in the tiles of AMX: rows times packed weights, the bias added before sums are rounded; see amx.
+"""Linear layers in squares: rows times packed weights, the bias added before sums are rounded; see squares.
 
 Weights are packed once. A thread multiplies strips of 32 rows with a panel of weights, which stays in its second cache
 from one strip to the next.
@@ -10,23 +10,21 @@ import torch
 from torch import Tensor
 
 from ..derived import derived
-from .amx import PROCESSOR, SQUARE, clear, enter_tiles, leave_tiles, multiply, store_sums
-from .amx_packing import SQUARE_WORDS, num_strips, pack_transposed, scratch
-from .processor import multiplies_tiles
+from . import squares
 from .simd import LANES, as_numpy, compiled, inner, load, store
+from .squares import SQUARE, clear, enter_tiles, leave_tiles, multiply, store_sums
+from .squares_packing import SQUARE_WORDS, num_strips, pack_transposed, scratch
 from .team import num_threads, share
 
 DEEP = 1024  # features of a row from which oneDNN's products fall behind
 PANEL_BYTES = 1 << 20  # of weights: half of the second cache of these processors
 TASKS_PER_THREAD = 4
 
-tiles = PROCESSOR  # those that the kernel is compiled for
-
 
 def fits(weight: Tensor) -> bool:
     """Whether it goes into tiles: rows of whole squares, and long ones."""
     fan_out, fan_in = weight.shape
-    return fan_in >= DEEP and fan_in % SQUARE == fan_out % SQUARE == 0 and multiplies_tiles()
+    return fan_in >= DEEP and fan_in % SQUARE == fan_out % SQUARE == 0 and squares.available() is not None
 
 
 @inner
@@ -83,33 +81,33 @@ def _multiply(
 def packed(weight: Tensor) -> Tensor:
     """A weight that fits, rounded to bf16, as the squares of its transpose, flat."""
     rows = weight.to(torch.bfloat16, memory_format=torch.contiguous_format, copy=True)
-    squares = rows.new_empty(rows.numel())
-    _pack(num_threads(), as_numpy(rows).view("uint32"), as_numpy(squares).view("uint32"))
-    return squares
+    laid_out = rows.new_empty(rows.numel())
+    _pack(num_threads(), as_numpy(rows).view("uint32"), as_numpy(laid_out).view("uint32"))
+    return laid_out
 
 
 def _rounded_wide(bias: Tensor) -> Tensor:
     return bias.to(torch.bfloat16).float()
 
 
-def linear(x: Tensor, squares: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, laid_out: Tensor, bias: Tensor | None) -> Tensor:
     """x @ weight.T + bias, without gradients.
 
     Args:
         x: (..., fan_in), bf16, not empty.
-        squares: from `packed`.
+        laid_out: from `packed`.
         bias: (fan_out,), which is rounded to bf16, or None.
 
     Returns:
         (..., fan_out), bf16; each row bit for bit the same whatever rows are beside it.
     """
     fan_in, threads = x.shape[-1], num_threads()
-    fan_out = squares.numel() // fan_in
+    fan_out = laid_out.numel() // fan_in
     added = x.new_zeros(fan_out, dtype=torch.float32) if bias is None else derived(_rounded_wide, bias)
     out = x.new_empty(*x.shape[:-1], fan_out)
     strips, columns = -(-x.numel() // fan_in // SQUARE), fan_out // SQUARE
-    panels = max(-(-squares.numel() * squares.itemsize // PANEL_BYTES), -(-TASKS_PER_THREAD * threads // strips))
+    panels = max(-(-laid_out.numel() * laid_out.itemsize // PANEL_BYTES), -(-TASKS_PER_THREAD * threads // strips))
     width = -(-columns // panels)
-    flat = (as_numpy(x.reshape(-1)), as_numpy(squares).view("uint32"), as_numpy(added), as_numpy(out).reshape(-1))
-    _multiply(threads, strips * -(-columns // width), tiles, *flat, fan_in, width)
+    flat = (as_numpy(x.reshape(-1)), as_numpy(laid_out).view("uint32"), as_numpy(added), as_numpy(out).reshape(-1))
+    _multiply(threads, strips * -(-columns // width), squares.available(), *flat, fan_in, width)
     return out
