@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megalodon_lm.layers import linear as reading
+from megalodon_lm.layers.initialization import init_he
 from megalodon_lm.layers.linear import Linear
 from megalodon_lm.ops.cpu import linear as native
 from megalodon_lm.ops.cpu import squares, squares_linear
-from megalodon_lm.ops.linear import linear
+from megalodon_lm.ops.linear import linear, linear_add, linear_gate, linear_silu, linears
 
 from .test_squares import TILES
 
@@ -69,29 +71,91 @@ def test_what_is_not_finite_stays_in_its_token(narrow, onednn):
     assert torch.equal(found.isnan(), spoilt[..., None].expand_as(found))
 
 
-@pytest.mark.parametrize("tiles", TILES)
+@pytest.fixture(params=[*TILES, None])
+def tiles(request, monkeypatch):
+    """Squares of each kind, strips that end early and several panels; and oneDNN's products with kernels after them."""
+    monkeypatch.setattr(squares, "available", lambda: TILES.get(request.param))
+    return request.param
+
+
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("panel_bytes", [1 << 20, 1 << 13])
 @pytest.mark.parametrize("rows", [(1,), (2, 37), (96,)])
-def test_products_in_tiles(rows, panel_bytes, with_bias, tiles, monkeypatch):
-    """Strips that end early, several panels, and NaN that stays in its row; rows do not depend on those beside them."""
-    monkeypatch.setattr(squares, "available", lambda: TILES[tiles])
-    monkeypatch.setattr(squares_linear, "DEEP", 64)
+@pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16])
+def test_layers_with_what_follows_them(rows, panel_bytes, with_bias, residual_dtype, tiles, monkeypatch):
+    """Against the definition; a row does not depend on those beside it, and NaN stays in its row."""
     monkeypatch.setattr(squares_linear, "PANEL_BYTES", panel_bytes)
     g = torch.Generator().manual_seed(0)
-    x, weight, bias = (torch.randn(s, generator=g) for s in ((*rows, 96), (160, 96), (160,)))
-    bias, x = bias if with_bias else None, x.bfloat16()
-    assert squares_linear.fits(weight)
-    assert not any(map(squares_linear.fits, (weight[:40], weight[:, :80], weight[:, :32])))
+    widths = (160, 96, 160)
+    x, residual, other = (torch.randn(*rows, n, generator=g) for n in (96, 160, 160))
+    layers = [
+        (torch.randn(n, 96, generator=g) / 10, torch.randn(n, generator=g) if with_bias else None) for n in widths
+    ]
+    x, residual, other = x.bfloat16(), residual.to(residual_dtype), other.bfloat16()
+    assert squares_linear.fits(x, layers[0][0]) is False  # gradients are on
+
+    def compute(x, residual, other):
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            assert squares_linear.fits(x, layers[0][0]) == (tiles is not None)
+            assert not any(squares_linear.fits(x, w) for w in (layers[0][0][:40], layers[0][0][:, :80]))
+            return [
+                *linears(x, tuple(layers)),
+                linear(x, *layers[0]),
+                linear_silu(x, layers[1]),
+                linear_gate(x, layers[0], layers[2]),
+                linear_add(x, layers[0], residual),
+                linear_add(x, layers[2], residual, other),
+            ]
+
+    def define(x, residual, other):
+        made = [F.linear(x, w.bfloat16().double(), None if b is None else b.bfloat16().double()) for w, b in layers]
+        gated = F.silu(made[0]) * made[2]
+        return [*made, made[0], F.silu(made[1]), gated, residual + made[0], residual + made[2] + other]
+
+    given = x, residual, other
+    found, expected = compute(*given), define(*(t.double() for t in given))
+    for i, (a, e) in enumerate(zip(found, expected, strict=True)):
+        assert a.dtype == (residual_dtype if i > 5 else torch.bfloat16)
+        torch.testing.assert_close(a.double(), e, rtol=2**-6, atol=2e-2)
+    alone = compute(*(t.flatten(0, -2)[:1] for t in given))
+    spoilt = compute(x.masked_fill(torch.arange(x.numel()).view_as(x) == 5, torch.nan), residual, other)
+    for a, one, bad in zip(found, alone, spoilt, strict=True):
+        a, bad = a.flatten(0, -2), bad.flatten(0, -2)
+        if tiles is not None:
+            assert torch.equal(a[:1], one)
+        assert bad[0].isnan().all()
+        assert torch.equal(bad[1:], a[1:])
+
+
+@pytest.mark.parametrize("tiles", TILES)
+def test_sums_are_rounded_once(tiles, monkeypatch):
+    """What follows a layer sees its sums in float32: a branch of 2^-9 of the sum is not lost."""
+    monkeypatch.setattr(squares, "available", lambda: TILES[tiles])
+    x, weight = torch.ones(32, 32).bfloat16(), torch.full((32, 32), 1 / 32)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        found, first = linear(x, weight, bias), linear(x.view(-1, 96)[:1], weight, bias)
-        spoilt = linear(x.masked_fill(torch.arange(x.numel()).view_as(x) == 5, torch.nan), weight, bias)
-    expected = F.linear(x.double(), weight.bfloat16().double(), None if bias is None else bias.bfloat16().double())
-    torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=1e-2)
-    found, spoilt = found.view(-1, 160), spoilt.view(-1, 160)
-    assert torch.equal(found[:1], first)
-    assert spoilt[0].isnan().all()
-    assert torch.equal(spoilt[1:], found[1:])
+        found = linear_add(x, (weight, None), torch.zeros(32, 32), torch.full((32, 32), 2**-9, dtype=torch.bfloat16))
+    assert torch.equal(found, torch.full((32, 32), 1 + 2**-9))
+
+
+def test_layers_go_their_own_way_where_somebody_listens():
+    """A hook sees its layer's result, and an adapter in a layer's place runs."""
+    layer, other = (Linear(32, 32, True, init_he) for _ in range(2))
+    for module in (layer, other):
+        module.init_weights()
+    x, seen = torch.randn(3, 32), []
+    with torch.inference_mode():
+        expected = F.silu(layer(x)), layer(x) + 1, F.silu(layer(x)) * other(x)
+        other.register_forward_hook(lambda *_: seen.append(1))
+        layer.register_forward_hook(lambda *_: seen.append(1))
+        adapter = torch.nn.Sequential(layer)
+        for used in (layer, adapter):
+            seen.clear()
+            together = reading.linears(x, used, other)
+            found = reading.linear_silu(x, used), reading.linear_add(x, used, torch.ones(3, 32))
+            gated = reading.linear_gate(x, used, other)
+            assert len(seen) == 6
+            torch.testing.assert_close((*found, gated), expected)
+            torch.testing.assert_close(together, (layer(x), other(x)))
 
 
 @pytest.mark.parametrize("grad", [True, False])

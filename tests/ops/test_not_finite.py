@@ -190,7 +190,8 @@ BIDIRECTIONAL = {
     "sequence_norm": ((G, 1e-5), draw((B, L, D), (D,), (D,))),
     "bidirectional_attention": ((C, 1e4, "softmax"), draw(*HEADS[:3])),
 }
-ELSEWHERE = {"zero_padding", "reverse", "laplace", "linear"}  # test_bidirectional.py, test_laplace.py, test_linear.py
+LINEAR = {"linear", "linears", "linear_silu", "linear_gate", "linear_add"}
+ELSEWHERE = {"zero_padding", "reverse", "laplace", *LINEAR}  # test_bidirectional.py, test_laplace.py, test_linear.py
 DEFINITIONS = (reference, recurrence_definitions, bidirectional_definitions)
 
 

@@ -74,8 +74,16 @@ class ComplexEMA(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x (B, L, D) and the entry state (B, D, N, 2 or 1) to y (B, L, D) and the exit state."""
         p, q, g = self.coefficients()
-        omega = p.new_ones(len(p)) if self.omega is None else self.omega.squeeze(-1)
+        omega = derived(_ones, p) if self.omega is None else derived(_flat, self.omega)
         if self.theta is not None:
             return cema(x, p, q, g, omega, state, boundaries)
         y, leaving = cema(x, p, q, g, omega, None if state is None else F.pad(state, (0, 1)), boundaries)
         return y, leaving[..., :1]
+
+
+def _ones(p: Tensor) -> Tensor:
+    return p.new_ones(len(p))
+
+
+def _flat(omega: Tensor) -> Tensor:
+    return omega.squeeze(-1)

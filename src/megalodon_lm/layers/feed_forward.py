@@ -4,10 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.gates import silu, silu_gate
 from ..ops.residual import add_branch
 from .initialization import Initialiser
-from .linear import Linear
+from .linear import Linear, linear_add, linear_gate, linear_silu
 from .norms import LayerNorm, RMSNorm
 
 
@@ -54,7 +53,10 @@ class FeedForward(nn.Module):
     def forward(self, y: Tensor, residual: Tensor) -> Tensor:
         """y, residual (B, L, D) to (B, L, D)."""
         n = self.norm(y)
-        hidden = silu(self.fc1(n)) if self.fc3 is None else silu_gate(self.fc1(n), self.fc3(n))
-        out = self.fc2(F.dropout(hidden, self.hidden_dropout, self.training))
-        out = F.dropout(out, self.dropout, self.training)
+        hidden = linear_silu(n, self.fc1) if self.fc3 is None else linear_gate(n, self.fc1, self.fc3)
+        if self.training:
+            hidden = F.dropout(hidden, self.hidden_dropout)
+        if self.alpha is None and not (self.training and self.dropout):
+            return linear_add(hidden, self.fc2, residual)
+        out = F.dropout(self.fc2(hidden), self.dropout, self.training)
         return add_branch(residual, out if self.alpha is None else self.alpha * out)

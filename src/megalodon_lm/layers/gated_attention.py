@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..ops.boundaries import Boundaries
-from ..ops.gates import silu, silu_gate
+from ..ops.derived import derived
+from ..ops.gates import silu_gate
 from ..ops.norms import head_rms_norm
 from ..ops.residual import add_branch
 from ..state_spec import Tree, present
@@ -19,7 +20,7 @@ from .chunk_attention import ChunkAttention
 from .complex_ema import ComplexEMA
 from .heads import split_heads
 from .initialization import Initialiser
-from .linear import Linear
+from .linear import Linear, linear_add, linear_silu, linears
 from .norms import AffineNorm, RMSNorm
 from .sliding_attention import SlidingAttention
 
@@ -114,11 +115,13 @@ class GatedAttention(nn.Module):
         average = tn
         if self.cema is not None:
             average, leaving["cema"] = self.cema(tn, entry.get("cema"), boundaries)
-        mx = F.dropout(self.rmsnorm(average), self.hidden_dropout, self.training)
+        mx = self.rmsnorm(average)
+        if self.training:
+            mx = F.dropout(mx, self.hidden_dropout)
 
-        z = split_heads(self.wz(mx), self.z_head_dim, "z")
-        v = split_heads(silu(self.wv(tn)), self.value_head_dim, "values")
-        r = self.wr(mx)
+        z, r, skipping = linears(mx, self.wz, self.wr, self.wh1)
+        z = split_heads(z, self.z_head_dim, "z")
+        v = split_heads(linear_silu(tn, self.wv), self.value_head_dim, "values")
         held = (z.shape[-2], v.shape[-2], r.shape[-1] / self.value_head_dim)
         if len(set(held)) > 1:
             raise InputError("wz, wv and wr hold {}, {} and {:g} heads; shard them alike".format(*held))
@@ -129,17 +132,23 @@ class GatedAttention(nn.Module):
         if self.memory is not None:
             recalled, leaving["memory"] = self.memory(*of_memory, v, entry.get("memory"), cache, boundaries)
             gated = gated + recalled.flatten(-2)
-        gated = F.dropout(gated, self.hidden_dropout, self.training)
+        if self.training:
+            gated = F.dropout(gated, self.hidden_dropout)
         leaving = present(leaving)
         if self.training and self.dropout:
-            return add_branch(x, F.dropout(self.wh1(mx) + self.wh2(gated), self.dropout)), leaving
-        return add_branch(x, self.wh1(mx), self.wh2(gated)), leaving
+            return add_branch(x, F.dropout(skipping + self.wh2(gated), self.dropout)), leaving
+        return linear_add(gated, self.wh2, x, skipping), leaving
 
     def _views(self, z: Tensor) -> list[Tensor]:
         """z (B, L, H, Z/H), normalised per head, through each affine map: tensors of that shape."""
-        gamma = self.gamma.to(torch.promote_types(self.gamma.dtype, torch.float32))  # 1 + 0.003 would be 1 in bf16
-        scales = ((gamma + 1) / math.sqrt(self.z_head_dim)).view(-1, *z.shape[-2:])
-        shifts = self.beta.view_as(scales)
+        maps = zip(*derived(_maps, self.gamma, self.beta, arguments=(self.z_head_dim,)), strict=True)
         if self.normalized:
-            return [head_rms_norm(z, *maps, self.eps) for maps in zip(scales, shifts, strict=True)]
-        return [(z * scale + shift).to(z.dtype) for scale, shift in zip(scales, shifts.to(scales.dtype), strict=True)]
+            return [head_rms_norm(z, scale, shift, self.eps) for scale, shift in maps]
+        return [(z * scale + shift).to(z.dtype) for scale, shift in maps]
+
+
+def _maps(gamma: Tensor, beta: Tensor, width: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Scales and shifts (H, d) of each view of z, of heads so wide; float32 or better, or 1 + 0.003 would be 1."""
+    dtype = torch.promote_types(gamma.dtype, torch.float32)
+    scales, shifts = (gamma.to(dtype) + 1) / math.sqrt(width), beta.to(dtype)
+    return tuple(scales.unflatten(-1, (-1, width))), tuple(shifts.unflatten(-1, (-1, width)))

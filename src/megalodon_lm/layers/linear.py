@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.linear import linear
+from ..ops import gates, residual
+from ..ops import linear as reading
 from .initialization import Initialiser
 
 
@@ -34,7 +35,48 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., fan_in) to (..., fan_out)."""
-        reads = not torch.is_grad_enabled() and self.weight.dtype != torch.float64
-        if reads and (torch.is_autocast_enabled(x.device.type) or x.dtype == self.weight.dtype):
-            return linear(x, self.weight, self.bias)
+        if _reads(x, self):
+            return reading.linear(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)  # with gradients, autocast rounds and knows the way back
+
+
+def _reads(x: Tensor, layer: nn.Linear) -> bool:
+    """Whether a layer reads with weights that are rounded once: without gradients, and types that go together."""
+    if torch.is_grad_enabled() or layer.weight.dtype == torch.float64:
+        return False
+    return torch.is_autocast_enabled(x.device.type) or x.dtype == layer.weight.dtype
+
+
+def _joined(x: Tensor, *layers: nn.Module) -> bool:
+    """Whether layers may read with each other, or with what follows: as they are here, and nobody listens to one."""
+    return all(
+        type(layer) is Linear and _reads(x, layer) and not layer._forward_hooks and not layer._forward_pre_hooks
+        for layer in layers
+    )
+
+
+def linears(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
+    """Several layers of x (..., fan_in)."""
+    if _joined(x, *layers):
+        return reading.linears(x, tuple((layer.weight, layer.bias) for layer in layers))
+    return tuple(layer(x) for layer in layers)
+
+
+def linear_silu(x: Tensor, layer: Linear) -> Tensor:
+    """SiLU of a layer of x (..., fan_in)."""
+    return reading.linear_silu(x, (layer.weight, layer.bias)) if _joined(x, layer) else gates.silu(layer(x))
+
+
+def linear_gate(x: Tensor, gate: Linear, layer: Linear) -> Tensor:
+    """SiLU of one layer of x (..., fan_in) times another."""
+    if _joined(x, gate, layer):
+        return reading.linear_gate(x, (gate.weight, gate.bias), (layer.weight, layer.bias))
+    return gates.silu_gate(gate(x), layer(x))
+
+
+def linear_add(x: Tensor, layer: Linear, stream: Tensor, other: Tensor | None = None) -> Tensor:
+    """The residual stream plus a layer of x (..., fan_in), and plus another branch."""
+    if _joined(x, layer):
+        return reading.linear_add(x, (layer.weight, layer.bias), stream, other)
+    branches = (t for t in (other, layer(x)) if t is not None)
+    return residual.add_branch(stream, *branches)

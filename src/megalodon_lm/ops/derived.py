@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 T = TypeVar("T")
 
-_kept: Any = WeakTensorKeyDictionary()  # by the first weight: {(make, arguments): (marks and others, what was made)}
+# By the identity of the first weight: a reference to it, and {(make, arguments): (marks, others, what was made)}.
+# Tensors compare by element, and PyTorch's own dictionary for them takes four times as long to ask.
+_kept: dict[int, tuple[Any, dict[Any, Any]]] = {}
 
 
 def derived(make: Callable[..., T], *weights: Tensor, arguments: tuple[Any, ...] = ()) -> T:
@@ -32,7 +33,7 @@ def derived(make: Callable[..., T], *weights: Tensor, arguments: tuple[Any, ...]
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not all(map(_steady, weights)):
         return make(*weights, *arguments)
     marks = [(w._version, w.data_ptr(), w.dtype) for w in weights]
-    entries = _kept.setdefault(weights[0], {})
+    entries = _entries(weights[0])
     entry = entries.get((make, arguments))
     if entry is not None and entry[0] == marks and all(map(_is, entry[1], weights[1:])):
         return entry[2]
@@ -40,6 +41,23 @@ def derived(make: Callable[..., T], *weights: Tensor, arguments: tuple[Any, ...]
         made = make(*(w.detach() for w in weights), *arguments)
     entries[make, arguments] = (marks, [weakref.ref(w) for w in weights[1:]], made)
     return made
+
+
+def _entries(weight: Tensor) -> dict[Any, Any]:
+    """What is kept of a weight; it goes when the weight does."""
+    key = id(weight)
+    found = _kept.get(key)
+    if found is not None and found[0]() is weight:
+        return found[1]
+
+    def drop(reference: Any, kept: Any = _kept) -> None:  # at the end of a process the module's names are gone
+        found = kept.get(key)
+        if found is not None and found[0] is reference:
+            del kept[key]
+
+    entries: dict[Any, Any] = {}
+    _kept[key] = weakref.ref(weight, drop), entries
+    return entries
 
 
 def _steady(weight: Tensor) -> bool:
@@ -54,7 +72,7 @@ def _is(reference: "weakref.ref[Tensor]", weight: Tensor) -> bool:
 def forget(weights: Iterable[Tensor]) -> None:
     """Let go of what is kept of these."""
     for weight in weights:
-        _kept.pop(weight, None)
+        _kept.pop(id(weight), None)
 
 
 def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:

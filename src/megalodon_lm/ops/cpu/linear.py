@@ -1,4 +1,4 @@
-"""Linear layers that read, by the faster library or in AMX's own tiles, over weights laid out once."""
+"""Linear layers that read, in squares of bf16 or by the faster library, over weights laid out once."""
 
 import functools
 from typing import Any
@@ -9,16 +9,19 @@ from torch import Tensor
 from .. import linear as portable
 from ..backend import implements
 from ..derived import derived, rounded
+from ..linear import Layer
 from . import squares_linear
 
 MANY = 1 << 22  # multiplications from which a product by oneDNN gains more than starting it costs
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if squares_linear.fits(x, weight):
+        return True
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.numel():
         return False
     if x.dtype == torch.bfloat16:
-        return squares_linear.fits(weight) or _onednn_multiplies_bf16()
+        return _onednn_multiplies_bf16()
     if weight.dtype != torch.float32 or not weight.is_contiguous():  # other strides take a thousand times as long
         return False
     return x.numel() * len(weight) >= MANY and _onednn_multiplies_float32_faster()
@@ -35,10 +38,43 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if x.dtype == torch.float32:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    if squares_linear.fits(weight):
-        return squares_linear.linear(x, derived(squares_linear.packed, weight), bias)
+    if squares_linear.fits(x, weight):
+        return squares_linear.linears(x, ((weight, bias),))[0]
     bias = None if bias is None else rounded(bias, x.dtype)
     return torch.ops.mkldnn._linear_pointwise(x, derived(_laid_out, weight), bias, "none", [], "")
+
+
+def _fit(x: Tensor, *layers: Layer) -> bool:
+    biased = {bias is not None for _, bias in layers}
+    return len(biased) == 1 and squares_linear.fits(x, *(weight for weight, _ in layers))
+
+
+@implements(portable.linears, "cpu", lambda x, layers: _fit(x, *layers))
+def linears(x: Tensor, layers: tuple[Layer, ...]) -> tuple[Tensor, ...]:
+    """As megalodon_lm.ops.linear.linears, in squares."""
+    return tuple(squares_linear.linears(x, layers))
+
+
+@implements(portable.linear_silu, "cpu", _fit)
+def linear_silu(x: Tensor, layer: Layer) -> Tensor:
+    """As megalodon_lm.ops.linear.linear_silu, in squares; sums are rounded after SiLU alone."""
+    return squares_linear.linears(x, (layer,), silu=True)[0]
+
+
+@implements(portable.linear_gate, "cpu", _fit)
+def linear_gate(x: Tensor, gate: Layer, layer: Layer) -> Tensor:
+    """As megalodon_lm.ops.linear.linear_gate, in squares; only the product is rounded."""
+    return squares_linear.linear_gate(x, (gate, layer))
+
+
+def _adds(x: Tensor, layer: Layer, residual: Tensor, other: Tensor | None = None) -> bool:
+    return _fit(x, layer) and residual.dtype in (torch.float32, x.dtype) and (other is None or other.dtype == x.dtype)
+
+
+@implements(portable.linear_add, "cpu", _adds)
+def linear_add(x: Tensor, layer: Layer, residual: Tensor, other: Tensor | None = None) -> Tensor:
+    """As megalodon_lm.ops.linear.linear_add, in squares; only the sum is rounded."""
+    return squares_linear.linear_add(x, layer, residual, other)
 
 
 def _laid_out(weight: Tensor) -> Tensor:

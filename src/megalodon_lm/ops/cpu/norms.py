@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import norms as portable
 from ..backend import implements
+from ..derived import derived
 from . import elementwise_kernels as kernels
 from .operators import form
 from .simd import LANES
@@ -22,24 +23,35 @@ def _fits(x: Tensor, *_: Any, **__: Any) -> bool:
 @implements(portable.rms_norm, "cpu", _fits)
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype | None = None) -> Tensor:
     """As megalodon_lm.ops.norms.rms_norm, for x in float32 or bf16."""
-    return _norm(x, weight.float() + 1, torch.zeros_like(weight), False, eps, out_dtype)
+    return _norm(x, *derived(_scale, weight), False, eps, out_dtype)
 
 
 @implements(portable.head_rms_norm, "cpu", _fits)
 def head_rms_norm(z: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """As megalodon_lm.ops.norms.head_rms_norm, for z in float32 or bf16."""
-    return _norm(z, scale, shift, False, eps, z.dtype)
+    maps = scale.float().contiguous(), shift.float().clone(memory_format=torch.contiguous_format)
+    return _norm(z, *maps, False, eps, z.dtype)
 
 
 @implements(portable.layer_norm, "cpu", _fits)
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype | None = None) -> Tensor:
     """As megalodon_lm.ops.norms.layer_norm, for x in float32 or bf16."""
-    return _norm(x, weight.float() + 1, bias, True, eps, out_dtype)
+    return _norm(x, *derived(affine, weight, bias), True, eps, out_dtype)
+
+
+def affine(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """What a norm multiplies by and adds, contiguous float32, in memory of their own: see simd.as_numpy."""
+    return (weight.float() + 1).contiguous(), bias.float().clone(memory_format=torch.contiguous_format)
+
+
+def _scale(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`affine` without a bias."""
+    scale = (weight.float() + 1).contiguous()
+    return scale, torch.zeros_like(scale)
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, centred: bool, eps: float, out_dtype: torch.dtype | None) -> Tensor:
-    x, weight = x.contiguous(), weight.float().contiguous()
-    bias = bias.float().clone(memory_format=torch.contiguous_format)
+    x = x.contiguous()
     arguments = (x, weight, bias, centred, eps, out_dtype or x.dtype)
     return form(norm_forward, _forward, x, weight, bias)(*arguments)[0]
 

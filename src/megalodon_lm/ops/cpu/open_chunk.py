@@ -1,5 +1,7 @@
 """The cache at the exit of a piece, as an operator: rows of the piece and of the entry cache, moved once."""
 
+import math
+import mmap
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,9 @@ from .operators import form
 from .scalars import copy
 from .simd import as_numpy, compiled, inner
 from .team import num_threads, share
+
+# Not those of a fork; where there is no fork, nothing has to be said.
+_OWN_PAGES: Any = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
 def open_chunk(piece: Tensor, cached: Tensor | None, places: Tensor, size: int) -> Tensor:
@@ -59,12 +64,21 @@ def _words(t: Tensor) -> np.ndarray:
 
 
 def _take(piece: Tensor, cached: Tensor | None, places: Tensor, size: int) -> Tensor:
-    # NumPy's zeros are pages that nobody has touched: a cache may be far larger than what it holds
-    shape = len(piece), size, *piece.shape[2:]
-    zeros = np.zeros(shape, f"u{piece.element_size()}")
-    source, target = piece if cached is None else cached, torch.from_numpy(zeros).view(piece.dtype)
+    source, target = piece if cached is None else cached, _zeros((len(piece), size, *piece.shape[2:]), piece.dtype)
     _take_all(num_threads(), _words(piece), _words(source), as_numpy(places), _words(target))
     return target
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Pages that nobody has touched: a cache may be far larger than what it holds.
+
+    Large arrays of NumPy are such pages too, but not where freed memory is kept: then they are memory written anew.
+    """
+    size = math.prod(shape)
+    if size * dtype.itemsize < mmap.PAGESIZE:
+        return torch.zeros(shape, dtype=dtype)
+    pages = mmap.mmap(-1, size * dtype.itemsize, **_OWN_PAGES)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 @torch.library.custom_op("megalodon::take_open_chunk", mutates_args=())

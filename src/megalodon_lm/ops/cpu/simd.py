@@ -132,6 +132,22 @@ def store(typingctx: Any, array: Any, offset: Any, value: Any) -> Any:
 
 
 @intrinsic
+def await_writing(typingctx: Any, array: Any, offset: Any) -> Any:
+    """Ask for the cache line of an element that is going to be written, so that the writing need not wait for it."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        pointer = builder.bitcast(builder.gep(data, [args[1]]), ir.IntType(8).as_pointer())
+        word = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, word, word, word])
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(prefetch, [pointer, word(1), word(3), word(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), codegen
+
+
+@intrinsic
 def exact_sum(typingctx: Any, array: Any, a: Any, b: Any) -> Any:
     """a + b as tensors of the array's type are added: to nearest, not in another order, rounded if that is bf16."""
 

@@ -20,7 +20,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 from . import emulated_tiles, vector_squares
 from .emulated_tiles import TILE
@@ -128,23 +128,6 @@ def leave_tiles(own: Any) -> None:
     _configure(own)
 
 
-@intrinsic
-def clear(typingctx: Any, tiles: Any) -> Any:
-    """Set the 32 x 32 sums to zero."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = signature.args[0]
-        if _are_vectors(kind):
-            vector_squares.clear(builder, address_of(context, builder, kind, args[0], _INT(0)))
-            return context.get_dummy_value()
-        instructions = _Instructions(context, builder, kind, args[0])
-        for tile in range(4):
-            instructions.zero(_SUMS + tile)
-        return context.get_dummy_value()
-
-    return types.void(tiles), codegen
-
-
 def _move_sums(name: str) -> Any:
     @intrinsic
     def run(typingctx: Any, tiles: Any, c: Any, at: Any, stride: Any) -> Any:
@@ -173,37 +156,68 @@ load_sums = _move_sums("load")
 store_sums = _move_sums("store")
 
 
-@intrinsic
-def _multiply(
-    typingctx: Any, tiles: Any, a: Any, a_at: Any, stride: Any, b: Any, b_at: Any, step: Any, squares: Any
-) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        tiles, a, a_at, stride, b, b_at, step, squares = args
-        kind, kind_a, _, _, kind_b, *_ = signature.args
-        if _are_vectors(kind):
-            own = address_of(context, builder, kind, tiles, _INT(0))
-            rows = address_of(context, builder, kind_a, a, a_at), builder.mul(stride, _INT(2))
-            packed = address_of(context, builder, kind_b, b, b_at), builder.mul(step, _INT(4))
-            vector_squares.multiply(builder, own, *rows, *packed, squares)
-            return context.get_dummy_value()
-        instructions = _Instructions(context, builder, kind, tiles)
-        with cgutils.for_range(builder, squares) as depth:
-            for half in range(2):
-                row = builder.add(a_at, builder.mul(stride, _INT(TILE * half)))
-                row = builder.add(row, builder.mul(depth.index, _INT(SQUARE)))
-                square = builder.add(b_at, builder.add(builder.mul(depth.index, step), _INT(half * TILE * TILE)))
-                instructions.move("load", _LEFT + half, kind_a, a, row, stride)
-                instructions.move("load", _RIGHT + half, kind_b, b, square, _INT(TILE))
-            for tile in range(4):
-                instructions.multiply(_SUMS + tile, _LEFT + tile // 2, _RIGHT + tile % 2)
-        return context.get_dummy_value()
+def _sums_at_hand(tiles: Any, room: Any) -> Any:
+    """What `sums_at_hand` compiles to."""
 
-    return types.void(tiles, a, types.intp, types.intp, b, types.intp, types.intp, types.intp), codegen
+
+@overload(_sums_at_hand, inline="always")
+def _(tiles: Any, room: Any) -> Any:
+    def as_they_lie(tiles: Any, room: Any) -> Any:
+        return tiles
+
+    def stored(tiles: Any, room: Any) -> Any:
+        store_sums(tiles, room, 0, SQUARE)
+        return room
+
+    return as_they_lie if _are_vectors(tiles) else stored
+
+
+@inner
+def sums_at_hand(tiles: Any, room: Any) -> Any:
+    """The sums as a float32 array, 32 rows of 32, until the next product: `room` for them, or where they are."""
+    return _sums_at_hand(tiles, room)
+
+
+def _product(fresh: bool) -> Any:
+    @intrinsic
+    def run(
+        typingctx: Any, tiles: Any, a: Any, a_at: Any, stride: Any, b: Any, b_at: Any, step: Any, squares: Any
+    ) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            tiles, a, a_at, stride, b, b_at, step, squares = args
+            kind, kind_a, _, _, kind_b, *_ = signature.args
+            if _are_vectors(kind):
+                own = address_of(context, builder, kind, tiles, _INT(0))
+                rows = address_of(context, builder, kind_a, a, a_at), builder.mul(stride, _INT(2))
+                packed = address_of(context, builder, kind_b, b, b_at), builder.mul(step, _INT(4))
+                vector_squares.multiply(builder, fresh, own, *rows, *packed, squares)
+                return context.get_dummy_value()
+            instructions = _Instructions(context, builder, kind, tiles)
+            for tile in range(4 if fresh else 0):
+                instructions.zero(_SUMS + tile)
+            with cgutils.for_range(builder, squares) as depth:
+                for half in range(2):
+                    row = builder.add(a_at, builder.mul(stride, _INT(TILE * half)))
+                    row = builder.add(row, builder.mul(depth.index, _INT(SQUARE)))
+                    square = builder.add(b_at, builder.add(builder.mul(depth.index, step), _INT(half * TILE * TILE)))
+                    instructions.move("load", _LEFT + half, kind_a, a, row, stride)
+                    instructions.move("load", _RIGHT + half, kind_b, b, square, _INT(TILE))
+                for tile in range(4):
+                    instructions.multiply(_SUMS + tile, _LEFT + tile // 2, _RIGHT + tile % 2)
+            return context.get_dummy_value()
+
+        return types.void(tiles, a, types.intp, types.intp, b, types.intp, types.intp, types.intp), codegen
+
+    return run
+
+
+_set_product = _product(True)
+_add_product = _product(False)
 
 
 @inner
 def multiply(tiles: Any, a: Any, at: int, stride: int, b: Any, b_at: int, step: int, squares: int) -> None:
-    """Add to the sums the product of 32 rows of A, `squares` squares wide, with as many packed squares of B.
+    """Make the sums the product of 32 rows of A, `squares` squares wide, with as many packed squares of B.
 
     Args:
         tiles: from `enter_tiles`.
@@ -213,4 +227,10 @@ def multiply(tiles: Any, a: Any, at: int, stride: int, b: Any, b_at: int, step: 
         b_at, step: first word of the first square, and words from one square to the next.
         squares: how many.
     """
-    _multiply(tiles, a, at, stride, b, b_at, step, squares)
+    _set_product(tiles, a, at, stride, b, b_at, step, squares)
+
+
+@inner
+def add_product(tiles: Any, a: Any, at: int, stride: int, b: Any, b_at: int, step: int, squares: int) -> None:
+    """Add such a product to the sums; see multiply."""
+    _add_product(tiles, a, at, stride, b, b_at, step, squares)

@@ -10,7 +10,7 @@ import numpy as np
 
 from .attention_operands import Group
 from .simd import LANES, compiled, exp, inner, load, splat, store, total
-from .squares import SQUARE, clear, enter_tiles, leave_tiles, load_sums, multiply, store_sums
+from .squares import SQUARE, add_product, enter_tiles, leave_tiles, load_sums, multiply, store_sums
 from .squares_packing import SQUARE_WORDS, num_strips, pack, pack_transposed, read_rows, scratch, write_rows
 from .team import share
 
@@ -158,11 +158,9 @@ def _return_to_keys(
             for b in range(count):
                 to = (at * tile + part + b) * SQUARE_WORDS
                 if seen[b, 0] <= j < seen[b, 1]:
-                    clear(own)
                     words = at * dk // SQUARE * SQUARE_WORDS
                     multiply(own, k_rows, b * SQUARE * dk, dk, q_transposed, words, SQUARE_WORDS, dk // SQUARE)
                     store_sums(own, left, 0, SQUARE)
-                    clear(own)
                     words = at * dv // SQUARE * SQUARE_WORDS
                     multiply(own, v_rows, b * SQUARE * dv, dv, grad_transposed, words, SQUARE_WORDS, dv // SQUARE)
                     store_sums(own, right, 0, SQUARE)
@@ -177,7 +175,6 @@ def _return_to_keys(
                 low, high = seen[b]
                 key = start + (part + b) * SQUARE
                 row = 2 * b * SQUARE * width + low * SQUARE
-                clear(own)
                 if c < dv // SQUARE:
                     at = ((h * (dv // SQUARE) + c) * strips + low) * SQUARE_WORDS
                     multiply(own, weights, row, width, grad_pairs, at, SQUARE_WORDS, high - low)
@@ -207,7 +204,7 @@ def _return_to_queries(
                 to = (task * dk + d) * SQUARE
                 load_sums(own, sums, to, SQUARE)
                 at, stride = (h * dk + d) * tile * SQUARE, tile * SQUARE
-                multiply(own, turned, at, stride, packed_scores, task * tile * SQUARE_WORDS, SQUARE_WORDS, seen)
+                add_product(own, turned, at, stride, packed_scores, task * tile * SQUARE_WORDS, SQUARE_WORDS, seen)
                 store_sums(own, sums, to, SQUARE)
     leave_tiles(own)
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from .attention_operands import Group
 from .simd import LANES, compiled, exp, highest, inner, larger, load, splat, store, total
-from .squares import SQUARE, clear, enter_tiles, leave_tiles, multiply, store_sums
+from .squares import SQUARE, enter_tiles, leave_tiles, multiply, store_sums
 from .squares_packing import SQUARE_WORDS, num_strips, pack, pack_transposed, read_rows, scratch, write_rows
 from .team import share
 
@@ -92,7 +92,6 @@ def _attend_strips(
             low, high = low // SQUARE, num_strips(before + query + queries)
             seen[b, 0], seen[b, 1] = low, high
             for j in range(low, high):
-                clear(own)
                 at = (h * strips + j) * dk // SQUARE * SQUARE_WORDS
                 multiply(own, rows, 0, dk, packed_k, at, SQUARE_WORDS, dk // SQUARE)
                 store_sums(own, scores, j * SQUARE, width)
@@ -111,7 +110,6 @@ def _attend_strips(
         for c in range(dv // SQUARE):
             for b in range(count):
                 low, high = seen[b]
-                clear(own)
                 at = ((h * (dv // SQUARE) + c) * strips + low) * SQUARE_WORDS
                 multiply(own, weights, b * SQUARE * width + low * SQUARE, width, packed_v, at, SQUARE_WORDS, high - low)
                 store_sums(own, mixed, 0, SQUARE)

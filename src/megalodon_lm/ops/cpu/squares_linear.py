@@ -1,30 +1,31 @@
-"""Linear layers in squares: rows times packed weights, the bias added before sums are rounded; see squares.
+"""Linear layers in squares, and what follows them while sums are at hand; see squares.
 
 Weights are packed once. A thread multiplies strips of 32 rows with a panel of weights, which stays in its second cache
-from one strip to the next.
+from one strip to the next; bias, activation, gate or residual are applied before sums are rounded.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..derived import derived
 from . import squares
-from .simd import LANES, as_numpy, compiled, inner, load, store
-from .squares import SQUARE, clear, enter_tiles, leave_tiles, multiply, store_sums
+from .simd import LANES, as_numpy, await_writing, compiled, inner, load, sigmoid, store
+from .squares import SQUARE, enter_tiles, leave_tiles, multiply, store_sums, sums_at_hand
 from .squares_packing import SQUARE_WORDS, num_strips, pack_transposed, scratch
 from .team import num_threads, share
 
-DEEP = 1024  # features of a row from which oneDNN's products fall behind
-PANEL_BYTES = 1 << 20  # of weights: half of the second cache of these processors
+PANEL_BYTES = 1 << 20  # of weights: half of the second cache of processors with AMX
 TASKS_PER_THREAD = 4
 
 
-def fits(weight: Tensor) -> bool:
-    """Whether it goes into tiles: rows of whole squares, and long ones."""
-    fan_out, fan_in = weight.shape
-    return fan_in >= DEEP and fan_in % SQUARE == fan_out % SQUARE == 0 and squares.available() is not None
+def fits(x: Tensor, *weights: Tensor) -> bool:
+    """Whether rows of bf16 go through these weights in squares: without gradients, in whole ones."""
+    if x.dtype != torch.bfloat16 or torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.numel():
+        return False
+    return squares.available() is not None and not any(n % SQUARE for weight in weights for n in weight.shape)
 
 
 @inner
@@ -36,78 +37,236 @@ def _pack_strips(first: int, last: int, weight: Any, packed: Any) -> None:
         pack_transposed(rows, fan_in, packed, task * (fan_in // SQUARE) * SQUARE_WORDS, SQUARE_WORDS)
 
 
-@inner
-def _multiply_strips(
-    first: int, last: int, tiles: Any, x: Any, packed: Any, bias: Any, out: Any, fan_in: int, width: int
-) -> None:
-    """One task is a strip of rows and a panel `width` squares wide."""
-    fan_out, depth, rows = bias.size, fan_in // SQUARE, x.size // fan_in
-    strips = num_strips(rows)
-    sums = scratch(SQUARE * SQUARE).view(bias.dtype)
-    short = scratch(SQUARE * fan_in // 2).view(x.dtype)  # a strip that ends early, and no matter what after it
-    own = enter_tiles(tiles)
-    for task in range(first, last):
-        panel, row = task // strips, task % strips * SQUARE
-        count = min(SQUARE, rows - row)
-        if count < SQUARE:
-            short[: count * fan_in] = x[row * fan_in :]
-        for j in range(panel * width, min((panel + 1) * width, fan_out // SQUARE)):
-            clear(own)
-            at = j * depth * SQUARE_WORDS
-            if count < SQUARE:
-                multiply(own, short, 0, fan_in, packed, at, SQUARE_WORDS, depth)
-            else:
-                multiply(own, x, row * fan_in, fan_in, packed, at, SQUARE_WORDS, depth)
-            store_sums(own, sums, 0, SQUARE)
-            for r in range(count):
-                to = (row + r) * fan_out + j * SQUARE
-                for c in range(0, SQUARE, LANES):
-                    store(out, to + c, load(sums, r * SQUARE + c) + load(bias, j * SQUARE + c))
-    leave_tiles(own)
-
-
 @compiled
 def _pack(threads: int, weight: Any, packed: Any) -> None:
     share(_pack_strips, threads, weight.shape[0] // SQUARE, (weight, packed))
 
 
-@compiled
-def _multiply(
-    threads: int, num_tasks: int, tiles: Any, x: Any, packed: Any, bias: Any, out: Any, fan_in: int, width: int
+@inner
+def _multiply_square(own: Any, x: Any, row: int, fan_in: int, short: Any, packed: Any, j: int) -> None:
+    """Products of 32 rows and the 32 features from square `j` on; of `short` where x ends before them."""
+    depth = fan_in // SQUARE
+    at = j * depth * SQUARE_WORDS
+    if (row + SQUARE) * fan_in > x.size:
+        multiply(own, short, 0, fan_in, packed, at, SQUARE_WORDS, depth)
+    else:
+        multiply(own, x, row * fan_in, fan_in, packed, at, SQUARE_WORDS, depth)
+
+
+@inner
+def _last_rows(x: Any, fan_in: int) -> Any:
+    """The strip at the end of x, if that ends early, and no matter what after it."""
+    short = scratch(SQUARE * fan_in // 2).view(x.dtype)
+    rest = x.size % (SQUARE * fan_in)
+    short[:rest] = x[x.size - rest :]
+    return short
+
+
+@inner
+def _write_strips(
+    first: int,
+    last: int,
+    tiles: Any,
+    x: Any,
+    fan_in: int,
+    packed: Any,
+    bias: Any,
+    width: int,
+    ends: Any,
+    silu: bool,
+    out: Any,
 ) -> None:
-    share(_multiply_strips, threads, num_tasks, (tiles, x, packed, bias, out, fan_in, width))
+    """x @ weight.T + bias, or SiLU of it; one task is a strip of rows and a panel `width` squares wide.
+
+    Features between two `ends`, counted in squares, are a result of their own: these follow each other in `out`.
+    """
+    rows, columns = x.size // fan_in, bias.size // SQUARE
+    strips = num_strips(rows)
+    room, short, own = scratch(SQUARE * SQUARE).view(bias.dtype), _last_rows(x, fan_in), enter_tiles(tiles)
+    for task in range(first, last):
+        panel, row = task // strips, task % strips * SQUARE
+        part = 0
+        for j in range(panel * width, min((panel + 1) * width, columns)):
+            while j >= ends[part + 1]:
+                part += 1
+            fan_out = (ends[part + 1] - ends[part]) * SQUARE
+            start = rows * ends[part] * SQUARE + (j - ends[part]) * SQUARE
+            for r in range(min(SQUARE, rows - row)):
+                await_writing(out, start + (row + r) * fan_out)
+            _multiply_square(own, x, row, fan_in, short, packed, j)
+            sums = sums_at_hand(own, room)
+            for r in range(min(SQUARE, rows - row)):
+                to = start + (row + r) * fan_out
+                for c in range(0, SQUARE, LANES):
+                    value = load(sums, r * SQUARE + c) + load(bias, j * SQUARE + c)
+                    if silu:
+                        value = value * sigmoid(value)
+                    store(out, to + c, value)
+    leave_tiles(own)
 
 
-def packed(weight: Tensor) -> Tensor:
+@inner
+def _gate_strips(
+    first: int, last: int, tiles: Any, x: Any, fan_in: int, packed: Any, bias: Any, width: int, out: Any
+) -> None:
+    """SiLU of the first half of x @ weight.T + bias times the second; a panel is `width` squares of each half."""
+    rows, columns = x.size // fan_in, bias.size // 2 // SQUARE
+    fan_out = columns * SQUARE
+    strips = num_strips(rows)
+    gates, room = scratch(SQUARE * SQUARE).view(bias.dtype), scratch(SQUARE * SQUARE).view(bias.dtype)
+    short, own = _last_rows(x, fan_in), enter_tiles(tiles)
+    for task in range(first, last):
+        panel, row = task // strips, task % strips * SQUARE
+        for j in range(panel * width, min((panel + 1) * width, columns)):
+            _multiply_square(own, x, row, fan_in, short, packed, j)
+            store_sums(own, gates, 0, SQUARE)
+            _multiply_square(own, x, row, fan_in, short, packed, columns + j)
+            sums = sums_at_hand(own, room)
+            for r in range(min(SQUARE, rows - row)):
+                to = (row + r) * fan_out + j * SQUARE
+                for c in range(0, SQUARE, LANES):
+                    gate = load(gates, r * SQUARE + c) + load(bias, j * SQUARE + c)
+                    value = load(sums, r * SQUARE + c) + load(bias, fan_out + j * SQUARE + c)
+                    store(out, to + c, gate * sigmoid(gate) * value)
+    leave_tiles(own)
+
+
+@inner
+def _add_strips(
+    first: int,
+    last: int,
+    tiles: Any,
+    x: Any,
+    fan_in: int,
+    packed: Any,
+    bias: Any,
+    width: int,
+    residual: Any,
+    other: Any,
+    two: bool,
+    out: Any,
+) -> None:
+    """The residual plus x @ weight.T + bias, plus another branch if there are two."""
+    rows, fan_out = x.size // fan_in, bias.size
+    strips = num_strips(rows)
+    room, short, own = scratch(SQUARE * SQUARE).view(bias.dtype), _last_rows(x, fan_in), enter_tiles(tiles)
+    for task in range(first, last):
+        panel, row = task // strips, task % strips * SQUARE
+        for j in range(panel * width, min((panel + 1) * width, fan_out // SQUARE)):
+            _multiply_square(own, x, row, fan_in, short, packed, j)
+            sums = sums_at_hand(own, room)
+            for r in range(min(SQUARE, rows - row)):
+                to = (row + r) * fan_out + j * SQUARE
+                for c in range(0, SQUARE, LANES):
+                    value = load(sums, r * SQUARE + c) + load(bias, j * SQUARE + c)
+                    if two:
+                        value = value + load(other, to + c)
+                    store(out, to + c, load(residual, to + c) + value)
+    leave_tiles(own)
+
+
+@compiled
+def _write(threads: int, num_tasks: int, args: Any) -> None:
+    share(_write_strips, threads, num_tasks, args)
+
+
+@compiled
+def _gate(threads: int, num_tasks: int, args: Any) -> None:
+    share(_gate_strips, threads, num_tasks, args)
+
+
+@compiled
+def _add(threads: int, num_tasks: int, args: Any) -> None:
+    share(_add_strips, threads, num_tasks, args)
+
+
+def _pack_weight(weight: Tensor) -> np.ndarray:
     """A weight that fits, rounded to bf16, as the squares of its transpose, flat."""
     rows = weight.to(torch.bfloat16, memory_format=torch.contiguous_format, copy=True)
-    laid_out = rows.new_empty(rows.numel())
-    _pack(num_threads(), as_numpy(rows).view("uint32"), as_numpy(laid_out).view("uint32"))
-    return laid_out
+    packed = np.empty(rows.numel() // 2, np.uint32)
+    _pack(num_threads(), as_numpy(rows).view(np.uint32), packed)
+    return packed
 
 
-def _rounded_wide(bias: Tensor) -> Tensor:
-    return bias.to(torch.bfloat16).float()
+class Packed(NamedTuple):
+    """Layers of one x, as the kernels take them."""
+
+    weights: np.ndarray
+    """As words, one layer after the other."""
+    biases: np.ndarray
+    """As one row, rounded to bf16, float32."""
+    ends: np.ndarray
+    """The first feature of each layer, and the end of the last one, in squares."""
+    widths: list[int]
+    """Features of each layer."""
 
 
-def linear(x: Tensor, laid_out: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ weight.T + bias, without gradients.
+def _pack_layers(*given: Any) -> Packed:
+    """Weights, and as many biases or none; the last argument counts weights."""
+    *tensors, count = given
+    weights, biases = tensors[:count], tensors[count:]
+    widths = list(map(len, weights))
+    added = [bias.to(torch.bfloat16).float() for bias in biases] or [torch.zeros(sum(widths))]
+    ends = np.array([0, *np.cumsum(widths)]) // SQUARE
+    return Packed(np.concatenate(list(map(_pack_weight, weights))), as_numpy(torch.cat(added)), ends, widths)
+
+
+Layers = tuple[tuple[Tensor, Tensor | None], ...]  # weights that fit, and biases, all or none
+
+
+def _packed(layers: Layers) -> Packed:
+    weights, biases = zip(*layers, strict=True)
+    return derived(_pack_layers, *weights, *(() if biases[0] is None else biases), arguments=(len(weights),))
+
+
+def _run(kernel: Any, x: Tensor, packed: Packed, columns: int, *after: Any) -> None:
+    """Call a kernel for rows of bf16; a task of it is a strip of them and some of the columns, counted in squares."""
+    fan_in, threads = x.shape[-1], num_threads()
+    strips = -(-x.numel() // (fan_in * SQUARE))
+    panels = max(-(-packed.weights.nbytes // PANEL_BYTES), -(-TASKS_PER_THREAD * threads // strips))
+    width = -(-columns // panels)
+    given = squares.available(), as_numpy(x.contiguous()).reshape(-1), fan_in, packed.weights, packed.biases, width
+    kernel(threads, strips * -(-columns // width), (*given, *after))
+
+
+def linears(x: Tensor, layers: Layers, silu: bool = False) -> list[Tensor]:
+    """x @ weight.T + bias, or SiLU of that, for each layer.
 
     Args:
         x: (..., fan_in), bf16, not empty.
-        laid_out: from `packed`.
-        bias: (fan_out,), which is rounded to bf16, or None.
+        layers: weights and biases, which are rounded to bf16.
+        silu: whether it is applied.
 
     Returns:
-        (..., fan_out), bf16; each row bit for bit the same whatever rows are beside it.
+        (..., fan_out) of each, bf16; each row bit for bit the same whatever rows are beside it.
     """
-    fan_in, threads = x.shape[-1], num_threads()
-    fan_out = laid_out.numel() // fan_in
-    added = x.new_zeros(fan_out, dtype=torch.float32) if bias is None else derived(_rounded_wide, bias)
-    out = x.new_empty(*x.shape[:-1], fan_out)
-    strips, columns = -(-x.numel() // fan_in // SQUARE), fan_out // SQUARE
-    panels = max(-(-laid_out.numel() * laid_out.itemsize // PANEL_BYTES), -(-TASKS_PER_THREAD * threads // strips))
-    width = -(-columns // panels)
-    flat = (as_numpy(x.reshape(-1)), as_numpy(laid_out).view("uint32"), as_numpy(added), as_numpy(out).reshape(-1))
-    _multiply(threads, strips * -(-columns // width), squares.available(), *flat, fan_in, width)
+    packed, rows = _packed(layers), x.shape[:-1]
+    if len(layers) == 1:
+        out = x.new_empty(*rows, packed.widths[0])
+        results, memory = [out], as_numpy(out).reshape(-1)
+    else:
+        num_rows = rows.numel()
+        out = x.new_empty(num_rows * len(packed.biases))
+        parts = out.split([num_rows * width for width in packed.widths])
+        results = [part.view(*rows, width) for part, width in zip(parts, packed.widths, strict=True)]
+        memory = as_numpy(out)
+    _run(_write, x, packed, len(packed.biases) // SQUARE, packed.ends, silu, memory)
+    return results
+
+
+def linear_gate(x: Tensor, layers: Layers) -> Tensor:
+    """SiLU of the first layer times the second one; see linears."""
+    packed = _packed(layers)
+    out = x.new_empty(*x.shape[:-1], packed.widths[0])
+    _run(_gate, x, packed, packed.widths[0] // SQUARE, as_numpy(out).reshape(-1))
+    return out
+
+
+def linear_add(x: Tensor, layer: tuple[Tensor, Tensor | None], residual: Tensor, other: Tensor | None) -> Tensor:
+    """The residual, float32 or bf16, plus the layer, plus `other` of bf16; see linears."""
+    out = residual.new_empty(residual.shape)
+    second = x if other is None else other.contiguous()
+    added = (as_numpy(t).reshape(-1) for t in (residual.contiguous(), second))
+    memory = as_numpy(out).reshape(-1)
+    _run(_add, x, _packed((layer,)), out.shape[-1] // SQUARE, *added, other is not None, memory)
     return out

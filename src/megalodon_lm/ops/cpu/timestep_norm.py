@@ -9,9 +9,10 @@ from torch import Tensor
 from .. import timestep_norm as portable
 from ..backend import implements
 from ..boundaries import Boundaries
+from ..derived import derived
 from ..timestep_norm import NormState
 from . import timestep_norm_kernels as kernels
-from .norms import SUMMED_TOKENS
+from .norms import SUMMED_TOKENS, affine
 from .operators import form
 from .team import run_on_team
 
@@ -46,8 +47,8 @@ def norm_over_time(
     batch, length, _ = x.shape
     out_dtype, where = out_dtype or x.dtype, boundaries or Boundaries()
     count, *entry = (None, None, None) if state is None else state
-    affine = (weight.float() + 1).contiguous(), bias.float().clone(memory_format=torch.contiguous_format)
-    inputs = x.float().contiguous(), *affine, *(None if t is None else t.double().contiguous() for t in entry)
+    maps = derived(affine, weight, bias)
+    inputs = x.float().contiguous(), *maps, *(None if t is None else t.double().contiguous() for t in entry)
     run = form(norm_over_time_forward, _forward, *inputs)
     y, mean, var, _ = run(*inputs, count, where.starts, where.lengths, num_groups, eps, *decays, out_dtype)
     entered = torch.zeros(batch, dtype=torch.int64) if count is None else count

@@ -51,10 +51,11 @@ def _add_pairs(builder: Any, sums: list[Any], rows: list[Any], square: Any, pair
     return added
 
 
-def multiply(builder: Any, sums: Any, a: Any, stride: Any, b: Any, step: Any, squares: Any) -> None:
-    """Emits: add to 32 x 32 sums the product of 32 rows, `squares` squares wide, with as many packed squares.
+def multiply(builder: Any, fresh: bool, sums: Any, a: Any, stride: Any, b: Any, step: Any, squares: Any) -> None:
+    """Emits: 32 x 32 sums become the product of 32 rows, `squares` squares wide, with as many packed squares.
 
     Args:
+        fresh: otherwise the product is added to them.
         sums, a, b: pointers to bytes.
         stride, step: bytes from a row of A, and from a square of B, to the next.
         squares: at least 0.
@@ -64,7 +65,8 @@ def multiply(builder: Any, sums: Any, a: Any, stride: Any, b: Any, step: Any, sq
         own = builder.gep(sums, [builder.mul(row, _INT(2 * _LINE))])
         start = builder.gep(a, [builder.mul(row, stride)])
         places = [_sum_of(builder, own, i, half) for i in range(_ROWS) for half in range(2)]
-        before = [builder.load(place, align=4) for place in places]
+        none = ir.Constant(_FLOATS, [0.0] * TILE)
+        before = [none if fresh else builder.load(place, align=4) for place in places]
         entry, loop, leave = builder.block, builder.append_basic_block(), builder.append_basic_block()
         builder.cbranch(builder.icmp_signed("<", _INT(0), squares), loop, leave)
 
@@ -90,13 +92,6 @@ def multiply(builder: Any, sums: Any, a: Any, stride: Any, b: Any, step: Any, sq
             phi.add_incoming(first, entry)
             phi.add_incoming(last, loop)
             builder.store(phi, place, align=4)
-
-
-def clear(builder: Any, sums: Any) -> None:
-    """Emits: set 32 x 32 sums to zero."""
-    for row in range(SIDE):
-        for half in range(2):
-            builder.store(ir.Constant(_FLOATS, [0.0] * TILE), _sum_of(builder, sums, row, half), align=4)
 
 
 def copy(builder: Any, source: Any, source_stride: Any, target: Any, target_stride: Any) -> None:
