@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megalodon_lm.ops import local_attention as portable
 from megalodon_lm.ops import reference
 from megalodon_lm.ops.boundaries import Boundaries
-from megalodon_lm.ops.cpu import batched_attention, causal_attention, tiled_attention
+from megalodon_lm.ops.cpu import batched_attention, causal_attention, squares, tiled_attention
 from megalodon_lm.ops.cpu.local_attention import local_attention as native
 from megalodon_lm.ops.local_attention import LocalCache
 from megalodon_lm.ops.local_attention import local_attention as op
@@ -77,6 +77,14 @@ def test_native_equals_reference_with_all_gradients(kind, position, length, dtyp
     monkeypatch.setattr(causal_attention, "FEW_QUERIES", sizes[0])
     monkeypatch.setattr(causal_attention, "MERGED_KEYS", sizes[1])
     compare(native, boundaries(kind, B, length), position, case(length, dtype, width))
+
+
+def test_gradients_of_the_only_score_are_nothing(monkeypatch):
+    """By bf16 products of short groups, too, which round the gradients of weights: dq was 0.02 of the largest."""
+    monkeypatch.setattr(squares, "available", lambda: None)
+    monkeypatch.setattr(causal_attention, "FEW_QUERIES", 0)
+    q, *_ = gradients(run(native, None, (0, 0, 0)), case(1, torch.bfloat16))[1]
+    assert not q.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -259,6 +259,62 @@ def weight_gradients(
     share(_gradient_rows, threads, tasks, given)
 
 
+@inner(fastmath=_CONTRACT)
+def _weighted_sums(
+    first: int,
+    last: int,
+    scores: Any,
+    grads: Any,
+    ends: Any,
+    length: int,
+    groups: Any,
+    start: int,
+    query: int,
+    sums: Any,
+    deltas: Any,
+) -> None:
+    items, rows, _ = scores.shape
+    heads = items // len(groups)
+    totals = np.empty(deltas.shape[1], np.float32)
+    for item in range(first, last):
+        row, begin, end, before, _ = groups[item // heads]
+        own = sums[heads * (row * length + begin) + item % heads * (end - begin) :]
+        seen = ends[row, ends.shape[1] - length + begin - before :]  # from the first key of the group on
+        low = max(query, seen[start - 1] - begin) if start else query
+        high = min(start + rows - before, end - begin)
+        for i in range(low, high):
+            deltas[item, i] = totals[i] = 0
+        for r in range(rows):
+            for i in range(max(start + r - before, low), min(seen[start + r] - begin, high)):
+                weight = np.exp(as_float(scores[item, r, i - query]) - own[i])
+                totals[i] += weight
+                deltas[item, i] += weight * as_float(grads[item, r, i - query])
+        for i in range(low, high):
+            deltas[item, i] /= totals[i]
+
+
+@compiled(fastmath=_CONTRACT)
+def weighted_sums(
+    threads: int,
+    scores: Any,
+    grads: Any,
+    ends: Any,
+    length: int,
+    groups: Any,
+    start: int,
+    query: int,
+    sums: Any,
+    deltas: Any,
+) -> None:
+    """Deltas of the queries that see no key but these: the mean of the weights' gradients, weighted.
+
+    Where these and the scores were rounded to bf16, only so the gradients of a query's scores add up to 0, as output
+    times its gradient makes them without rounding. Arguments as in weight_gradients.
+    """
+    given = (scores, grads, ends, length, groups, start, query, sums, deltas)
+    share(_weighted_sums, threads, scores.shape[0], given)
+
+
 @inner(fastmath=_SUM)
 def _dot(a: Any, b: Any) -> Any:
     product = np.float32(0)

@@ -82,6 +82,8 @@ def backward(
         kernels.pack_gradient(threads, incoming, output, alike, as_numpy(gs), deltas)
         weights, scores = torch.bmm(ks, qs.mT), torch.bmm(vs, gs.mT)
         tile = (as_numpy(weights), as_numpy(scores), ends, given.q.shape[1], alike, 0, 0, sums_of, deltas)
+        if scores.dtype == torch.bfloat16:
+            kernels.weighted_sums(threads, *tile)
         kernels.weight_gradients(threads, *tile)
         skipped = max(int(alike[0, 3] - alike[0, 1]), 0) if grads.of_piece_alone else 0
         asked = alike - np.array((0, 0, 0, skipped, 0))

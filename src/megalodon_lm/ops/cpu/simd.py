@@ -132,8 +132,8 @@ def store(typingctx: Any, array: Any, offset: Any, value: Any) -> Any:
 
 
 @intrinsic
-def await_writing(typingctx: Any, array: Any, offset: Any) -> Any:
-    """Ask for the cache line of an element that is going to be written, so that the writing need not wait for it."""
+def fetch(typingctx: Any, array: Any, offset: Any) -> Any:
+    """Ask for the line of an element to come into the second cache; there need be no such element."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
@@ -141,7 +141,7 @@ def await_writing(typingctx: Any, array: Any, offset: Any) -> Any:
         word = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [pointer.type, word, word, word])
         prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(prefetch, [pointer, word(1), word(3), word(1)])
+        builder.call(prefetch, [pointer, word(0), word(2), word(1)])  # to read, to be kept, data
         return context.get_dummy_value()
 
     return types.void(array, types.intp), codegen

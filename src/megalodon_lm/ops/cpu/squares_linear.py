@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..derived import derived
 from . import squares
-from .simd import LANES, as_numpy, await_writing, compiled, inner, load, sigmoid, store
+from .simd import LANES, as_numpy, compiled, fetch, inner, load, sigmoid, store
 from .squares import SQUARE, enter_tiles, leave_tiles, multiply, store_sums, sums_at_hand
 from .squares_packing import SQUARE_WORDS, num_strips, pack_transposed, scratch
 from .team import num_threads, share
@@ -91,8 +91,6 @@ def _write_strips(
                 part += 1
             fan_out = (ends[part + 1] - ends[part]) * SQUARE
             start = rows * ends[part] * SQUARE + (j - ends[part]) * SQUARE
-            for r in range(min(SQUARE, rows - row)):
-                await_writing(out, start + (row + r) * fan_out)
             _multiply_square(own, x, row, fan_in, short, packed, j)
             sums = sums_at_hand(own, room)
             for r in range(min(SQUARE, rows - row)):
@@ -153,6 +151,12 @@ def _add_strips(
     for task in range(first, last):
         panel, row = task // strips, task % strips * SQUARE
         for j in range(panel * width, min((panel + 1) * width, fan_out // SQUARE)):
+            for r in range(min(SQUARE, rows - row)):
+                to = (row + r) * fan_out + j * SQUARE
+                fetch(residual, to)
+                fetch(residual, to + LANES)
+                if two:
+                    fetch(other, to)
             _multiply_square(own, x, row, fan_in, short, packed, j)
             sums = sums_at_hand(own, room)
             for r in range(min(SQUARE, rows - row)):

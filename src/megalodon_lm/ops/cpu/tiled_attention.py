@@ -122,6 +122,8 @@ def backward(
             multiply(ks[:, start:stop], qs[:, query:].mT, weights)
             multiply(vs[:, start:stop], gs[:, query:].mT, scores)
             tile = (as_numpy(weights), as_numpy(scores), ends, q.shape[1], alone, start, query, sums_of, deltas)
+            if q.dtype == torch.bfloat16:
+                kernels.weighted_sums(threads, *tile)
             kernels.weight_gradients(threads, *tile)
             asked = max(first, start)
             if asked < stop:
