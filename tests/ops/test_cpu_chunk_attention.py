@@ -61,6 +61,12 @@ def compare(where, fill, inputs, chunk_size=C, slow=reference.chunk_attention):
     assert torch.equal(fast.fill, slow.fill)
 
 
+@pytest.fixture(autouse=True)
+def by_products_of_pytorch(monkeypatch):
+    """What squares compute is tested in test_squares.py."""
+    monkeypatch.setattr(squares, "available", lambda: None)
+
+
 @pytest.mark.parametrize(
     ("kind", "fill", "length", "dtype", "few", "widths"),
     sampled(BOUNDARIES, [(0, 0, 0), (5, 5, 5), (3, 15, 0)], [1, 7, 16, 50], TOLERANCE, [0, 8], WIDTHS),
@@ -89,7 +95,6 @@ def test_short_groups_go_together(dtype, monkeypatch):
 
     Once with gradients to the cache and once without.
     """
-    monkeypatch.setattr(squares, "available", lambda: None)
     fill = torch.tensor([0, 64, 7, 0, 64, 64, 120, 0])
     products, bmm = [], torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda a, b: products.append(len(a) // H) or bmm(a, b))

@@ -36,6 +36,12 @@ def compare(where, position, inputs, chunk_size=C, slow=reference.sliding_attent
     assert fast.where == slow.where
 
 
+@pytest.fixture(autouse=True)
+def by_products_of_pytorch(monkeypatch):
+    """What squares compute is tested in test_squares.py."""
+    monkeypatch.setattr(squares, "available", lambda: None)
+
+
 @pytest.mark.parametrize(
     ("kind", "position", "length", "dtype", "sizes", "widths"),
     sampled(BOUNDARIES, POSITIONS, [1, 7, 50], TOLERANCE, [(0, 5), (4, 20)], WIDTHS),
@@ -58,7 +64,6 @@ def test_merged_documents_and_long_chunks_equal_the_portable_path(kind, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_chunks_of_one_shape_see_more_or_less_of_the_cache(dtype, monkeypatch):
     """The second ones of the rows see 31, 8 and 2 entries, and give them gradients where those are asked for alone."""
-    monkeypatch.setattr(squares, "available", lambda: None)
     monkeypatch.setattr(causal_attention, "MERGED_KEYS", 1)
     compare(None, (31, 40, 66), inputs_of(150, dtype, 18, 34, 32), 32)
 

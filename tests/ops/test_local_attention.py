@@ -68,11 +68,16 @@ def test_portable_equals_reference_with_all_gradients(kind, position, length, mo
 
 
 @pytest.mark.parametrize(
-    ("kind", "position", "length", "dtype", "sizes", "width"),
-    sampled(BOUNDARIES, POSITIONS, LENGTHS, [torch.float32, torch.bfloat16], [(0, 5), (4, 20)], [4, 32]),
+    ("kind", "position", "length", "dtype", "sizes", "width", "in_squares"),
+    sampled(BOUNDARIES, POSITIONS, LENGTHS, [torch.float32, torch.bfloat16], [(0, 5), (4, 20)], [4, 32], [True, False]),
 )
-def test_native_equals_reference_with_all_gradients(kind, position, length, dtype, sizes, width, monkeypatch):
-    monkeypatch.setattr(tiled_attention, "TILE_SIZE", 5)
+def test_native_equals_reference_with_all_gradients(
+    kind, position, length, dtype, sizes, width, in_squares, monkeypatch
+):
+    """In squares, where the processor has any, and by PyTorch's products, in tiles of 8 (of float32, 4) by 8 tokens."""
+    if not in_squares:
+        monkeypatch.setattr(squares, "available", lambda: None)
+    monkeypatch.setattr(tiled_attention, "TILE_SIZE", 8)
     monkeypatch.setattr(batched_attention, "TOGETHER", 60)
     monkeypatch.setattr(causal_attention, "FEW_QUERIES", sizes[0])
     monkeypatch.setattr(causal_attention, "MERGED_KEYS", sizes[1])
