@@ -1,4 +1,5 @@
 import multiprocessing
+import os
 import subprocess
 import sys
 
@@ -264,3 +265,28 @@ def test_a_batch_of_no_rows_goes_on_from_a_cache():
     cache = KeyValueCache(torch.zeros(0, 8, 2, 8), torch.zeros(0, 8, 2, 8), torch.zeros(0, dtype=torch.int64))
     out, leaving = chunk_attention(q, q, q, 8, 1e4, cache)
     assert (out.shape, leaving.keys.shape, leaving.fill.shape) == (q.shape, cache.keys.shape, cache.fill.shape)
+
+
+@pytest.mark.parametrize("fill", [0, 3, 4, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_exit_cache_is_zero_beyond_what_it_holds(fill, dtype):
+    """In pages that nobody touched, where little is held, and in kept memory with what was there before."""
+    piece = torch.randn(2, 70, 4, 16).to(dtype)
+    for _ in range(3):
+        cache = exits.open_chunk(piece, None, torch.tensor([[70, fill, 0], [60, 0, 0]]), 64)
+        expected = torch.zeros(2, 64, 4, 16, dtype=dtype)
+        expected[0, :fill] = piece[0, 70 - fill :]
+        assert torch.equal(cache, expected)
+        cache.fill_(1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_has_an_exit_cache_of_its_own():
+    cache = exits.open_chunk(torch.randn(1, 64, 4, 16), None, torch.tensor([[64, 0, 0]]), 64)
+    child = os.fork()
+    if not child:
+        cache.numpy().fill(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert not cache.any()

@@ -64,21 +64,22 @@ def _words(t: Tensor) -> np.ndarray:
 
 
 def _take(piece: Tensor, cached: Tensor | None, places: Tensor, size: int) -> Tensor:
-    source, target = piece if cached is None else cached, _zeros((len(piece), size, *piece.shape[2:]), piece.dtype)
+    shape = len(piece), size, *piece.shape[2:]
+    source, target = piece if cached is None else cached, _zeros(shape, piece.dtype, int(places[:, 1].sum()))
     _take_all(num_threads(), _words(piece), _words(source), as_numpy(places), _words(target))
     return target
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Pages that nobody has touched: a cache may be far larger than what it holds.
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, used: int) -> Tensor:
+    """A cache, of which so many entries of all rows will be written: it may be far larger than what it holds.
 
-    Large arrays of NumPy are such pages too, but not where freed memory is kept: then they are memory written anew.
+    Pages that nobody has touched cost nothing where little is held, and more than memory written with zeros where they
+    are used. NumPy's zeros are such pages too, unless freed memory is kept.
     """
-    size = math.prod(shape)
-    if size * dtype.itemsize < mmap.PAGESIZE:
-        return torch.zeros(shape, dtype=dtype)
-    pages = mmap.mmap(-1, size * dtype.itemsize, **_OWN_PAGES)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+    size = math.prod(shape) * dtype.itemsize
+    if used < shape[0] * shape[1] // 8 and size >= mmap.PAGESIZE:
+        return torch.frombuffer(mmap.mmap(-1, size, **_OWN_PAGES), dtype=dtype).view(shape)
+    return torch.from_numpy(np.zeros(shape, f"u{dtype.itemsize}")).view(dtype)
 
 
 @torch.library.custom_op("megalodon::take_open_chunk", mutates_args=())
