@@ -181,16 +181,16 @@ def sums_at_hand(tiles: Any, room: Any) -> Any:
 def _product(fresh: bool) -> Any:
     @intrinsic
     def run(
-        typingctx: Any, tiles: Any, a: Any, a_at: Any, stride: Any, b: Any, b_at: Any, step: Any, squares: Any
+        typingctx: Any, tiles: Any, a: Any, at: Any, stride: Any, b: Any, b_at: Any, step: Any, squares: Any, rows: Any
     ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            tiles, a, a_at, stride, b, b_at, step, squares = args
+            tiles, a, a_at, stride, b, b_at, step, squares, used = args
             kind, kind_a, _, _, kind_b, *_ = signature.args
             if _are_vectors(kind):
                 own = address_of(context, builder, kind, tiles, _INT(0))
                 rows = address_of(context, builder, kind_a, a, a_at), builder.mul(stride, _INT(2))
                 packed = address_of(context, builder, kind_b, b, b_at), builder.mul(step, _INT(4))
-                vector_squares.multiply(builder, fresh, own, *rows, *packed, squares)
+                vector_squares.multiply(builder, fresh, own, *rows, *packed, squares, used)
                 return context.get_dummy_value()
             instructions = _Instructions(context, builder, kind, tiles)
             for tile in range(4 if fresh else 0):
@@ -206,7 +206,8 @@ def _product(fresh: bool) -> Any:
                     instructions.multiply(_SUMS + tile, _LEFT + tile // 2, _RIGHT + tile % 2)
             return context.get_dummy_value()
 
-        return types.void(tiles, a, types.intp, types.intp, b, types.intp, types.intp, types.intp), codegen
+        counts = types.intp, types.intp
+        return types.void(tiles, a, *counts, b, *counts, *counts), codegen
 
     return run
 
@@ -216,7 +217,9 @@ _add_product = _product(False)
 
 
 @inner
-def multiply(tiles: Any, a: Any, at: int, stride: int, b: Any, b_at: int, step: int, squares: int) -> None:
+def multiply(
+    tiles: Any, a: Any, at: int, stride: int, b: Any, b_at: int, step: int, squares: int, rows: int = SQUARE
+) -> None:
     """Make the sums the product of 32 rows of A, `squares` squares wide, with as many packed squares of B.
 
     Args:
@@ -226,11 +229,12 @@ def multiply(tiles: Any, a: Any, at: int, stride: int, b: Any, b_at: int, step: 
         b: flat uint32 array of packed squares.
         b_at, step: first word of the first square, and words from one square to the next.
         squares: how many.
+        rows: how many of the sums' matter; the others may be anything.
     """
-    _set_product(tiles, a, at, stride, b, b_at, step, squares)
+    _set_product(tiles, a, at, stride, b, b_at, step, squares, rows)
 
 
 @inner
 def add_product(tiles: Any, a: Any, at: int, stride: int, b: Any, b_at: int, step: int, squares: int) -> None:
     """Add such a product to the sums; see multiply."""
-    _add_product(tiles, a, at, stride, b, b_at, step, squares)
+    _add_product(tiles, a, at, stride, b, b_at, step, squares, SQUARE)

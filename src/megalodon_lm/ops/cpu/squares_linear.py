@@ -48,7 +48,7 @@ def _multiply_square(own: Any, x: Any, row: int, fan_in: int, short: Any, packed
     depth = fan_in // SQUARE
     at = j * depth * SQUARE_WORDS
     if (row + SQUARE) * fan_in > x.size:
-        multiply(own, short, 0, fan_in, packed, at, SQUARE_WORDS, depth)
+        multiply(own, short, 0, fan_in, packed, at, SQUARE_WORDS, depth, x.size // fan_in - row)
     else:
         multiply(own, x, row * fan_in, fan_in, packed, at, SQUARE_WORDS, depth)
 

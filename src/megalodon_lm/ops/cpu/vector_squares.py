@@ -51,7 +51,9 @@ def _add_pairs(builder: Any, sums: list[Any], rows: list[Any], square: Any, pair
     return added
 
 
-def multiply(builder: Any, fresh: bool, sums: Any, a: Any, stride: Any, b: Any, step: Any, squares: Any) -> None:
+def multiply(
+    builder: Any, fresh: bool, sums: Any, a: Any, stride: Any, b: Any, step: Any, squares: Any, rows: Any
+) -> None:
     """Emits: 32 x 32 sums become the product of 32 rows, `squares` squares wide, with as many packed squares.
 
     Args:
@@ -59,8 +61,10 @@ def multiply(builder: Any, fresh: bool, sums: Any, a: Any, stride: Any, b: Any, 
         sums, a, b: pointers to bytes.
         stride, step: bytes from a row of A, and from a square of B, to the next.
         squares: at least 0.
+        rows: how many matter; some after them are left as they are.
     """
-    with cgutils.for_range(builder, _INT(SIDE // _ROWS)) as block:
+    blocks = builder.sdiv(builder.add(rows, _INT(_ROWS - 1)), _INT(_ROWS))
+    with cgutils.for_range(builder, blocks) as block:
         row = builder.mul(block.index, _INT(_ROWS))
         own = builder.gep(sums, [builder.mul(row, _INT(2 * _LINE))])
         start = builder.gep(a, [builder.mul(row, stride)])
