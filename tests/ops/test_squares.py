@@ -9,7 +9,7 @@ from megalodon_lm.ops.chunk_attention import chunk_attention as portable
 from megalodon_lm.ops.cpu import causal_attention, squares
 from megalodon_lm.ops.cpu.chunk_attention import chunk_attention
 from megalodon_lm.ops.cpu.emulated_tiles import EMULATED
-from megalodon_lm.ops.cpu.processor import multiplies_pairs, multiplies_tiles
+from megalodon_lm.ops.cpu.processor import has_bf16_vectors, multiplies_tiles
 from megalodon_lm.ops.cpu.simd import as_numpy, compiled
 from megalodon_lm.ops.cpu.squares import (
     add_product,
@@ -32,7 +32,7 @@ from .test_not_finite import spoilt as spoil
 
 TILES = {"emulated": EMULATED}
 TILES |= {"amx": squares.AMX} if multiplies_tiles() else {}
-TILES |= {"vectors": VECTORS} if multiplies_pairs() else {}
+TILES |= {"vectors": VECTORS} if has_bf16_vectors() else {}
 
 
 @pytest.fixture(params=TILES)

@@ -10,14 +10,8 @@ from numba import config
 
 
 @functools.cache
-def rounds_to_bf16() -> bool:
-    """Whether one instruction rounds sixteen float32 to bf16."""
-    return _has("avx512bf16")
-
-
-@functools.cache
-def multiplies_pairs() -> bool:
-    """Whether one instruction adds the products of sixteen pairs of bf16 to float32."""
+def has_bf16_vectors() -> bool:
+    """Whether one instruction rounds sixteen float32 to bf16, and one adds the products of sixteen pairs to float32."""
     return _has("avx512bf16")
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..backend import KernelError
 from .kernel_cache import keep
 from .own_code import OwnCode
-from .processor import guesses_reciprocals, rounds_to_bf16
+from .processor import guesses_reciprocals, has_bf16_vectors
 
 LANES = 16
 _FLAGS = ("contract", "reassoc", "nsz", "arcp")
@@ -124,7 +124,7 @@ def store(typingctx: Any, array: Any, offset: Any, value: Any) -> Any:
         if isinstance(kind.dtype, types.Float):
             builder.store(args[2], builder.bitcast(pointer, _FLOATS.as_pointer()), align=4)
         else:
-            round_to_bf16 = _round_by_instruction if rounds_to_bf16() else _round_bits
+            round_to_bf16 = _round_by_instruction if has_bf16_vectors() else _round_bits
             builder.store(round_to_bf16(builder, args[2]), builder.bitcast(pointer, _HALVES.as_pointer()), align=2)
         return context.get_dummy_value()
 
@@ -155,7 +155,7 @@ def exact_sum(typingctx: Any, array: Any, a: Any, b: Any) -> Any:
         added = builder.fadd(args[1], args[2])
         if isinstance(signature.args[0].dtype, types.Float):
             return added
-        round_to_bf16 = _round_by_instruction if rounds_to_bf16() else _round_bits
+        round_to_bf16 = _round_by_instruction if has_bf16_vectors() else _round_bits
         return _widened(builder, round_to_bf16(builder, added))
 
     return float32x16(array, float32x16, float32x16), codegen

@@ -24,7 +24,7 @@ from numba.extending import intrinsic, overload
 
 from . import emulated_tiles, vector_squares
 from .emulated_tiles import TILE
-from .processor import multiplies_pairs, multiplies_tiles
+from .processor import has_bf16_vectors, multiplies_tiles
 from .simd import inner
 from .vector_squares import VECTORS
 
@@ -42,7 +42,7 @@ AMX[48:56] = TILE
 @functools.cache
 def available() -> Any:
     """The `tiles` for which kernels are compiled on this processor; None if it multiplies no bf16 in such a way."""
-    return AMX if multiplies_tiles() else VECTORS if multiplies_pairs() else None
+    return AMX if multiplies_tiles() else VECTORS if has_bf16_vectors() else None
 
 
 def _call(builder: Any, name: str, *operands: Any) -> None:

@@ -16,7 +16,7 @@ from .simd import as_numpy
 from .squares import SQUARE
 from .squares_backward import KEY_STRIPS, Exchange, Queries, attend_backward
 from .squares_forward import Packed, attend
-from .squares_packing import SQUARE_WORDS, Result
+from .squares_packing import SQUARE_WORDS, Result, empty_words
 from .team import num_threads
 
 
@@ -39,11 +39,6 @@ def _narrow(wide: Tensor, t: Tensor) -> None:
     """Bring what was made in a widened tensor back."""
     if wide is not t:
         t.copy_(wide[..., : t.shape[3]])
-
-
-def _words(count: int) -> np.ndarray:
-    """32-bit words from the start of a cache line."""
-    return torch.empty(count, dtype=torch.int32).numpy().view(np.uint32)
 
 
 def _strips(lengths: np.ndarray) -> int:
@@ -71,7 +66,7 @@ def forward(given: Operands, slots: Tensor, groups: np.ndarray, out: Tensor, sum
     wide = _wide(out)
     slots_of, sums_of, target = as_numpy(slots), as_numpy(sums), as_numpy(wide)
     longest = _strips(groups[:, 2] - groups[:, 1] + groups[:, 3])
-    packed = Packed(*(_words(heads * longest * SQUARE * t.shape[3] // 2) for t in given[1:3]))
+    packed = Packed(*(empty_words(heads * longest * SQUARE * t.shape[3] // 2) for t in given[1:3]))
     for group in (Group(*row) for row in groups.tolist()):
         result = Result(target, _sums_of(group, length, heads, sums_of))
         attend(
@@ -104,10 +99,10 @@ def backward(
     arrays, written = given.arrays(), wide.arrays()
     incoming, output, sums_of = as_numpy(_wide(grad)), as_numpy(_wide(out)), as_numpy(sums)
     strips = heads * _strips(groups[:, 2] - groups[:, 1])  # of queries
-    packed = (_words(strips * SQUARE * d // 2) for d in (dk, dv, dk, dv))
-    queries = Queries(*packed, *(_words(strips * SQUARE).view(np.float32) for _ in range(2)))
-    turned = _words(heads * dk * KEY_STRIPS * SQUARE // 2).view(np.uint16)
-    scores = _words(strips * KEY_STRIPS * SQUARE_WORDS)
+    packed = (empty_words(strips * SQUARE * d // 2) for d in (dk, dv, dk, dv))
+    queries = Queries(*packed, *(empty_words(strips * SQUARE).view(np.float32) for _ in range(2)))
+    turned = empty_words(heads * dk * KEY_STRIPS * SQUARE // 2).view(np.uint16)
+    scores = empty_words(strips * KEY_STRIPS * SQUARE_WORDS)
     for group in (Group(*row) for row in groups.tolist()):
         n = group.end - group.begin
         exchange = Exchange(turned, scores, torch.zeros(heads * -(-n // SQUARE) * SQUARE * dk).numpy())

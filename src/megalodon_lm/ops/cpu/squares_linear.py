@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ..derived import derived
+from ..linear import Layer
 from . import squares
 from .simd import LANES, as_numpy, compiled, fetch, inner, load, sigmoid, store
 from .squares import SQUARE, enter_tiles, leave_tiles, multiply, store_sums, sums_at_hand
-from .squares_packing import SQUARE_WORDS, num_strips, pack_transposed, scratch
+from .squares_packing import SQUARE_WORDS, empty_words, num_strips, pack_transposed, scratch
 from .team import num_threads, share
 
 PANEL_BYTES = 1 << 20  # of weights: half of the second cache of processors with AMX
@@ -184,11 +185,13 @@ def _add(threads: int, num_tasks: int, args: Any) -> None:
     share(_add_strips, threads, num_tasks, args)
 
 
-def _pack_weight(weight: Tensor) -> np.ndarray:
-    """A weight that fits, rounded to bf16, as the squares of its transpose, flat."""
-    rows = weight.to(torch.bfloat16, memory_format=torch.contiguous_format, copy=True)
-    packed = np.empty(rows.numel() // 2, np.uint32)
-    _pack(num_threads(), as_numpy(rows).view(np.uint32), packed)
+def _pack_weights(weights: list[Tensor]) -> np.ndarray:
+    """Weights that fit, rounded to bf16, as the squares of their transposes, one after the other."""
+    packed, done = empty_words(sum(weight.numel() for weight in weights) // 2), 0
+    for weight in weights:
+        rows = weight.to(torch.bfloat16, memory_format=torch.contiguous_format, copy=True)
+        _pack(num_threads(), as_numpy(rows).view(np.uint32), packed[done : done + rows.numel() // 2])
+        done += rows.numel() // 2
     return packed
 
 
@@ -212,13 +215,10 @@ def _pack_layers(*given: Any) -> Packed:
     widths = list(map(len, weights))
     added = [bias.to(torch.bfloat16).float() for bias in biases] or [torch.zeros(sum(widths))]
     ends = np.array([0, *np.cumsum(widths)]) // SQUARE
-    return Packed(np.concatenate(list(map(_pack_weight, weights))), as_numpy(torch.cat(added)), ends, widths)
+    return Packed(_pack_weights(weights), as_numpy(torch.cat(added)), ends, widths)
 
 
-Layers = tuple[tuple[Tensor, Tensor | None], ...]  # weights that fit, and biases, all or none
-
-
-def _packed(layers: Layers) -> Packed:
+def _packed(layers: tuple[Layer, ...]) -> Packed:
     weights, biases = zip(*layers, strict=True)
     return derived(_pack_layers, *weights, *(() if biases[0] is None else biases), arguments=(len(weights),))
 
@@ -233,12 +233,12 @@ def _run(kernel: Any, x: Tensor, packed: Packed, columns: int, *after: Any) -> N
     kernel(threads, strips * -(-columns // width), (*given, *after))
 
 
-def linears(x: Tensor, layers: Layers, silu: bool = False) -> list[Tensor]:
+def linears(x: Tensor, layers: tuple[Layer, ...], silu: bool = False) -> list[Tensor]:
     """x @ weight.T + bias, or SiLU of that, for each layer.
 
     Args:
         x: (..., fan_in), bf16, not empty.
-        layers: weights and biases, which are rounded to bf16.
+        layers: those that fit, with biases all or none; both are rounded to bf16.
         silu: whether it is applied.
 
     Returns:
@@ -258,7 +258,7 @@ def linears(x: Tensor, layers: Layers, silu: bool = False) -> list[Tensor]:
     return results
 
 
-def linear_gate(x: Tensor, layers: Layers) -> Tensor:
+def linear_gate(x: Tensor, layers: tuple[Layer, ...]) -> Tensor:
     """SiLU of the first layer times the second one; see linears."""
     packed = _packed(layers)
     out = x.new_empty(*x.shape[:-1], packed.widths[0])
@@ -266,7 +266,7 @@ def linear_gate(x: Tensor, layers: Layers) -> Tensor:
     return out
 
 
-def linear_add(x: Tensor, layer: tuple[Tensor, Tensor | None], residual: Tensor, other: Tensor | None) -> Tensor:
+def linear_add(x: Tensor, layer: Layer, residual: Tensor, other: Tensor | None) -> Tensor:
     """The residual, float32 or bf16, plus the layer, plus `other` of bf16; see linears."""
     out = residual.new_empty(residual.shape)
     second = x if other is None else other.contiguous()

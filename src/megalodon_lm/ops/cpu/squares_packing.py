@@ -7,6 +7,7 @@ strips of 32, the last one filled with zeros.
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -49,6 +50,11 @@ def store_pairs(typingctx: Any, b: Any, b_at: Any, rows: Any, upper: Any, lower:
         return context.get_dummy_value()
 
     return types.void(b, types.intp, rows, types.intp, types.intp), codegen
+
+
+def empty_words(count: int) -> np.ndarray:
+    """So many 32-bit words from the start of a cache line, where NumPy's own arrays seldom begin."""
+    return torch.empty(count, dtype=torch.int32).numpy().view(np.uint32)
 
 
 @inner
