@@ -191,7 +191,8 @@ BIDIRECTIONAL = {
     "bidirectional_attention": ((C, 1e4, "softmax"), draw(*HEADS[:3])),
 }
 LINEAR = {"linear", "linears", "linear_silu", "linear_gate", "linear_add"}
-ELSEWHERE = {"zero_padding", "reverse", "laplace", *LINEAR}  # test_bidirectional.py, test_laplace.py, test_linear.py
+# test_bidirectional.py, test_laplace.py, test_linear.py, test_block.py
+ELSEWHERE = {"zero_padding", "reverse", "laplace", *LINEAR, "read_block"}
 DEFINITIONS = (reference, recurrence_definitions, bidirectional_definitions)
 
 

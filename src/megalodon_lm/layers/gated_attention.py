@@ -1,6 +1,5 @@
 """Moving average gated attention: the token-mixing half of a block."""
 
-import math
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from ..errors import InputError
 from ..ops.boundaries import Boundaries
 from ..ops.derived import derived
 from ..ops.gates import silu_gate
-from ..ops.norms import head_rms_norm
+from ..ops.norms import head_maps, head_rms_norm
 from ..ops.residual import add_branch
 from ..state_spec import Tree, present
 from .adaptive_memory import AdaptiveMemory
@@ -141,14 +140,7 @@ class GatedAttention(nn.Module):
 
     def _views(self, z: Tensor) -> list[Tensor]:
         """z (B, L, H, Z/H), normalised per head, through each affine map: tensors of that shape."""
-        maps = zip(*derived(_maps, self.gamma, self.beta, arguments=(self.z_head_dim,)), strict=True)
+        maps = zip(*derived(head_maps, self.gamma, self.beta, arguments=(self.z_head_dim,)), strict=True)
         if self.normalized:
             return [head_rms_norm(z, scale, shift, self.eps) for scale, shift in maps]
         return [(z * scale + shift).to(z.dtype) for scale, shift in maps]
-
-
-def _maps(gamma: Tensor, beta: Tensor, width: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Scales and shifts (H, d) of each view of z, of heads so wide; float32 or better, or 1 + 0.003 would be 1."""
-    dtype = torch.promote_types(gamma.dtype, torch.float32)
-    scales, shifts = (gamma.to(dtype) + 1) / math.sqrt(width), beta.to(dtype)
-    return tuple(scales.unflatten(-1, (-1, width))), tuple(shifts.unflatten(-1, (-1, width)))

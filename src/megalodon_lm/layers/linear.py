@@ -47,36 +47,38 @@ def _reads(x: Tensor, layer: nn.Linear) -> bool:
     return torch.is_autocast_enabled(x.device.type) or x.dtype == layer.weight.dtype
 
 
-def _joined(x: Tensor, *layers: nn.Module) -> bool:
-    """Whether layers may read with each other, or with what follows: as they are here, and nobody listens to one."""
-    return all(
-        type(layer) is Linear and _reads(x, layer) and not layer._forward_hooks and not layer._forward_pre_hooks
-        for layer in layers
-    )
+def is_heard(module: nn.Module) -> bool:
+    """Whether somebody listens to what goes into a module or comes out, so that it must be called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def may_join(x: Tensor, *layers: nn.Module) -> bool:
+    """Whether layers may read with each other, or with what is around them: as they are here, and unheard."""
+    return all(type(layer) is Linear and _reads(x, layer) and not is_heard(layer) for layer in layers)
 
 
 def linears(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
     """Several layers of x (..., fan_in)."""
-    if _joined(x, *layers):
+    if may_join(x, *layers):
         return reading.linears(x, tuple((layer.weight, layer.bias) for layer in layers))
     return tuple(layer(x) for layer in layers)
 
 
 def linear_silu(x: Tensor, layer: Linear) -> Tensor:
     """SiLU of a layer of x (..., fan_in)."""
-    return reading.linear_silu(x, (layer.weight, layer.bias)) if _joined(x, layer) else gates.silu(layer(x))
+    return reading.linear_silu(x, (layer.weight, layer.bias)) if may_join(x, layer) else gates.silu(layer(x))
 
 
 def linear_gate(x: Tensor, gate: Linear, layer: Linear) -> Tensor:
     """SiLU of one layer of x (..., fan_in) times another."""
-    if _joined(x, gate, layer):
+    if may_join(x, gate, layer):
         return reading.linear_gate(x, (gate.weight, gate.bias), (layer.weight, layer.bias))
     return gates.silu_gate(gate(x), layer(x))
 
 
 def linear_add(x: Tensor, layer: Linear, stream: Tensor, other: Tensor | None = None) -> Tensor:
     """The residual stream plus a layer of x (..., fan_in), and plus another branch."""
-    if _joined(x, layer):
+    if may_join(x, layer):
         return reading.linear_add(x, (layer.weight, layer.bias), stream, other)
     branches = (t for t in (other, layer(x)) if t is not None)
     return residual.add_branch(stream, *branches)

@@ -1,5 +1,7 @@
 """Normalisation over the features of one token. Scales are given as offsets from 1."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,3 +42,17 @@ def head_rms_norm(z: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor
     """
     dtype = torch.promote_types(z.dtype, torch.float32)
     return (F.rms_norm(z.to(dtype), z.shape[-1:], eps=eps) * scale.to(dtype) + shift.to(dtype)).to(z.dtype)
+
+
+def head_maps(gamma: Tensor, beta: Tensor, width: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Scales and shifts for head_rms_norm, (H, width) of each view: (gamma + 1) / sqrt(width) and beta.
+
+    In float32 or better, or 1 + 0.003 would be 1.
+
+    Args:
+        gamma, beta: (views, H * width).
+        width: of a head.
+    """
+    dtype = torch.promote_types(gamma.dtype, torch.float32)
+    scales, shifts = (gamma.to(dtype) + 1) / math.sqrt(width), beta.to(dtype)
+    return tuple(scales.unflatten(-1, (-1, width))), tuple(shifts.unflatten(-1, (-1, width)))

@@ -143,7 +143,7 @@ def _of(config: Config, rows: int, length: int, precision: Literal["bf16", "floa
 @contextmanager
 def _without_numbers() -> Iterator[None]:
     """Tensors have shapes alone; tables that operators keep for later calls are made anew before and after."""
-    tables = (rotary.rotations, cpu_rotary._angles)
+    tables = (rotary.rotations, cpu_rotary.angle_tables)
     try:
         for table in tables:
             table.cache_clear()

@@ -40,7 +40,7 @@ def cema(
     if length == 1 and run is _forward:
         return step(x, p, q, g, omega.clone(), state, starts, lengths)
     entry = p.new_zeros(batch, dim, p.shape[1], 2) if state is None else state.to(p.dtype)
-    coefficients, direct = derived(pack, p, q, g), derived(_fill_up, omega)
+    coefficients, direct = derived(pack, p, q, g), derived(fill_up, omega)
     y, leaving, _ = run(x.contiguous(), coefficients, direct, entry.contiguous(), starts, lengths, tracked(*given))
     return y, leaving
 
@@ -52,7 +52,7 @@ def pack(p: Tensor, q: Tensor, g: Tensor) -> Tensor:
     return parts.view(5, -1, CHANNELS, parts.shape[-1]).permute(1, 3, 0, 2).contiguous()
 
 
-def _fill_up(omega: Tensor) -> Tensor:
+def fill_up(omega: Tensor) -> Tensor:
     """(C, CHANNELS), zero beyond D, in memory of its own: see simd.as_numpy."""
     return F.pad(omega, (0, -len(omega) % CHANNELS)).reshape(-1, CHANNELS).clone(memory_format=torch.contiguous_format)
 

@@ -7,6 +7,8 @@ import numpy as np
 from .simd import LANES, compiled, exact_sum, inner, load, sigmoid, splat, store, total
 from .team import share
 
+TASK = 256 * LANES  # elements that a task of gates takes
+
 
 @inner
 def mean_of(x: Any, at: int, size: int) -> Any:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .simd import as_numpy, compiled
 
-_EXPONENTS = {2: (0x7F80_7F80_7F80_7F80, 0x0080_0080_0080_0080), 4: (0x7F80_0000_7F80_0000, 0x0080_0000_0080_0000)}
+EXPONENTS = {2: (0x7F80_7F80_7F80_7F80, 0x0080_0080_0080_0080), 4: (0x7F80_0000_7F80_0000, 0x0080_0000_0080_0000)}
 """By bytes of an element: the bits that are all set in NaN and infinity, and their lowest; four or two elements."""
 
 
@@ -17,12 +17,13 @@ def is_finite(out: Tensor, since: Tensor) -> bool:
     size, width = out.element_size(), math.prod(out.shape[2:])
     word = 8 if width * size % 8 == 0 else size  # so many bytes are looked at in one
     words = as_numpy(out).view(f"u{size}").reshape(*out.shape[:2], width).view(f"u{word}")
-    exponents, lowest = (np.uint64(bits).astype(words.dtype) for bits in _EXPONENTS[size])
-    return bool(_is_finite(words, exponents, lowest, as_numpy(since)))
+    exponents, lowest = (np.uint64(bits).astype(words.dtype) for bits in EXPONENTS[size])
+    return bool(all_finite(words, exponents, lowest, as_numpy(since)))
 
 
 @compiled
-def _is_finite(words: Any, exponents: Any, lowest: Any, since: Any) -> bool:
+def all_finite(words: Any, exponents: Any, lowest: Any, since: Any) -> bool:
+    """Rows of words (B, L, n), those that tell: at padding and within a run of `since` (B, L) none is looked at."""
     batch, length = since.shape
     for b in range(batch):
         for t in range(length):

@@ -8,11 +8,10 @@ from torch import Tensor
 from .. import gates as portable
 from ..backend import implements
 from . import elementwise_kernels as kernels
+from .elementwise_kernels import TASK
 from .operators import form
 from .simd import LANES
 from .team import run_on_team
-
-_TASK = 256 * LANES  # elements
 
 
 @implements(portable.silu, "cpu", lambda x: x.numel() % LANES == 0)
@@ -23,7 +22,7 @@ def silu(x: Tensor) -> Tensor:
 
 def _silu(x: Tensor) -> Tensor:
     y = x.new_empty(x.shape)
-    run_on_team(kernels.silu_forward_on_team, -(-x.numel() // _TASK), _TASK, x, y)
+    run_on_team(kernels.silu_forward_on_team, -(-x.numel() // TASK), TASK, x, y)
     return y
 
 
@@ -37,7 +36,7 @@ def silu_forward(x: Tensor) -> Tensor:
 def silu_backward(x: Tensor, grad_y: Tensor) -> Tensor:
     """Gradient to x."""
     grad_x = x.new_empty(x.shape)
-    run_on_team(kernels.silu_backward_on_team, -(-x.numel() // _TASK), _TASK, x, grad_y, grad_x)
+    run_on_team(kernels.silu_backward_on_team, -(-x.numel() // TASK), TASK, x, grad_y, grad_x)
     return grad_x
 
 
@@ -59,7 +58,7 @@ def silu_gate(gate: Tensor, x: Tensor) -> Tensor:
 
 def _forward(gate: Tensor, x: Tensor) -> Tensor:
     y = x.new_empty(x.shape)
-    run_on_team(kernels.gate_forward_on_team, -(-x.numel() // _TASK), _TASK, gate, x, y)
+    run_on_team(kernels.gate_forward_on_team, -(-x.numel() // TASK), TASK, gate, x, y)
     return y
 
 
@@ -78,7 +77,7 @@ def _(gate: Tensor, x: Tensor) -> Tensor:
 def silu_gate_backward(gate: Tensor, x: Tensor, grad_y: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients to gate and x."""
     grad_gate, grad_x = gate.new_empty(gate.shape), x.new_empty(x.shape)
-    run_on_team(kernels.gate_backward_on_team, -(-x.numel() // _TASK), _TASK, gate, x, grad_y, grad_gate, grad_x)
+    run_on_team(kernels.gate_backward_on_team, -(-x.numel() // TASK), TASK, gate, x, grad_y, grad_gate, grad_x)
     return grad_gate, grad_x
 
 

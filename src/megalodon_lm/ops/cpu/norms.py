@@ -23,7 +23,7 @@ def _fits(x: Tensor, *_: Any, **__: Any) -> bool:
 @implements(portable.rms_norm, "cpu", _fits)
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype | None = None) -> Tensor:
     """As megalodon_lm.ops.norms.rms_norm, for x in float32 or bf16."""
-    return _norm(x, *derived(_scale, weight), False, eps, out_dtype)
+    return _norm(x, *derived(scale_alone, weight), False, eps, out_dtype)
 
 
 @implements(portable.head_rms_norm, "cpu", _fits)
@@ -44,7 +44,7 @@ def affine(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return (weight.float() + 1).contiguous(), bias.float().clone(memory_format=torch.contiguous_format)
 
 
-def _scale(weight: Tensor) -> tuple[Tensor, Tensor]:
+def scale_alone(weight: Tensor) -> tuple[Tensor, Tensor]:
     """`affine` without a bias."""
     scale = (weight.float() + 1).contiguous()
     return scale, torch.zeros_like(scale)

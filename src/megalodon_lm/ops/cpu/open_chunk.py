@@ -40,13 +40,14 @@ def _take_rows(first: int, last: int, piece: Any, cached: Any, places: Any, targ
 
 
 @compiled
-def _take_all(threads: int, piece: Any, cached: Any, places: Any, target: Any) -> None:
+def take_all(threads: int, piece: Any, cached: Any, places: Any, target: Any) -> None:
+    """open_chunk of (B, L, n) and (B, size, n) into zeros (B, size, n)."""
     share(_take_rows, threads, target.shape[0] * target.shape[1], (piece, cached, places, target))
 
 
 @compiled
 def _return_all(grad: Any, places: Any, piece: Any, cached: Any) -> None:
-    """The transpose of _take_all, into zeros."""
+    """The transpose of take_all, into zeros."""
     for b in range(len(places)):
         stop, fill, entry = places[b, 0], places[b, 1], places[b, 2]
         for slot in range(fill):
@@ -65,12 +66,12 @@ def _words(t: Tensor) -> np.ndarray:
 
 def _take(piece: Tensor, cached: Tensor | None, places: Tensor, size: int) -> Tensor:
     shape = len(piece), size, *piece.shape[2:]
-    source, target = piece if cached is None else cached, _zeros(shape, piece.dtype, int(places[:, 1].sum()))
-    _take_all(num_threads(), _words(piece), _words(source), as_numpy(places), _words(target))
+    source, target = piece if cached is None else cached, zeros(shape, piece.dtype, int(places[:, 1].sum()))
+    take_all(num_threads(), _words(piece), _words(source), as_numpy(places), _words(target))
     return target
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, used: int) -> Tensor:
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, used: int) -> Tensor:
     """A cache, of which so many entries of all rows will be written: it may be far larger than what it holds.
 
     Pages that nobody has touched cost nothing where little is held, and more than memory written with zeros where they

@@ -97,14 +97,14 @@ def _turn_all(
 def _rotate(x: Tensor, positions: Tensor, base: float, chunk_size: int, heads: int, back: bool) -> Tensor:
     y = x.new_empty(x.shape)
     words = np.uint32 if x.dtype == torch.bfloat16 else np.uint64  # of two elements
-    angles = _angles(chunk_size, x.shape[-1], base)
+    angles = angle_tables(chunk_size, x.shape[-1], base)
     given = (as_numpy(x).view(words), as_numpy(positions), *angles, heads, _SIGNS[back])
     _turn_all(num_threads(), *given, as_numpy(y).view(words))
     return y
 
 
 @lru_cache(maxsize=16)
-def _angles(chunk_size: int, dim: int, base: float) -> tuple[np.ndarray, ...]:
+def angle_tables(chunk_size: int, dim: int, base: float) -> tuple[np.ndarray, ...]:
     """cos and sin of the places in a chunk (c, dim / 2), and the angles of one step (dim / 2,) in float64."""
     cos, sin = rotations(chunk_size, dim, base, torch.float32, torch.device("cpu"))
     return as_numpy(cos), as_numpy(sin), as_numpy(frequencies(dim, base))

@@ -171,17 +171,20 @@ def _add_strips(
 
 
 @compiled
-def _write(threads: int, num_tasks: int, args: Any) -> None:
+def write_products(threads: int, num_tasks: int, args: Any) -> None:
+    """_write_strips for all tasks, as `divide` counts them."""
     share(_write_strips, threads, num_tasks, args)
 
 
 @compiled
-def _gate(threads: int, num_tasks: int, args: Any) -> None:
+def gate_products(threads: int, num_tasks: int, args: Any) -> None:
+    """_gate_strips for all tasks, as `divide` counts them."""
     share(_gate_strips, threads, num_tasks, args)
 
 
 @compiled
-def _add(threads: int, num_tasks: int, args: Any) -> None:
+def add_products(threads: int, num_tasks: int, args: Any) -> None:
+    """_add_strips for all tasks, as `divide` counts them."""
     share(_add_strips, threads, num_tasks, args)
 
 
@@ -208,7 +211,7 @@ class Packed(NamedTuple):
     """Features of each layer."""
 
 
-def _pack_layers(*given: Any) -> Packed:
+def _lay_out(*given: Any) -> Packed:
     """Weights, and as many biases or none; the last argument counts weights."""
     *tensors, count = given
     weights, biases = tensors[:count], tensors[count:]
@@ -218,19 +221,26 @@ def _pack_layers(*given: Any) -> Packed:
     return Packed(_pack_weights(weights), as_numpy(torch.cat(added)), ends, widths)
 
 
-def _packed(layers: tuple[Layer, ...]) -> Packed:
+def pack_layers(layers: tuple[Layer, ...]) -> Packed:
+    """Layers of one x that fit, kept until they change."""
     weights, biases = zip(*layers, strict=True)
-    return derived(_pack_layers, *weights, *(() if biases[0] is None else biases), arguments=(len(weights),))
+    return derived(_lay_out, *weights, *(() if biases[0] is None else biases), arguments=(len(weights),))
+
+
+def divide(threads: int, rows: int, weight_bytes: int, columns: int) -> tuple[int, int]:
+    """Tasks of a product, and how many squares wide their panels are; `columns` is how wide the results are."""
+    strips = -(-rows // SQUARE)
+    panels = max(-(-weight_bytes // PANEL_BYTES), -(-TASKS_PER_THREAD * threads // strips))
+    width = -(-columns // panels)
+    return strips * -(-columns // width), width
 
 
 def _run(kernel: Any, x: Tensor, packed: Packed, columns: int, *after: Any) -> None:
     """Call a kernel for rows of bf16; a task of it is a strip of them and some of the columns, counted in squares."""
     fan_in, threads = x.shape[-1], num_threads()
-    strips = -(-x.numel() // (fan_in * SQUARE))
-    panels = max(-(-packed.weights.nbytes // PANEL_BYTES), -(-TASKS_PER_THREAD * threads // strips))
-    width = -(-columns // panels)
+    tasks, width = divide(threads, x.numel() // fan_in, packed.weights.nbytes, columns)
     given = squares.available(), as_numpy(x.contiguous()).reshape(-1), fan_in, packed.weights, packed.biases, width
-    kernel(threads, strips * -(-columns // width), (*given, *after))
+    kernel(threads, tasks, (*given, *after))
 
 
 def linears(x: Tensor, layers: tuple[Layer, ...], silu: bool = False) -> list[Tensor]:
@@ -244,7 +254,7 @@ def linears(x: Tensor, layers: tuple[Layer, ...], silu: bool = False) -> list[Te
     Returns:
         (..., fan_out) of each, bf16; each row bit for bit the same whatever rows are beside it.
     """
-    packed, rows = _packed(layers), x.shape[:-1]
+    packed, rows = pack_layers(layers), x.shape[:-1]
     if len(layers) == 1:
         out = x.new_empty(*rows, packed.widths[0])
         results, memory = [out], as_numpy(out).reshape(-1)
@@ -254,15 +264,15 @@ def linears(x: Tensor, layers: tuple[Layer, ...], silu: bool = False) -> list[Te
         parts = out.split([num_rows * width for width in packed.widths])
         results = [part.view(*rows, width) for part, width in zip(parts, packed.widths, strict=True)]
         memory = as_numpy(out)
-    _run(_write, x, packed, len(packed.biases) // SQUARE, packed.ends, silu, memory)
+    _run(write_products, x, packed, len(packed.biases) // SQUARE, packed.ends, silu, memory)
     return results
 
 
 def linear_gate(x: Tensor, layers: tuple[Layer, ...]) -> Tensor:
     """SiLU of the first layer times the second one; see linears."""
-    packed = _packed(layers)
+    packed = pack_layers(layers)
     out = x.new_empty(*x.shape[:-1], packed.widths[0])
-    _run(_gate, x, packed, packed.widths[0] // SQUARE, as_numpy(out).reshape(-1))
+    _run(gate_products, x, packed, packed.widths[0] // SQUARE, as_numpy(out).reshape(-1))
     return out
 
 
@@ -272,5 +282,5 @@ def linear_add(x: Tensor, layer: Layer, residual: Tensor, other: Tensor | None) 
     second = x if other is None else other.contiguous()
     added = (as_numpy(t).reshape(-1) for t in (residual.contiguous(), second))
     memory = as_numpy(out).reshape(-1)
-    _run(_add, x, _packed((layer,)), out.shape[-1] // SQUARE, *added, other is not None, memory)
+    _run(add_products, x, pack_layers((layer,)), out.shape[-1] // SQUARE, *added, other is not None, memory)
     return out
