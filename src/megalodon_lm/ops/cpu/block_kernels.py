@@ -16,6 +16,7 @@ from .cema_kernels import forward as average_channels
 from .elementwise_kernels import TASK, gate_forward_on_team, mean_square, norm_forward_on_team
 from .finite import EXPONENTS, all_finite
 from .open_chunk import take_all
+from .own_code import Calls
 from .scalars import paired
 from .simd import LANES, compiled, inner, load, splat, store
 from .squares import SQUARE
@@ -185,6 +186,11 @@ def _make_queries(
                     _turn(row, still, zero, 0, target, at // 2)
 
 
+@compiled
+def _make_queries_on_team(threads: int, num_tasks: int, args: Any) -> None:
+    share(_make_queries, threads, num_tasks, args)
+
+
 @part
 def _aligned(memory: Any, size: int) -> Any:
     """So many elements from the start of a cache line."""
@@ -212,8 +218,8 @@ def _find_average(
     plan_strips(scratch.nowhere, lengths, edges, slots, counts)
     coefficients, omega = w.cema
     of_average = (
-        tn, (length, dim, shape.ndim, 0), coefficients, omega, entry.cema, edges, slots, counts, mx, leaving.cema,
-        scratch.nothing,
+        tn, (length, dim, shape.ndim, np.int64(0)), coefficients, omega, entry.cema, edges, slots, counts, mx,
+        leaving.cema, scratch.nothing,
     )  # fmt: skip
     average_channels(threads, batch * (len(omega) // CHANNELS), of_average)
     norm_forward_on_team(threads, rows, (mx, dim, *w.rmsnorm, False, eps, mx, scratch.saved))
@@ -260,7 +266,7 @@ def _attend(
 
     slots = scratch.slots.reshape((batch, length))
     groups, ends = scratch.groups.reshape((batch * length, 5)), scratch.ends.reshape((batch, -1))
-    count = plan_groups(slots, MERGED_KEYS, ends, groups)
+    count = plan_groups(slots, np.int64(MERGED_KEYS), ends, groups)
     out4 = out.reshape((batch, length, heads, dv))
     given = Operands(
         q.reshape((batch, length, heads, dk)), k.reshape((batch, length, heads, dk)),
@@ -278,7 +284,7 @@ def _attend(
     return all_finite(words, _EXPONENTS, _LOWEST, slots)
 
 
-@compiled
+@compiled(pipeline_class=Calls)
 def read(
     threads: int, tiles: Any, shape: Any, eps: float, decays: Any, two_hop: bool, x: Any, weights: Any, entry: Any,
     leaving: Any, scratch: Any, out: Any,
@@ -309,18 +315,18 @@ def read(
     tn, mx = _aligned(scratch.tn, rows * dim), _aligned(scratch.mx, rows * dim)
     _find_average(threads, shape, eps, decays, x, w, entry, leaving, scratch, tn, mx)
     made, v = _aligned(scratch.made, rows * (z_dim + value_dim + dim)), _aligned(scratch.v, rows * value_dim)
-    _write(threads, tiles, mx, dim, w.mixed, False, made)
+    _write(threads, tiles, mx, dim, w.mixed, np.bool_(False), made)
     z, r, skipping = made[: rows * z_dim], made[rows * z_dim : rows * (z_dim + value_dim)], made[-rows * dim :]
-    _write(threads, tiles, tn, dim, w.wv, True, v)
+    _write(threads, tiles, tn, dim, w.wv, np.bool_(True), v)
     q, k = _aligned(scratch.q, rows * z_dim // 2), _aligned(scratch.k, rows * z_dim // 2)
     turned = (heads, shape.z_head_dim, shape.turning)
-    share(_make_queries, threads, rows, (z, turned, eps, *w.heads, scratch.slots, *w.angles, q, k))
+    _make_queries_on_team(threads, rows, (z, turned, eps, *w.heads, scratch.slots, *w.angles, q, k))
     attention, y = _aligned(scratch.attention, rows * value_dim), scratch.y
     q, k = q.view(np.uint16), k.view(np.uint16)
     if not _attend(threads, tiles, shape, q, k, v, entry, leaving, scratch, attention):
         return False
-    gate_forward_on_team(threads, -(-rows * value_dim // TASK), (TASK, r, attention, attention))
-    _add(threads, tiles, attention, value_dim, w.wh2, x, skipping, True, y)
+    gate_forward_on_team(threads, -(-rows * value_dim // TASK), (np.int64(TASK), r, attention, attention))
+    _add(threads, tiles, attention, value_dim, w.wh2, x, skipping, np.bool_(True), y)
 
     inside = _aligned(scratch.hidden, rows * hidden)
     norm_forward_on_team(threads, rows, (y, dim, *w.norm, True, eps, tn, scratch.saved))
@@ -329,6 +335,6 @@ def read(
         tasks, width = _divide(threads, rows, layers.size * 4, ends[1])
         gate_products(threads, tasks, (tiles, tn, dim, layers, biases, width, inside))
     else:
-        _write(threads, tiles, tn, dim, w.opening, True, inside)
-    _add(threads, tiles, inside, hidden, w.fc2, x if two_hop else y, tn, False, out)
+        _write(threads, tiles, tn, dim, w.opening, np.bool_(True), inside)
+    _add(threads, tiles, inside, hidden, w.fc2, x if two_hop else y, tn, np.bool_(False), out)
     return True

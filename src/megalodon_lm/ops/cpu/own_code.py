@@ -12,19 +12,35 @@ from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 
 
+class _Library(JITCodeLibrary):
+    def _optimize_final_module(self) -> None:
+        self._optimize()
+        for function in self._final_module.functions:
+            if not function.is_declaration and function.linkage == Linkage.linkonce_odr:
+                function.linkage = Linkage.internal  # only now: what to inline was to be decided as ever
+
+    def _optimize(self) -> None:
+        super()._optimize_final_module()
+
+
+class _Calls(_Library):
+    def _optimize(self) -> None:
+        """All but the calls has been."""
+
+
 class OwnCode(Compiler):
     """Numba's compiler, for kernels whose helpers are their own."""
 
+    library: type[_Library] = _Library
+
     def define_pipelines(self) -> Any:
         state = self.state
-        state.library = _Library(state.targetctx.codegen(), state.func_id.func_qualname)
+        state.library = self.library(state.targetctx.codegen(), state.func_id.func_qualname)
         state.library.enable_object_caching()
         return super().define_pipelines()
 
 
-class _Library(JITCodeLibrary):
-    def _optimize_final_module(self) -> None:
-        super()._optimize_final_module()
-        for function in self._final_module.functions:
-            if not function.is_declaration and function.linkage == Linkage.linkonce_odr:
-                function.linkage = Linkage.internal  # only now: what to inline was to be decided as ever
+class Calls(OwnCode):
+    """The same for kernels that call other kernels and do little else: those are not optimised a second time."""
+
+    library = _Calls
