@@ -133,6 +133,18 @@ def test_a_cut_changes_nothing_but_roundings(cut):
     assert max(error((rest, leaving), (whole[:, cut:], state)).values()) < 1e-2
 
 
+def test_rows_that_stand_at_different_places():
+    """One in the middle of a chunk, one at the end of its second."""
+    block, x = make(), piece(2 * C)
+    entries = [read(block, piece(length, 1)[:1])[1] for length in (20, 2 * C - 1)]
+    together = tree_map(lambda *rows: torch.cat(rows), *entries)
+    y, state = read(block, x, together)
+    for row, entry in enumerate(entries):
+        alone = read(block, x[row : row + 1], entry)
+        for name, t in tensors((y, state)).items():
+            assert torch.equal(t[row : row + 1], tensors(alone)[name]), name
+
+
 def test_a_row_does_not_depend_on_those_beside_it():
     block, x = make(), piece(70)
     y, state = read(block, x)
