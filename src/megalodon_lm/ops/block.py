@@ -73,7 +73,17 @@ def read_block(
     Returns:
         (B, L, D), and the state at the exit.
     """
-    w, s, entry = weights, sizes, state or {}
+    w, s = weights, sizes
+    y, leaving = _mix(x, w, s, state or {}, out_dtype)
+    n = layer_norm(y, *w.norm, s.eps, out_dtype=out_dtype)
+    hidden = linear_silu(n, w.fc1) if w.fc3 is None else linear_gate(n, w.fc1, w.fc3)
+    return linear_add(hidden, w.fc2, x if s.two_hop else y), leaving
+
+
+def _mix(
+    x: Tensor, w: BlockWeights, s: BlockSizes, entry: dict[str, Any], out_dtype: torch.dtype | None
+) -> tuple[Tensor, dict[str, Any]]:
+    """What stands before the feed-forward network; what it made on the way is let go of here."""
     leaving: dict[str, Any] = {}
     tn, leaving["norm"] = timestep_norm(x, *w.timenorm, s.num_groups, s.eps, entry.get("norm"), out_dtype=out_dtype)
     *parameters, omega = w.cema
@@ -87,8 +97,4 @@ def read_block(
     q, k = (head_rms_norm(z, scale, shift, s.eps) for scale, shift in zip(*maps, strict=True))
     places = (s.chunk_size, s.rope_base, entry.get("attention"))
     attention, leaving["attention"] = chunk_attention(q, k, v, *places, heads_without_rope=s.heads_without_rope)
-    y = linear_add(silu_gate(r, attention.flatten(-2)), w.wh2, x, skipping)
-
-    n = layer_norm(y, *w.norm, s.eps, out_dtype=out_dtype)
-    hidden = linear_silu(n, w.fc1) if w.fc3 is None else linear_gate(n, w.fc1, w.fc3)
-    return linear_add(hidden, w.fc2, x if s.two_hop else y), leaving
+    return linear_add(silu_gate(r, attention.flatten(-2)), w.wh2, x, skipping), leaving
