@@ -71,10 +71,10 @@ def read_block(
     entry, count, fill = _enter(state, shape)
     mean, var = (torch.empty(batch, s.num_groups, dtype=torch.float64) for _ in range(2))
     states, out = x.new_empty(batch, dim, ndim, 2), x.new_empty(x.shape)
-    left = (fill + length) % s.chunk_size
+    counted, left = count + length, (fill + length) % s.chunk_size
     used = int(left.sum())
     k, v = (zeros((batch, s.chunk_size, heads, d), torch.bfloat16, used) for d in widths[1:])
-    leaving = (*_flat(mean, var, states), as_numpy(k), as_numpy(v), as_numpy(left))
+    leaving = (*_flat(counted, mean, var, states), as_numpy(k), as_numpy(v), as_numpy(left))
     wanted = shape, entry[4].shape[1]
     scratch = _borrow(*wanted)
     given = (tuple(shape), s.eps, CUMULATIVE, s.two_hop, *_flat(x), prepared, entry, leaving, scratch, *_flat(out))
@@ -84,7 +84,7 @@ def read_block(
     if not finite:
         return portable.read_block.portable(x, weights, sizes, state, out_dtype)
     return out, {
-        "norm": NormState(count + length, mean, var),
+        "norm": NormState(counted, mean, var),
         "cema": states,
         "attention": KeyValueCache(k, v, left),
     }
@@ -100,7 +100,7 @@ def _borrow(shape: kernels.Shape, entries: int) -> tuple[np.ndarray, ...]:
 
 
 def _enter(state: dict[str, Any] | None, shape: kernels.Shape) -> tuple[tuple[Any, ...], Tensor, Tensor]:
-    """What kernels.Entry holds, and of it the count and the fill as tensors."""
+    """What kernels.Carried holds, and of it the count and the fill as tensors."""
     batch, _, dim, groups, ndim, heads, *widths = shape[:8]
     if state is None:
         count, fill = (torch.zeros(batch, dtype=torch.int64) for _ in range(2))

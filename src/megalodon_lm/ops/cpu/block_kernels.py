@@ -71,21 +71,13 @@ class Weights(NamedTuple):
     """cos and sin (c, z_head_dim / 2)."""
 
 
-class Entry(NamedTuple):
-    """State at the entry: flat statistics and CEMA's; keys and values (B, n, H, d), n = 0 for none; fill (B,)."""
+class Carried(NamedTuple):
+    """State at the entry, or at the exit, of which count and fill are known beforehand and the rest is written.
+
+    Flat statistics and CEMA's; keys and values (B, n, H, d), n = 0 for none at the entry and zeros at the exit.
+    """
 
     count: Any
-    mean: Any
-    var: Any
-    cema: Any
-    keys: Any
-    values: Any
-    fill: Any
-
-
-class Leaving(NamedTuple):
-    """State at the exit, out: as at the entry; keys and values (B, c, H, d), zeros."""
-
     mean: Any
     var: Any
     cema: Any
@@ -259,7 +251,6 @@ def _attend(
     batch, length, heads, dk, dv = shape.batch, shape.length, shape.heads, shape.z_head_dim, shape.value_head_dim
     places = scratch.places.reshape((batch, 3))
     for b in range(batch):
-        leaving.fill[b] = (entry.fill[b] + length) % shape.chunk_size
         places[b, 0], places[b, 1], places[b, 2] = length, leaving.fill[b], entry.fill[b]
     _leave(threads, shape, k, heads * dk, entry.keys, places, leaving.keys)
     _leave(threads, shape, v, heads * dv, entry.values, places, leaving.values)
@@ -300,12 +291,12 @@ def read(
         two_hop: whether the feed-forward network adds to the input of the block, and not to its own.
         x: (B, L, D) float32, flat, as is `out`.
         weights: Weights.
-        entry: Entry.
-        leaving: Leaving, out.
+        entry: Carried.
+        leaving: Carried, out but for count and fill.
         scratch: Scratch.
         out: (B, L, D) float32, out.
     """
-    shape, w, entry, leaving = Shape(*shape), Weights(*weights), Entry(*entry), Leaving(*leaving)
+    shape, w, entry, leaving = Shape(*shape), Weights(*weights), Carried(*entry), Carried(*leaving)
     scratch = Scratch(*scratch)
     rows, dim, hidden, heads = shape.batch * shape.length, shape.dim, shape.hidden, shape.heads
     z_dim, value_dim = heads * shape.z_head_dim, heads * shape.value_head_dim
