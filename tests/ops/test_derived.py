@@ -9,6 +9,7 @@ from megalodon_lm import Megalodon, ModelConfig
 from megalodon_lm.ops import derived as module
 from megalodon_lm.ops.derived import derived, forget, rounded
 
+UNCOUNTED = ("mega.wv.weight", "mega.wr.weight", "mega.wr.bias", "mega.cema.alpha", "mega.gamma", "nffn.norm.weight")
 TOKENS = torch.randint(256, (1, 40), generator=torch.Generator().manual_seed(0))
 
 
@@ -91,6 +92,15 @@ def other_memory(model):
     model.output.output.weight.data = model.output.output.weight.detach() * 2
 
 
+def uncounted(name):
+    """As adapters do that are merged into the weights, and older optimisers."""
+
+    def change(model):
+        model.get_parameter(name).data += 0.1
+
+    return change
+
+
 CHANGES = {
     "in place": in_place,
     "in place under inference mode": in_place_under_inference_mode,
@@ -105,6 +115,7 @@ CHANGES = {
     "load_state_dict by assignment": load_state(True),
     "another parameter": another_parameter,
     "other memory": other_memory,
+    **{f"uncounted, {name}": uncounted(f"layers.0.{name}") for name in UNCOUNTED},
 }
 
 

@@ -4,6 +4,7 @@ Rounding the weights of linear layers to bf16, and computing CEMA's coefficients
 as much as the piece itself.
 """
 
+import ctypes
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -13,7 +14,11 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-# By the identity of the first weight: a reference to it, and {(make, arguments): (marks, others, what was made)}.
+_SAMPLE = 16  # elements of each weight, from everywhere in it
+_NUMBERS: dict[int, Any] = {1: "B", 2: "H", 4: "I", 8: "Q"}  # by bytes of an element
+
+# By the identity of the first weight: a reference to it, and {(make, arguments): (marks, others, samples, what was
+# made)}.
 # Tensors compare by element, and PyTorch's own dictionary for them takes four times as long to ask.
 _kept: dict[int, tuple[Any, dict[Any, Any]]] = {}
 
@@ -21,9 +26,10 @@ _kept: dict[int, tuple[Any, dict[Any, Any]]] = {}
 def derived(make: Callable[..., T], *weights: Tensor, arguments: tuple[Any, ...] = ()) -> T:
     """make(*weights, *arguments), kept until one of the weights changes; made anew each time while gradients are on.
 
-    A change is another tensor, other memory, or a higher count of writes. PyTorch counts all writes but those through
-    `.data` or a NumPy view, and those of fused optimisers: call `forget` after such a one. What has a gradient may be
-    about to change so, and nothing of it is kept.
+    A change is another tensor, other memory, or a higher count of writes. PyTorch does not count those through `.data`,
+    as adapters make when they are merged, or a NumPy view, nor those of fused optimisers. What has a gradient may be
+    about to change so, and nothing of it is kept; else a sample of the elements shows such a write to most of them on
+    the CPU. Call `forget` after one to a few, or on another device.
 
     Args:
         make: pure, a function of a module, so that it is the same at each call.
@@ -35,11 +41,12 @@ def derived(make: Callable[..., T], *weights: Tensor, arguments: tuple[Any, ...]
     marks = [(w._version, w.data_ptr(), w.dtype) for w in weights]
     entries = _entries(weights[0])
     entry = entries.get((make, arguments))
-    if entry is not None and entry[0] == marks and all(map(_is, entry[1], weights[1:])):
-        return entry[2]
+    if entry is not None and entry[0] == marks and all(map(_is, entry[1], weights[1:])) and all(map(_holds, entry[2])):
+        return entry[3]
+    samples = [(memory, memory.tobytes()) for memory in map(_sampled, weights) if memory is not None]
     with torch.inference_mode(False), torch.no_grad():  # what is kept may be used under either
         made = make(*(w.detach() for w in weights), *arguments)
-    entries[make, arguments] = (marks, [weakref.ref(w) for w in weights[1:]], made)
+    entries[make, arguments] = (marks, [weakref.ref(w) for w in weights[1:]], samples, made)
     return made
 
 
@@ -63,6 +70,20 @@ def _entries(weight: Tensor) -> dict[Any, Any]:
 def _steady(weight: Tensor) -> bool:
     """Whether PyTorch counts the writes to it, and no optimiser is about to make one."""
     return not weight.is_inference() and (not weight.is_leaf or weight.grad is None)
+
+
+def _sampled(weight: Tensor) -> memoryview | None:
+    """Some elements, as they are whenever one looks, for as long as the weight has the memory that it has now."""
+    size, count, place = weight.element_size(), weight.numel(), weight.data_ptr()
+    if weight.device.type != "cpu" or not (count and place) or not weight.is_contiguous() or size not in _NUMBERS:
+        return None
+    memory = (ctypes.c_ubyte * (count * size)).from_address(place)
+    return memoryview(memory).cast("B").cast(_NUMBERS[size])[:: count // _SAMPLE | 1]  # odd: of several columns
+
+
+def _holds(sample: tuple[memoryview, bytes]) -> bool:
+    memory, held = sample
+    return memory.tobytes() == held
 
 
 def _is(reference: "weakref.ref[Tensor]", weight: Tensor) -> bool:
