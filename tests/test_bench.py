@@ -94,7 +94,7 @@ def test_every_measure_runs(name, measure, monkeypatch):
     assert timer() > 0
 
 
-RIVALS = sorted({*LINEAR, *NAMES} - {"gecko"})
+RIVALS = sorted({*LINEAR, *NAMES, "transformers_llama"} - {"gecko"})
 
 
 @pytest.mark.filterwarnings("default::DeprecationWarning", "default::FutureWarning")
@@ -103,6 +103,7 @@ def test_rivals_run_at_their_fastest_settings(name, monkeypatch):
     for module in (own_model, library_model):
         monkeypatch.setattr(module, "STEPS", 4)
     competitor = contender(name, TINY, "bf16")
+    assert isinstance(competitor, library_model.LibraryModel) == (name == "transformers_llama")
     for measure in ("training", "prefill", "decode"):
         note = competitor.settle(measure, 1, 24)
         count = int(note.split(" parameters")[0].replace(",", ""))
@@ -162,8 +163,8 @@ def test_the_plan_keeps_to_what_is_bearable_and_holds_every_bar():
 def test_missing_peers_are_told_with_the_remedy(monkeypatch):
     monkeypatch.setattr("megalodon_lm.benchmark.peers.find_spec", lambda name: None)
     reasons = left_out(PEERS, None)
-    assert set(reasons) == {"rwkv4", "jax"}
-    assert "megalodon-lm[bench]" in reasons["rwkv4"]
+    assert set(reasons) == {"rwkv4", "transformers_llama", "jax"}
+    assert all("megalodon-lm[bench]" in reasons[name] for name in ("rwkv4", "transformers_llama"))
     assert "--jax-python" in reasons["jax"]
     assert "jax" not in left_out(PEERS, "python")
 

@@ -23,6 +23,7 @@ FLOOR = Look("the machine's floor", "0.45", "--")
 LOOKS = {
     "megalodon": Look("Megalodon", "tab:blue"),
     "llama": Look("Llama", "tab:orange"),
+    "transformers_llama": Look("Llama of transformers", "tab:gray"),
     "rwkv4": Look("RWKV-4", "lightcoral"),
     "rwkv7": Look("RWKV-7", "tab:red"),
     "mamba": Look("Mamba", "yellowgreen"),

@@ -14,13 +14,14 @@ from ..config import ModelConfig
 from ..pairs import alternate, rate_ratio, rounds_within
 from ..plots import short
 from .measures import STEPS, Measure
-from .peers import NAMES, missing
+from .peers import NAMES, library_name, missing
 from .records import Record
 from .worker import ContenderFailed, Prepared, Worker
 
 _Request = tuple[Measure, int, int]
 PeerName = Literal[
     "llama",
+    "transformers_llama",
     "mamba",
     "mamba2",
     "rwkv4",
@@ -44,20 +45,22 @@ QUICK_PEERS: tuple[PeerName, ...] = ("llama", "mamba2", "rwkv7", "floor", "itsel
 LINEAR: tuple[PeerName, ...] = ("mamba", "mamba2", "rwkv7", "gated_deltanet", "mega", "gecko")
 """In time by the length; but for decoding, all bear what a Llama does."""
 
+LLAMAS: tuple[PeerName, ...] = ("llama", "transformers_llama")
+
 LONGEST: dict[tuple[Measure, PeerName], int] = {
     **{("training", peer): 32_768 for peer in LINEAR},
     **{("prefill", peer): 32_768 for peer in LINEAR},
     **{("decode", peer): 16_384 for peer in LINEAR},
-    ("training", "llama"): 32_768,
+    **{("training", peer): 32_768 for peer in LLAMAS},
     ("training", "rwkv4"): 4096,
     ("training", "jax"): 4096,
     ("training", "floor"): 32_768,
     ("prefill", "jax"): 4096,
     ("decode", "jax"): 4096,
-    ("prefill", "llama"): 32_768,
+    **{("prefill", peer): 32_768 for peer in LLAMAS},
     ("prefill", "rwkv4"): 16_384,
     ("prefill", "floor"): 16_384,
-    ("decode", "llama"): 131_072,
+    **{("decode", peer): 131_072 for peer in LLAMAS},
     ("decode", "rwkv4"): 16_384,
     ("decode", "floor"): 16_384,
     ("cema", "portable"): 4096,
@@ -143,7 +146,7 @@ def left_out(peers: Sequence[PeerName], jax_python: str | None) -> dict[PeerName
                 "needs an interpreter of its own: python -m venv v && v/bin/pip install megalodon-jax==0.2.2, "
                 "then --jax-python v/bin/python"
             )
-        elif peer in NAMES and peer not in ARCHITECTURES and (lacking := missing(peer)):
+        elif (name := library_name(peer)) in NAMES and peer not in ARCHITECTURES and (lacking := missing(name)):
             reasons[peer] = f"needs {' and '.join(lacking)}: pip install 'megalodon-lm[bench]'"
     return reasons
 
@@ -280,4 +283,4 @@ def _tokens(measure: Measure, batch: int, length: int) -> int:
 
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 PEERS: tuple[PeerName, ...] = get_args(PeerName)
-USUAL_PEERS = tuple(peer for peer in PEERS if peer != "gecko")
+USUAL_PEERS = tuple(peer for peer in PEERS if peer not in ("gecko", "transformers_llama"))

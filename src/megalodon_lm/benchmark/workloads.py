@@ -12,7 +12,7 @@ from .floor import floor_timer
 from .library_model import LibraryModel
 from .measures import STEPS, Contender, Measure, Numbers
 from .own_model import OwnModel
-from .peers import NAMES, missing
+from .peers import NAMES, library_name, missing
 
 TRIAL_LENGTH = 1024  # of the input that decides which form of a model is faster; decoding is tried at the full context
 
@@ -20,7 +20,8 @@ TRIAL_LENGTH = 1024  # of the input that decides which form of a model is faster
 def contender(name: str, config: ModelConfig, precision: Numbers) -> Contender:
     """By name: megalodon, gecko (the same sizes), portable (CEMA without native kernels), floor, or a rival.
 
-    A rival has as many parameters. If both the registry and transformers have it, the faster form is taken.
+    A rival has as many parameters. If both the registry and transformers have it, the faster form is taken, or with
+    "transformers_" before its name the latter.
     """
     if name == "floor":
         return Floor(config, precision)
@@ -30,6 +31,8 @@ def contender(name: str, config: ModelConfig, precision: Numbers) -> Contender:
         return OwnModel(config, precision)
     if name == "gecko":
         return OwnModel(dataclasses.replace(config, **GECKO), precision)
+    if (library := library_name(name)) != name:
+        return LibraryModel(library, config, precision)
     forms: dict[str, Contender] = {}
     if name in ARCHITECTURES:
         forms["ours"] = OwnModel(config_class(name).sized(config.num_parameters, config.vocab_size), precision)

@@ -33,13 +33,14 @@ class Bench(Quiet):
     """A training step (forward, loss and backward); reading a prompt; writing tokens after one; the CEMA operation."""
     peers: tuple[
         Literal[
-            "llama", "mamba", "mamba2", "rwkv4", "rwkv7", "gated_deltanet", "mega", "gecko", "jax", "floor", "itself",
-            "portable",
+            "llama", "transformers_llama", "mamba", "mamba2", "rwkv4", "rwkv7", "gated_deltanet", "mega", "gecko",
+            "jax", "floor", "itself", "portable",
         ],
         ...,
     ] = ()  # fmt: skip
-    """What to compare with, all at equal parameters; nothing for all but gecko, or with --quick for some. gecko is
-    Megalodon with Gecko's choices, itself Megalodon at a short length, portable its CEMA without native kernels."""
+    """What to compare with, all at equal parameters; nothing for all but gecko and transformers_llama, or with --quick
+    for some. transformers_llama is Llama as transformers has it, gecko Megalodon with Gecko's choices, itself Megalodon
+    at a short length, portable its CEMA without native kernels."""
     lengths: tuple[int, ...] = ()
     """Tokens; each comparison takes those a CPU bears. Nothing for 1K to 128K."""
     jax_python: str | None = None

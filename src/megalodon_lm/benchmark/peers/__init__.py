@@ -49,6 +49,11 @@ class Peer(Protocol):
         """Take a cache back to the length it had so many tokens ago, so that steps can be measured again."""
 
 
+def library_name(peer: str) -> str:
+    """That of a peer which is the form of transformers alone, and not the faster one of two; itself for the others."""
+    return peer.removeprefix("transformers_")
+
+
 def missing(name: str) -> list[str]:
     """Packages that a peer needs and this environment lacks."""
     return [package for package in _NEEDS[name] if find_spec(package) is None]
