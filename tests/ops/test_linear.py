@@ -11,7 +11,7 @@ from megalodon_lm.ops.cpu import linear as native
 from megalodon_lm.ops.cpu import squares, squares_linear
 from megalodon_lm.ops.linear import linear, linear_add, linear_gate, linear_silu, linears
 
-from .test_squares import TILES
+from .test_squares import KINDS, TILES, only
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -43,8 +43,8 @@ def onednn(request, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("fan_out", [1, 24, 37])
-@pytest.mark.parametrize("shape", [(1, 40), (2, 70, 40), (1, 1, 23), (3, 5, 1), (0, 40), (2, 0, 40)])
+@pytest.mark.parametrize("fan_out", [1, 24, 37, 64])
+@pytest.mark.parametrize("shape", [(1, 40), (2, 70, 40), (2, 33, 32), (1, 1, 23), (3, 5, 1), (0, 40), (2, 0, 40)])
 def test_the_product_in_one_type(shape, fan_out, with_bias, dtype, onednn):
     g = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(s, generator=g, dtype=dtype) for s in (shape, (fan_out, shape[-1]), (fan_out,)))
@@ -71,19 +71,28 @@ def test_what_is_not_finite_stays_in_its_token(narrow, onednn):
     assert torch.equal(found.isnan(), spoilt[..., None].expand_as(found))
 
 
-@pytest.fixture(params=[*TILES, None])
-def tiles(request, monkeypatch):
-    """Squares of each kind, strips that end early and several panels; and oneDNN's products with kernels after them."""
-    monkeypatch.setattr(squares, "available", lambda: TILES.get(request.param))
-    return request.param
+@pytest.fixture(params=[*KINDS, None])
+def in_squares(request, monkeypatch):
+    """Squares of each kind; and oneDNN's products of bf16 with kernels after them."""
+    monkeypatch.setattr(squares, "available", only(*KINDS.get(request.param, (None, None))))
+    return request.param is not None
+
+
+@pytest.fixture
+def dtype(request, in_squares):
+    return KINDS[request.node.callspec.params["in_squares"]][1] if in_squares else torch.bfloat16
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("panel_bytes", [1 << 20, 1 << 13])
 @pytest.mark.parametrize("rows", [(1,), (2, 37), (96,)])
-@pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16])
-def test_layers_with_what_follows_them(rows, panel_bytes, with_bias, residual_dtype, tiles, monkeypatch):
-    """Against the definition; a row does not depend on those beside it, and NaN stays in its row."""
+@pytest.mark.parametrize("wide_residual", [True, False])
+def test_layers_with_what_follows_them(rows, panel_bytes, with_bias, wide_residual, dtype, in_squares, monkeypatch):
+    """Against the definition, for strips that end early and several panels.
+
+    A row does not depend on those beside it, and NaN stays in its row.
+    """
+    residual_dtype = torch.float32 if wide_residual else dtype
     monkeypatch.setattr(squares_linear, "PANEL_BYTES", panel_bytes)
     g = torch.Generator().manual_seed(0)
     widths = (160, 96, 160)
@@ -91,12 +100,12 @@ def test_layers_with_what_follows_them(rows, panel_bytes, with_bias, residual_dt
     layers = [
         (torch.randn(n, 96, generator=g) / 10, torch.randn(n, generator=g) if with_bias else None) for n in widths
     ]
-    x, residual, other = x.bfloat16(), residual.to(residual_dtype), other.bfloat16()
+    x, residual, other = x.to(dtype), residual.to(residual_dtype), other.to(dtype)
     assert squares_linear.fits(x, layers[0][0]) is False  # gradients are on
 
     def compute(x, residual, other):
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-            assert squares_linear.fits(x, layers[0][0]) == (tiles is not None)
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            assert squares_linear.fits(x, layers[0][0]) == in_squares
             assert not any(squares_linear.fits(x, w) for w in (layers[0][0][:40], layers[0][0][:, :80]))
             return [
                 *linears(x, tuple(layers)),
@@ -108,20 +117,21 @@ def test_layers_with_what_follows_them(rows, panel_bytes, with_bias, residual_dt
             ]
 
     def define(x, residual, other):
-        made = [F.linear(x, w.bfloat16().double(), None if b is None else b.bfloat16().double()) for w, b in layers]
+        made = [F.linear(x, w.to(dtype).double(), None if b is None else b.to(dtype).double()) for w, b in layers]
         gated = F.silu(made[0]) * made[2]
         return [*made, made[0], F.silu(made[1]), gated, residual + made[0], residual + made[2] + other]
 
     given = x, residual, other
     found, expected = compute(*given), define(*(t.double() for t in given))
     for i, (a, e) in enumerate(zip(found, expected, strict=True)):
-        assert a.dtype == (residual_dtype if i > 5 else torch.bfloat16)
-        torch.testing.assert_close(a.double(), e, rtol=2**-6, atol=2e-2)
+        assert a.dtype == (residual_dtype if i > 5 else dtype)
+        near = dict(rtol=2**-6, atol=2e-2) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(a.double(), e, **near)
     alone = compute(*(t.flatten(0, -2)[:1] for t in given))
     spoilt = compute(x.masked_fill(torch.arange(x.numel()).view_as(x) == 5, torch.nan), residual, other)
     for a, one, bad in zip(found, alone, spoilt, strict=True):
         a, bad = a.flatten(0, -2), bad.flatten(0, -2)
-        if tiles is not None:
+        if in_squares:
             assert torch.equal(a[:1], one)
         assert bad[0].isnan().all()
         assert torch.equal(bad[1:], a[1:])
@@ -130,7 +140,7 @@ def test_layers_with_what_follows_them(rows, panel_bytes, with_bias, residual_dt
 @pytest.mark.parametrize("tiles", TILES)
 def test_sums_are_rounded_once(tiles, monkeypatch):
     """What follows a layer sees its sums in float32: a branch of 2^-9 of the sum is not lost."""
-    monkeypatch.setattr(squares, "available", lambda: TILES[tiles])
+    monkeypatch.setattr(squares, "available", only(TILES[tiles], torch.bfloat16))
     x, weight = torch.ones(32, 32).bfloat16(), torch.full((32, 32), 1 / 32)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         found = linear_add(x, (weight, None), torch.zeros(32, 32), torch.full((32, 32), 2**-9, dtype=torch.bfloat16))

@@ -76,7 +76,7 @@ def test_native_equals_reference_with_all_gradients(
 ):
     """In squares, where the processor has any, and by PyTorch's products, in tiles of 8 (of float32, 4) by 8 tokens."""
     if not in_squares:
-        monkeypatch.setattr(squares, "available", lambda: None)
+        monkeypatch.setattr(squares, "available", lambda dtype: None)
     monkeypatch.setattr(tiled_attention, "TILE_SIZE", 8)
     monkeypatch.setattr(batched_attention, "TOGETHER", 60)
     monkeypatch.setattr(causal_attention, "FEW_QUERIES", sizes[0])
@@ -86,7 +86,7 @@ def test_native_equals_reference_with_all_gradients(
 
 def test_gradients_of_the_only_score_are_nothing(monkeypatch):
     """By bf16 products of short groups, too, which round the gradients of weights: dq was 0.02 of the largest."""
-    monkeypatch.setattr(squares, "available", lambda: None)
+    monkeypatch.setattr(squares, "available", lambda dtype: None)
     monkeypatch.setattr(causal_attention, "FEW_QUERIES", 0)
     q, *_ = gradients(run(native, None, (0, 0, 0)), case(1, torch.bfloat16))[1]
     assert not q.any()

@@ -1,12 +1,13 @@
-"""Attention in matrix tiles, with emulated ones everywhere and with those of the processor where it has some."""
+"""Attention in squares: of bf16 with emulated tiles everywhere and with what the processor has, and of float32."""
 
 import numpy as np
 import pytest
 import torch
+from numba import njit
 
 from megalodon_lm.ops import reference
 from megalodon_lm.ops.chunk_attention import chunk_attention as portable
-from megalodon_lm.ops.cpu import causal_attention, squares
+from megalodon_lm.ops.cpu import causal_attention, squares, vector_squares
 from megalodon_lm.ops.cpu.chunk_attention import chunk_attention
 from megalodon_lm.ops.cpu.emulated_tiles import EMULATED
 from megalodon_lm.ops.cpu.processor import has_bf16_vectors, multiplies_tiles
@@ -20,7 +21,7 @@ from megalodon_lm.ops.cpu.squares import (
     store_sums,
     sums_at_hand,
 )
-from megalodon_lm.ops.cpu.squares_packing import SQUARE_WORDS, pack, pack_transposed
+from megalodon_lm.ops.cpu.squares_packing import pack, pack_transposed, square_words
 from megalodon_lm.ops.cpu.vector_squares import VECTORS
 
 from . import test_cpu_sliding_attention as sliding
@@ -33,16 +34,28 @@ from .test_not_finite import spoilt as spoil
 TILES = {"emulated": EMULATED}
 TILES |= {"amx": squares.AMX} if multiplies_tiles() else {}
 TILES |= {"vectors": VECTORS} if has_bf16_vectors() else {}
+KINDS = {name: (tiles, torch.bfloat16) for name, tiles in TILES.items()} | {"float32": (VECTORS, torch.float32)}
 
 
-@pytest.fixture(params=TILES)
-def tiles(request, monkeypatch):
-    use(TILES[request.param], monkeypatch)
-    return TILES[request.param]
+@pytest.fixture(params=KINDS)
+def kind_of_squares(request, monkeypatch):
+    tiles, dtype = KINDS[request.param]
+    use(tiles, dtype, monkeypatch)
+    return tiles, dtype
 
 
-def use(tiles, monkeypatch):
-    monkeypatch.setattr(squares, "available", lambda: tiles)
+@pytest.fixture
+def dtype(kind_of_squares):
+    return kind_of_squares[1]
+
+
+def only(tiles, dtype):
+    """In place of squares.available."""
+    return lambda wanted: tiles if wanted == dtype else None
+
+
+def use(tiles, dtype, monkeypatch):
+    monkeypatch.setattr(squares, "available", only(tiles, dtype))
     monkeypatch.setattr(causal_attention, "FEW_QUERIES", 0)
 
 
@@ -63,29 +76,61 @@ def product(tiles, a, packed, step, squares, c):
 @compiled
 def pack_rows(rows, width, squares, packed):
     for i in range(squares):
-        pack(rows, i * 32 * width, width, width, packed, i * SQUARE_WORDS, squares * SQUARE_WORDS)
+        pack(rows, i * 32 * width, width, width, packed, i * square_words(rows), squares * square_words(rows))
 
 
 @compiled
-def pack_columns(words, width, packed):
-    pack_transposed(words, width, packed, 0, SQUARE_WORDS)
+def pack_columns(rows, width, packed):
+    pack_transposed(rows, width, packed, 0, square_words(rows))
+
+
+def packed_squares(b, transposed):
+    """Of a matrix 32 columns wide, packed as it is or as the transpose of its transpose."""
+    packed = np.empty(b.numel() * b.itemsize // 4, np.uint32)
+    if transposed:
+        pack_columns(as_numpy(b.T.contiguous()).reshape(-1), len(b), packed)
+    else:
+        pack_rows(as_numpy(b).reshape(-1), 32, len(b) // 32, packed)
+    return packed
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_product_of_tiles_is_a_matrix_product(tiles, transposed):
+def test_product_of_tiles_is_a_matrix_product(kind_of_squares, transposed):
+    tiles, dtype = kind_of_squares
     g = torch.Generator().manual_seed(0)
     squares = 3
-    a, b = (torch.randn(s, generator=g).bfloat16() for s in ((32, 32 * squares), (32 * squares, 32)))
+    a, b = (torch.randn(s, generator=g).to(dtype) for s in ((32, 32 * squares), (32 * squares, 32)))
     c = torch.randn(96, 32, generator=g)
     expected = a.double() @ b.double()
     expected = torch.cat([c[:32].double() + expected, expected])
-    packed = np.empty(squares * SQUARE_WORDS, np.uint32)
-    if transposed:
-        pack_columns(as_numpy(b.T.contiguous()).reshape(-1).view(np.uint32), 32 * squares, packed)
-    else:
-        pack_rows(as_numpy(b).reshape(-1), 32, squares, packed)
-    product(tiles, as_numpy(a).reshape(-1), packed, SQUARE_WORDS, squares, as_numpy(c).reshape(-1))
+    packed = packed_squares(b, transposed)
+    product(tiles, as_numpy(a).reshape(-1), packed, len(packed) // squares, squares, as_numpy(c).reshape(-1))
     torch.testing.assert_close(c[:64].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_blocks_of_rows_of_either_width_of_registers(wide, monkeypatch):
+    """As for AVX-512 and for AVX2, whatever this processor has: the rows that matter, of squares that lie apart."""
+    monkeypatch.setattr(vector_squares, "has_wide_vectors", lambda: wide)
+    start, add = squares._set_product, squares._add_product
+
+    @njit  # one that nobody keeps: `multiply` is made once for a process
+    def products(sums, a, packed, count, rows):
+        start(sums, a, 0, 32 * 3, packed, 0, 2048, count, rows)
+        add(sums, a, 64, 32 * 3, packed, 1024, 2048, 1, rows)
+
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(32, 96, generator=g), torch.randn(4 * 32, 32, generator=g)
+    packed = packed_squares(b, False)
+    whole = a[:, :32].double() @ b[:32].double(), a[:, 32:64].double() @ b[64:96].double()
+    last = a[:, 64:].double() @ b[32:64].double()
+    for rows in range(1, 33):
+        for count in range(3):
+            sums = torch.full((33, 32), 7.0)
+            products(as_numpy(sums).reshape(-1)[:1024], as_numpy(a).reshape(-1), packed, count, rows)
+            expected = sum(whole[:count], last)
+            torch.testing.assert_close(sums[:rows].double(), expected[:rows], rtol=1e-5, atol=1e-5)
+            assert torch.equal(sums[32], torch.full((32,), 7.0))
 
 
 SAMPLE = [("none", 7, 16, (5, 5, 5)), ("both", 50, 40, (3, 39, 0)), ("documents", 40, 90, (0, 0, 0))]
@@ -100,17 +145,17 @@ GRID = [
 @pytest.mark.parametrize(
     ("kind", "length", "chunk_size", "fill"), SAMPLE + [pytest.param(*c, marks=pytest.mark.slow) for c in GRID]
 )
-def test_equals_reference_with_all_gradients(tiles, kind, length, chunk_size, fill, monkeypatch):
+def test_equals_reference_with_all_gradients(dtype, kind, length, chunk_size, fill, monkeypatch):
     monkeypatch.setattr(causal_attention, "MERGED_KEYS", 36)
-    inputs = case(length, torch.bfloat16, chunk_size, 32, 64)
+    inputs = case(length, dtype, chunk_size, 32, 64)
     compare(boundaries(kind, B, length), torch.tensor(fill), inputs, chunk_size)
 
 
 @pytest.mark.parametrize("kind", ["none", "both"])
-def test_long_chunks_equal_the_portable_path(tiles, kind):
+def test_long_chunks_equal_the_portable_path(dtype, kind):
     """Several tiles of keys, queries that come after more than one of them, and queries wider than values."""
     fill, size = torch.tensor([17, 300, 599]), 600
-    compare(boundaries(kind, B, 350), fill, case(350, torch.bfloat16, size, 64, 32), size, portable)
+    compare(boundaries(kind, B, 350), fill, case(350, dtype, size, 64, 32), size, portable)
 
 
 SLIDING_SAMPLE = [("none", 50, 8, (5, 5, 5)), ("both", 70, 20, (3, 59, 0)), ("documents", 50, 40, (39, 40, 81))]
@@ -126,14 +171,14 @@ SLIDING_GRID = [
     ("kind", "length", "chunk_size", "position"),
     SLIDING_SAMPLE + [pytest.param(*c, marks=pytest.mark.slow) for c in SLIDING_GRID],
 )
-def test_sliding_attention_equals_reference_with_all_gradients(tiles, kind, length, chunk_size, position, monkeypatch):
+def test_sliding_attention_equals_reference_with_all_gradients(dtype, kind, length, chunk_size, position, monkeypatch):
     monkeypatch.setattr(causal_attention, "MERGED_KEYS", 36)
-    inputs = sliding.inputs_of(length, torch.bfloat16, 32, 64, chunk_size)
+    inputs = sliding.inputs_of(length, dtype, 32, 64, chunk_size)
     sliding.compare(boundaries(kind, B, length), position, inputs, chunk_size)
 
 
-def test_chunks_of_several_tiles_of_keys_and_the_ones_before(tiles):
-    inputs = sliding.inputs_of(700, torch.bfloat16, 64, 32, 300)
+def test_chunks_of_several_tiles_of_keys_and_the_ones_before(dtype):
+    inputs = sliding.inputs_of(700, dtype, 64, 32, 300)
     sliding.compare(boundaries("both", B, 700), (17, 899, 0), inputs, 300, sliding.portable)
 
 
@@ -141,7 +186,7 @@ def test_chunks_of_several_tiles_of_keys_and_the_ones_before(tiles):
 def test_processor_and_emulation_agree(monkeypatch):
     found = []
     for tiles in (EMULATED, squares.AMX):
-        use(tiles, monkeypatch)
+        use(tiles, torch.bfloat16, monkeypatch)
         call = run(chunk_attention, boundaries("both", B, 350), torch.tensor([17, 300, 599]), 600)
         outputs, grads = gradients(call, case(350, torch.bfloat16, 600, 64, 32))
         found.append(outputs + grads)
@@ -152,14 +197,14 @@ def test_processor_and_emulation_agree(monkeypatch):
 
 @pytest.mark.parametrize("widths", [(18, 34), (32, 40), (40, 32)])
 @pytest.mark.parametrize("cached", [True, False])
-def test_heads_that_fill_no_square(tiles, widths, cached, monkeypatch):
+def test_heads_that_fill_no_square(dtype, widths, cached, monkeypatch):
     monkeypatch.setattr(causal_attention, "MERGED_KEYS", 36)
     fill = torch.tensor([3, 39, 0] if cached else [0, 0, 0])
-    compare(boundaries("both", B, 50), fill, case(50, torch.bfloat16, 40, *widths), 40)
-    pieces = case(50, torch.bfloat16, 40, *widths)[:3]
+    compare(boundaries("both", B, 50), fill, case(50, dtype, 40, *widths), 40)
+    pieces = case(50, dtype, 40, *widths)[:3]
     found, expected = (
         gradients(lambda *a, of=of: of(*a, 40, 1e4)[:1], [t.to(dtype) for t in pieces])
-        for of, dtype in ((chunk_attention, torch.bfloat16), (reference.chunk_attention, torch.float64))
+        for of, dtype in ((chunk_attention, dtype), (reference.chunk_attention, torch.float64))
     )
     for a, e in zip(found[0] + found[1], expected[0] + expected[1], strict=True):
         assert ((a - e).abs().max() / e.abs().max().clamp(min=1)).item() <= 3e-2
@@ -167,7 +212,7 @@ def test_heads_that_fill_no_square(tiles, widths, cached, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["none", "both"])
 @pytest.mark.parametrize("widths", [(32, 64), (16, 24)])
-def test_nan_and_infinity_reach_what_depends_on_them(tiles, kind, widths):
+def test_nan_and_infinity_reach_what_depends_on_them(dtype, kind, widths):
     """Also where PyTorch's own products read beyond rows that fill no tile, into the next one."""
     b, length, size = 2, 18, 8
     g = torch.Generator().manual_seed(0)
@@ -176,7 +221,7 @@ def test_nan_and_infinity_reach_what_depends_on_them(tiles, kind, widths):
     inputs = [torch.randn(s, generator=g) * 0.5 for s in shapes]
     where = boundaries(kind, b, length)
     for seed in range(2 * len(inputs)):
-        given = [t.bfloat16() for t in spoil(inputs, seed)]
+        given = [t.to(dtype) for t in spoil(inputs, seed)]
         with torch.no_grad():
             found = run_attention(chunk_attention)(where, *given)
             expected = run_attention(reference.chunk_attention)(where, *(t.double() for t in given))
@@ -188,7 +233,7 @@ def test_nan_and_infinity_reach_what_depends_on_them(tiles, kind, widths):
 @pytest.mark.parametrize(
     ("kind", "length", "window", "position"), [("none", 50, 16, (5, 5, 5)), ("both", 70, 40, (3, 59, 0))]
 )
-def test_windows_that_slide_equal_reference_with_all_gradients(tiles, kind, length, window, position, monkeypatch):
+def test_windows_that_slide_equal_reference_with_all_gradients(dtype, kind, length, window, position, monkeypatch):
     monkeypatch.setattr(causal_attention, "MERGED_KEYS", 36)
-    inputs = local.case(length, torch.bfloat16, 32, window)
+    inputs = local.case(length, dtype, 32, window)
     local.compare(local.native, boundaries(kind, B, length), position, inputs, window)

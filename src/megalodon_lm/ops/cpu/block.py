@@ -1,4 +1,4 @@
-"""A block of Megalodon that reads on the CPU: one compiled call, where products of bf16 are made in squares."""
+"""A block of Megalodon that reads on the CPU: one compiled call, where its products are made in squares."""
 
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..timestep_norm import NormState
 from . import block_kernels as kernels
 from . import squares, squares_linear
 from .cema import fill_up, pack
+from .finite import EXPONENTS
 from .norms import affine, scale_alone
 from .open_chunk import zeros
 from .rotary import angle_tables
@@ -29,14 +30,17 @@ from .timestep_norm_kernels import CUMULATIVE
 FEW = 8  # tokens that the ops of a block take faster one by one
 KEPT_BYTES = 1 << 27  # of scratch, most that stays after a call
 
+_KIND = {torch.bfloat16: np.uint16, torch.float32: np.float32}
+_EXPONENTS = {dtype: tuple(map(np.uint64, EXPONENTS[dtype.itemsize])) for dtype in _KIND}
+
 _free: list[tuple[Any, Any]] = []  # scratch of the last call, and what it is for, while no other call uses it
 
 
 def _fits(
     x: Tensor, weights: BlockWeights, sizes: BlockSizes, state: Any = None, out_dtype: torch.dtype | None = None
 ) -> bool:
-    """A stream of float32, products of bf16 in squares, and more tokens than a few."""
-    if out_dtype != torch.bfloat16 or x.dtype != torch.float32 or x.shape[1] <= FEW or squares.available() is None:
+    """A stream of float32, products in squares, and more tokens than a few."""
+    if x.dtype != torch.float32 or x.shape[1] <= FEW or squares.available(out_dtype or x.dtype) is None:
         return False
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.numel():
         return False
@@ -55,11 +59,11 @@ def read_block(
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """As megalodon_lm.ops.block.read_block; sums of products are rounded after what follows them."""
-    w, s = weights, sizes
+    w, s, dtype = weights, sizes, out_dtype or x.dtype
     timenorm, average, rmsnorm, heads_maps, norm = derived(
         _prepare, *w.timenorm, *w.cema, w.rmsnorm, *w.heads, *w.norm, arguments=(s.z_head_dim,)
     )
-    mixed, values, back, opening, closing = (squares_linear.pack_layers(layers)[:3] for layers in _together(w))
+    mixed, values, back, opening, closing = (squares_linear.pack_layers(layers, dtype)[:3] for layers in _together(w))
     tables = [t.reshape(-1) for t in angle_tables(s.chunk_size, s.z_head_dim, s.rope_base)[:2]]
     prepared = (timenorm, average, rmsnorm, heads_maps, mixed, values, back, norm, opening, closing, tuple(tables))
 
@@ -68,17 +72,18 @@ def read_block(
     widths = heads, s.z_head_dim, s.value_head_dim
     turning = heads - s.heads_without_rope
     shape = kernels.Shape(batch, length, dim, s.num_groups, ndim, *widths, len(w.fc1[0]), s.chunk_size, turning)
-    entry, count, fill = _enter(state, shape)
+    entry, count, fill = _enter(state, shape, dtype)
     mean, var = (torch.empty(batch, s.num_groups, dtype=torch.float64) for _ in range(2))
     states, out = x.new_empty(batch, dim, ndim, 2), x.new_empty(x.shape)
     counted, left = count + length, (fill + length) % s.chunk_size
     used = int(left.sum())
-    k, v = (zeros((batch, s.chunk_size, heads, d), torch.bfloat16, used) for d in widths[1:])
+    k, v = (zeros((batch, s.chunk_size, heads, d), dtype, used) for d in widths[1:])
     leaving = (*_flat(counted, mean, var, states), as_numpy(k), as_numpy(v), as_numpy(left))
-    wanted = shape, entry[4].shape[1]
+    wanted = shape, entry[4].shape[1], _KIND[dtype]
     scratch = _borrow(*wanted)
-    given = (tuple(shape), s.eps, CUMULATIVE, s.two_hop, *_flat(x), prepared, entry, leaving, scratch, *_flat(out))
-    finite = kernels.read(num_threads(), squares.available(), *given)
+    given = (*_flat(x), prepared, entry, leaving, scratch, *_flat(out))
+    choices = tuple(shape), s.eps, CUMULATIVE, _EXPONENTS[dtype], s.two_hop
+    finite = kernels.read(num_threads(), squares.available(dtype), *choices, *given)
     if sum(t.nbytes for t in scratch) <= KEPT_BYTES:
         _free[:] = [(wanted, scratch)]
     if not finite:
@@ -90,27 +95,29 @@ def read_block(
     }
 
 
-def _borrow(shape: kernels.Shape, entries: int) -> tuple[np.ndarray, ...]:
+def _borrow(*wanted: Any) -> tuple[np.ndarray, ...]:
     """kernels.Scratch, that of the last call where it fits: layers are alike, and new memory costs page faults."""
     try:
         made_for, scratch = _free.pop()
     except IndexError:
         made_for = None
-    return scratch if made_for == (shape, entries) else tuple(kernels.Scratch.make(shape, entries))
+    return scratch if made_for == wanted else tuple(kernels.Scratch.make(*wanted))
 
 
-def _enter(state: dict[str, Any] | None, shape: kernels.Shape) -> tuple[tuple[Any, ...], Tensor, Tensor]:
+def _enter(
+    state: dict[str, Any] | None, shape: kernels.Shape, dtype: torch.dtype
+) -> tuple[tuple[Any, ...], Tensor, Tensor]:
     """What kernels.Carried holds, and of it the count and the fill as tensors."""
     batch, _, dim, groups, ndim, heads, *widths = shape[:8]
     if state is None:
         count, fill = (torch.zeros(batch, dtype=torch.int64) for _ in range(2))
         statistics = (np.zeros(batch * groups), np.zeros(batch * groups), np.zeros(batch * dim * ndim * 2, np.float32))
-        cached = (np.zeros((batch, 0, heads, width), np.uint16) for width in widths)
+        cached = (np.zeros((batch, 0, heads, width), _KIND[dtype]) for width in widths)
         return (as_numpy(count), *statistics, *cached, as_numpy(fill)), count, fill
     count, mean, var = state["norm"]
     keys, values, fill = state["attention"]
     doubles = (as_numpy(t.double().contiguous()).reshape(-1) for t in (mean, var))
-    cached = (as_numpy(t.to(torch.bfloat16).contiguous()) for t in (keys, values))
+    cached = (as_numpy(t.to(dtype).contiguous()) for t in (keys, values))
     average = as_numpy(state["cema"].float().contiguous()).reshape(-1)
     return (as_numpy(count.contiguous()), *doubles, average, *cached, as_numpy(fill.contiguous())), count, fill
 

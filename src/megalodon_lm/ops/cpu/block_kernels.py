@@ -14,7 +14,7 @@ from .attention_operands import Group, Operands
 from .causal_attention import MERGED_KEYS
 from .cema_kernels import forward as average_channels
 from .elementwise_kernels import TASK, gate_forward_on_team, mean_square, norm_forward_on_team
-from .finite import EXPONENTS, all_finite
+from .finite import all_finite
 from .open_chunk import take_all
 from .own_code import Calls
 from .scalars import paired
@@ -30,7 +30,6 @@ from .timestep_norm_kernels import forward_on_team as norm_over_time
 part = partial(inner, inline="always")  # of an entry, put into its text: no reference is counted
 
 _divide = inner(divide)
-_EXPONENTS, _LOWEST = (np.uint64(bits) for bits in EXPONENTS[2])
 
 
 class Shape(NamedTuple):
@@ -87,9 +86,10 @@ class Carried(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Memory of no meaning before or after a call; of bf16 as 16 bits, but for what is turned or packed as words.
+    """Memory of no meaning before or after a call, of the type of products where nothing else is said.
 
-    Those of bf16 and the words have LINE bytes more than is said, so that what is used begins at a cache line.
+    bf16 is 16 bits; what is turned or packed is words, of two elements or of 32 bits. All of these have LINE bytes more
+    than is said, so that what is used begins at a cache line.
     """
 
     tn: Any
@@ -129,20 +129,21 @@ class Scratch(NamedTuple):
     """(0,) float32: no state is kept."""
 
     @classmethod
-    def make(cls, shape: Shape, entries: int) -> "Scratch":
-        """For a piece, and so many entries of the cache at its entry."""
+    def make(cls, shape: Shape, entries: int, kind: type) -> "Scratch":
+        """For a piece, so many entries of the cache at its entry, and products of float32 or of uint16 (bf16)."""
+        size = np.dtype(kind).itemsize
         s, rows = shape, shape.batch * shape.length
         z, v = s.heads * s.z_head_dim, s.heads * s.value_head_dim
         keys = -(-min(s.length + entries, max(s.chunk_size, MERGED_KEYS)) // SQUARE) * SQUARE
-        halves = (np.empty(rows * n + LINE // 2, np.uint16) for n in (s.dim, s.dim, z + v + s.dim, v, v, s.hidden))
-        turned = (np.empty(rows * z // 2 + LINE // 4, np.uint32) for _ in range(2))
-        packed = (np.empty(keys * n // 2 + LINE // 4, np.uint32) for n in (z, v))
+        made = (np.empty(rows * n + LINE // size, kind) for n in (s.dim, s.dim, z + v + s.dim, v, v, s.hidden))
+        turned = (np.empty(rows * z // 2 + LINE // size // 2, f"u{2 * size}") for _ in range(2))
+        packed = (np.empty(keys * n * size // 4 + LINE // 4, np.uint32) for n in (z, v))
         floats = (np.empty(n, np.float32) for n in (rows * s.dim, rows * 2, keys * s.heads))
         strips = -(-s.length // TOKENS)
         whole = (rows, s.batch * (2 * strips + 3), s.batch * 3, rows * 5, s.batch * (entries + s.length))
         integers = (np.empty(n, np.int64) for n in whole)
         nothing = np.empty((s.batch, 0), np.bool_), np.empty(0, np.float32)
-        return cls(*halves, *turned, *packed, *floats, np.empty(rows * 3 * s.groups), *integers, *nothing)
+        return cls(*made, *turned, *packed, *floats, np.empty(rows * 3 * s.groups), *integers, *nothing)
 
 
 @inner(fastmath={"contract"})
@@ -245,7 +246,17 @@ def _leave(threads: int, shape: Any, piece: Any, width: int, cached: Any, places
 
 @part
 def _attend(
-    threads: int, tiles: Any, shape: Any, q: Any, k: Any, v: Any, entry: Any, leaving: Any, scratch: Any, out: Any
+    threads: int,
+    tiles: Any,
+    shape: Any,
+    exponents: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    entry: Any,
+    leaving: Any,
+    scratch: Any,
+    out: Any,
 ) -> bool:
     """Attention of each chunk, and what is left of the last one; whether all of it is finite."""
     batch, length, heads, dk, dv = shape.batch, shape.length, shape.heads, shape.z_head_dim, shape.value_head_dim
@@ -271,14 +282,13 @@ def _attend(
         sums = scratch.sums[: heads * (end - begin)].reshape((heads, end - begin))
         own = scratch.slots[row * length + begin : row * length + end]
         attend(threads, tiles, given, group, own, packed, Result(out4, sums))
-    words = out.view(np.uint64).reshape((batch, length, heads * dv // 4))
-    return all_finite(words, _EXPONENTS, _LOWEST, slots)
+    return all_finite(out.view(np.uint64).reshape((batch, length, -1)), *exponents, slots)
 
 
 @compiled(pipeline_class=Calls)
 def read(
-    threads: int, tiles: Any, shape: Any, eps: float, decays: Any, two_hop: bool, x: Any, weights: Any, entry: Any,
-    leaving: Any, scratch: Any, out: Any,
+    threads: int, tiles: Any, shape: Any, eps: float, decays: Any, exponents: Any, two_hop: bool, x: Any, weights: Any,
+    entry: Any, leaving: Any, scratch: Any, out: Any,
 ) -> bool:  # fmt: skip
     """A piece through a block; whether attention was finite, without which `out` is nothing.
 
@@ -288,6 +298,7 @@ def read(
         shape: Shape; z_head_dim, value_head_dim and all widths multiples of 32.
         eps: of all norms.
         decays: of the norm over time; see timestep_norm_kernels.
+        exponents: of the type of products; see finite.
         two_hop: whether the feed-forward network adds to the input of the block, and not to its own.
         x: (B, L, D) float32, flat, as is `out`.
         weights: Weights.
@@ -313,8 +324,8 @@ def read(
     turned = (heads, shape.z_head_dim, shape.turning)
     _make_queries_on_team(threads, rows, (z, turned, eps, *w.heads, scratch.slots, *w.angles, q, k))
     attention, y = _aligned(scratch.attention, rows * value_dim), scratch.y
-    q, k = q.view(np.uint16), k.view(np.uint16)
-    if not _attend(threads, tiles, shape, q, k, v, entry, leaving, scratch, attention):
+    q, k = q.view(z.dtype), k.view(z.dtype)
+    if not _attend(threads, tiles, shape, exponents, q, k, v, entry, leaving, scratch, attention):
         return False
     gate_forward_on_team(threads, -(-rows * value_dim // TASK), (np.int64(TASK), r, attention, attention))
     _add(threads, tiles, attention, value_dim, w.wh2, x, skipping, np.bool_(True), y)

@@ -1,8 +1,8 @@
 """Causal attention to a number of tokens before each, as an operator.
 
 Rows are cut into groups, one chunk or several short ones; keys of a chunk that the next one sees belong to two groups.
-Groups of few queries are computed in one go; all others go to the tiles of the processor, where it has some
-(squares_attention), or to matrix products of PyTorch, long ones by themselves (tiled_attention) and short ones together
+Groups of few queries are computed in one go; all others by products in squares, where the processor has some
+(squares_attention), or by matrix products of PyTorch, long ones by themselves (tiled_attention) and short ones together
 (batched_attention).
 """
 

@@ -1,4 +1,4 @@
-"""Linear layers that read, in squares of bf16 or by the faster library, over weights laid out once."""
+"""Linear layers that read, in squares or by the faster library, over weights laid out once."""
 
 import functools
 from typing import Any
@@ -31,15 +31,15 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """As megalodon_lm.ops.linear.linear, for float32 or bf16, without gradients.
 
-    In float32 PyTorch takes MKL's products, which on processors of AMD use AVX2 at most, and reach less with it than
-    oneDNN's. Those take the weight as it lies. In bf16 weights are kept in the layout in which they are multiplied, and
-    the bias is added within the product; PyTorch's linear lays the weight out anew and copies the bias into the result
-    each time.
+    Where layers are no whole squares: in float32 PyTorch takes MKL's products, which on processors of AMD use AVX2 at
+    most, and reach less with it than oneDNN's. Those take the weight as it lies. In bf16 weights are kept in the layout
+    in which they are multiplied, and the bias is added within the product; PyTorch's linear lays the weight out anew
+    and copies the bias into the result each time.
     """
-    if x.dtype == torch.float32:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     if squares_linear.fits(x, weight):
         return squares_linear.linears(x, ((weight, bias),))[0]
+    if x.dtype == torch.float32:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     bias = None if bias is None else rounded(bias, x.dtype)
     return torch.ops.mkldnn._linear_pointwise(x, derived(_laid_out, weight), bias, "none", [], "")
 

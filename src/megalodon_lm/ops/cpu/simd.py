@@ -201,7 +201,8 @@ def _call(builder: Any, name: str, *operands: Any) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, function, f"llvm.{name}.v{LANES}f32"), operands)
 
 
-def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """Emits a * b + c, as one instruction where there is one."""
     return _call(builder, "fmuladd", a, b, c)
 
 
@@ -210,7 +211,7 @@ def _fused(negative: bool) -> Any:
     def fused(typingctx: Any, c: Any, a: Any, b: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             c, a, b = args
-            return _multiply_add(builder, builder.fneg(a) if negative else a, b, c)
+            return multiply_add(builder, builder.fneg(a) if negative else a, b, c)
 
         return float32x16(float32x16, float32x16, float32x16), codegen
 
@@ -286,14 +287,14 @@ def _exp(builder: Any, x: Any) -> Any:
     most. Products that do not wait for each other take half the time of one chain.
     """
     x = _limited(builder, x, "<", -87.33654)
-    shifted = _multiply_add(builder, x, _constant(1.4426950408889634), _constant(_SHIFTER))
-    r = _multiply_add(builder, builder.fsub(shifted, _constant(_SHIFTER)), _constant(-0.6931471805599453), x)
-    low = _multiply_add(builder, _constant(_EXP[1]), r, _constant(_EXP[0]))
-    high = _multiply_add(builder, _constant(_EXP[3]), r, _constant(_EXP[2]))
+    shifted = multiply_add(builder, x, _constant(1.4426950408889634), _constant(_SHIFTER))
+    r = multiply_add(builder, builder.fsub(shifted, _constant(_SHIFTER)), _constant(-0.6931471805599453), x)
+    low = multiply_add(builder, _constant(_EXP[1]), r, _constant(_EXP[0]))
+    high = multiply_add(builder, _constant(_EXP[3]), r, _constant(_EXP[2]))
     square = builder.fmul(r, r)
-    series = _multiply_add(builder, _multiply_add(builder, high, square, low), square, r)
+    series = multiply_add(builder, multiply_add(builder, high, square, low), square, r)
     power = builder.bitcast(builder.shl(builder.bitcast(shifted, _WORDS), _words(23)), _FLOATS)
-    return _multiply_add(builder, series, power, power)
+    return multiply_add(builder, series, power, power)
 
 
 def _reciprocal(builder: Any, x: Any) -> Any:
@@ -309,7 +310,7 @@ def _reciprocal(builder: Any, x: Any) -> Any:
     else:
         y, steps = builder.bitcast(builder.sub(_words(0x7EF311C7), builder.bitcast(x, _WORDS)), _FLOATS), 3
     for _ in range(steps):
-        y = _multiply_add(builder, y, _multiply_add(builder, builder.fneg(x), y, _constant(1.0)), y)
+        y = multiply_add(builder, y, multiply_add(builder, builder.fneg(x), y, _constant(1.0)), y)
     return y
 
 
@@ -347,10 +348,10 @@ def normal_integral(typingctx: Any, value: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         z = args[0]
         size = _limited(builder, _call(builder, "fabs", z), ">", 12.0)
-        t = _reciprocal(builder, _multiply_add(builder, size, _constant(0.3275911), _constant(1.0)))
+        t = _reciprocal(builder, multiply_add(builder, size, _constant(0.3275911), _constant(1.0)))
         series = _constant(_ERF[0])
         for factor in (*_ERF[1:], 0.0):
-            series = _multiply_add(builder, series, t, _constant(factor))
+            series = multiply_add(builder, series, t, _constant(factor))
         power = _exp(builder, builder.fneg(builder.fmul(size, size)))
         beyond = builder.fmul(builder.fmul(series, power), _constant(0.5))
         negative = builder.fcmp_ordered("<", z, _constant(0.0))

@@ -1,14 +1,15 @@
-"""Matrix products of bf16, in squares of 32 x 32 sums, inside compiled kernels.
+"""Matrix products of bf16 or float32, in squares of 32 x 32 sums, inside compiled kernels.
 
 A kernel takes `tiles`, which says by its type what it is compiled for: AMX for the tile registers of some Intel
-processors, VECTORS for AVX-512's dot products of bf16 (vector_squares), EMULATED for plain code that does as AMX
-anywhere (emulated_tiles), so that tests need no such processor. `enter_tiles` makes of it what the functions here take.
+processors, VECTORS for registers of sums (vector_squares), EMULATED for plain code that does as AMX anywhere
+(emulated_tiles), so that tests need no such processor. `enter_tiles` makes of it what the functions here take. float32
+goes with VECTORS alone.
 
 A product is made in squares of 32 x 32 sums in float32, of 32 rows of A, as they lie in memory, and 32 columns of B,
-packed: a packed square holds 32 x 32 elements as two tiles, its left 16 columns and its right ones, each of 16 rows of
-16 words, and word (i, j) of a tile is the pair B[2 i, j], B[2 i + 1, j]. So transposing the words of a row-major matrix
-packs its transpose, and pairing its rows packs the matrix itself. At the shapes of attention this reached 1.5 times the
-rate of oneDNN's own products with AMX, and 1.3 times with vectors.
+packed: a packed square holds 32 x 32 elements as rows of 32 words. Those of float32 are as they were; of bf16 there are
+16 rows, and word (i, j) is the pair B[2 i, j], B[2 i + 1, j]. So transposing the words of a row-major matrix packs its
+transpose, and pairing its rows packs the matrix itself. At the shapes of attention this reached 1.5 times the rate of
+oneDNN's own products with AMX, 1.3 times with vectors, and 1.3 to 2 times in float32.
 
 Instructions: Intel 64 and IA-32 Architectures Software Developer's Manual, chapter on programming with AMX.
 """
@@ -17,6 +18,7 @@ import functools
 from typing import Any
 
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -24,7 +26,7 @@ from numba.extending import intrinsic, overload
 
 from . import emulated_tiles, vector_squares
 from .emulated_tiles import TILE
-from .processor import has_bf16_vectors, multiplies_tiles
+from .processor import fuses_floats, has_bf16_vectors, multiplies_tiles
 from .simd import inner
 from .vector_squares import VECTORS
 
@@ -40,9 +42,11 @@ AMX[48:56] = TILE
 
 
 @functools.cache
-def available() -> Any:
-    """The `tiles` for which kernels are compiled on this processor; None if it multiplies no bf16 in such a way."""
-    return AMX if multiplies_tiles() else VECTORS if has_bf16_vectors() else None
+def available(dtype: torch.dtype) -> Any:
+    """The `tiles` for which kernels of float32 or bf16 are compiled on this processor; None if it has no such way."""
+    if dtype == torch.bfloat16:
+        return AMX if multiplies_tiles() else VECTORS if has_bf16_vectors() else None
+    return VECTORS if dtype == torch.float32 and fuses_floats() else None
 
 
 def _call(builder: Any, name: str, *operands: Any) -> None:
@@ -188,9 +192,10 @@ def _product(fresh: bool) -> Any:
             kind, kind_a, _, _, kind_b, *_ = signature.args
             if _are_vectors(kind):
                 own = address_of(context, builder, kind, tiles, _INT(0))
-                rows = address_of(context, builder, kind_a, a, a_at), builder.mul(stride, _INT(2))
+                floats, size = kind_a.dtype == types.float32, _INT(kind_a.dtype.bitwidth // 8)
+                rows = address_of(context, builder, kind_a, a, a_at), builder.mul(stride, size)
                 packed = address_of(context, builder, kind_b, b, b_at), builder.mul(step, _INT(4))
-                vector_squares.multiply(builder, fresh, own, *rows, *packed, squares, used)
+                vector_squares.multiply(builder, floats, fresh, own, *rows, *packed, squares, used)
                 return context.get_dummy_value()
             instructions = _Instructions(context, builder, kind, tiles)
             for tile in range(4 if fresh else 0):
@@ -199,9 +204,9 @@ def _product(fresh: bool) -> Any:
                 for half in range(2):
                     row = builder.add(a_at, builder.mul(stride, _INT(TILE * half)))
                     row = builder.add(row, builder.mul(depth.index, _INT(SQUARE)))
-                    square = builder.add(b_at, builder.add(builder.mul(depth.index, step), _INT(half * TILE * TILE)))
+                    square = builder.add(b_at, builder.add(builder.mul(depth.index, step), _INT(half * TILE)))
                     instructions.move("load", _LEFT + half, kind_a, a, row, stride)
-                    instructions.move("load", _RIGHT + half, kind_b, b, square, _INT(TILE))
+                    instructions.move("load", _RIGHT + half, kind_b, b, square, _INT(SQUARE))
                 for tile in range(4):
                     instructions.multiply(_SUMS + tile, _LEFT + tile // 2, _RIGHT + tile % 2)
             return context.get_dummy_value()
@@ -224,7 +229,7 @@ def multiply(
 
     Args:
         tiles: from `enter_tiles`.
-        a: flat uint16 (bf16) array.
+        a: flat float32 or uint16 (bf16) array.
         at, stride: first element, and elements from one row to the next.
         b: flat uint32 array of packed squares.
         b_at, step: first word of the first square, and words from one square to the next.

@@ -1,4 +1,4 @@
-"""Causal attention of groups by the processor's own products of bf16; the same two functions as tiled_attention.
+"""Causal attention of groups by the processor's own products; the same two functions as tiled_attention.
 
 A group is computed in one compiled call, in squares of 32 by 32: scores go from sums through the softmax and back
 into them without leaving the cache. Forward holds 32 queries by a chunk for each thread, backward two tiles of 256
@@ -16,13 +16,15 @@ from .simd import as_numpy
 from .squares import SQUARE
 from .squares_backward import KEY_STRIPS, Exchange, Queries, attend_backward
 from .squares_forward import Packed, attend
-from .squares_packing import SQUARE_WORDS, Result, empty_words
+from .squares_packing import Result, empty_words
 from .team import num_threads
 
 
 def fits(q: Tensor, v: Tensor) -> bool:
-    """Whether these go into squares: those of bf16."""
-    return q.dtype == v.dtype == torch.bfloat16 and squares.available() is not None
+    """Whether these go into squares: those of bf16, and those of float32 that fill them."""
+    if q.dtype != v.dtype or squares.available(q.dtype) is None:
+        return False
+    return q.dtype == torch.bfloat16 or not any(t.shape[3] % SQUARE for t in (q, v))
 
 
 def _widened(given: Operands) -> Operands:
@@ -66,12 +68,12 @@ def forward(given: Operands, slots: Tensor, groups: np.ndarray, out: Tensor, sum
     wide = _wide(out)
     slots_of, sums_of, target = as_numpy(slots), as_numpy(sums), as_numpy(wide)
     longest = _strips(groups[:, 2] - groups[:, 1] + groups[:, 3])
-    packed = Packed(*(empty_words(heads * longest * SQUARE * t.shape[3] // 2) for t in given[1:3]))
+    packed = Packed(*(empty_words(heads * longest * SQUARE * t.shape[3] * t.itemsize // 4) for t in given[1:3]))
     for group in (Group(*row) for row in groups.tolist()):
         result = Result(target, _sums_of(group, length, heads, sums_of))
         attend(
             num_threads(),
-            squares.available(),
+            squares.available(given.q.dtype),
             arrays,
             group,
             slots_of[group.row, group.begin : group.end],
@@ -99,17 +101,17 @@ def backward(
     arrays, written = given.arrays(), wide.arrays()
     incoming, output, sums_of = as_numpy(_wide(grad)), as_numpy(_wide(out)), as_numpy(sums)
     strips = heads * _strips(groups[:, 2] - groups[:, 1])  # of queries
-    packed = (empty_words(strips * SQUARE * d // 2) for d in (dk, dv, dk, dv))
+    kind, tiles = arrays.q.dtype, squares.available(given.q.dtype)
+    per_word = 4 // kind.itemsize
+    packed = (empty_words(strips * SQUARE * d // per_word) for d in (dk, dv, dk, dv))
     queries = Queries(*packed, *(empty_words(strips * SQUARE).view(np.float32) for _ in range(2)))
-    turned = empty_words(heads * dk * KEY_STRIPS * SQUARE // 2).view(np.uint16)
-    scores = empty_words(strips * KEY_STRIPS * SQUARE_WORDS)
+    turned = empty_words(heads * dk * KEY_STRIPS * SQUARE // per_word).view(kind)
+    scores = empty_words(strips * KEY_STRIPS * SQUARE * SQUARE // per_word)
     for group in (Group(*row) for row in groups.tolist()):
         n = group.end - group.begin
         exchange = Exchange(turned, scores, torch.zeros(heads * -(-n // SQUARE) * SQUARE * dk).numpy())
         result = Result(output, _sums_of(group, length, heads, sums_of))
         last = _ends_in_group(ends, length, group)
-        attend_backward(
-            num_threads(), squares.available(), incoming, arrays, group, last, result, queries, exchange, written
-        )  # fmt: skip
+        attend_backward(num_threads(), tiles, incoming, arrays, group, last, result, queries, exchange, written)
     for made, t in zip(wide, grads, strict=True):
         _narrow(made, t)

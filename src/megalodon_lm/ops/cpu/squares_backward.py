@@ -11,7 +11,16 @@ import numpy as np
 from .attention_operands import Group
 from .simd import LANES, compiled, exp, inner, load, splat, store, total
 from .squares import SQUARE, add_product, enter_tiles, leave_tiles, load_sums, multiply, store_sums
-from .squares_packing import SQUARE_WORDS, num_strips, pack, pack_transposed, read_rows, scratch, write_rows
+from .squares_packing import (
+    num_strips,
+    pack,
+    pack_transposed,
+    read_rows,
+    scratch,
+    square_rows,
+    square_words,
+    write_rows,
+)
 from .team import share
 
 TOGETHER = 2  # strips of keys for each time that the queries come from the outer caches
@@ -36,9 +45,9 @@ class Queries(NamedTuple):
 class Exchange(NamedTuple):
     """Scratch for what a tile of keys leaves to the queries.
 
-    `keys` is (H, dk, KEY_STRIPS * 32) uint16, flat; `scores` are packed squares of gradients of scores, H * strips of
-    queries * KEY_STRIPS of them; `sums` are the gradients of the queries so far, (H, strips of queries, dk, 32)
-    float32, flat, zeros at first.
+    `keys` is (H, dk, KEY_STRIPS * 32) of the type of queries, flat; `scores` are packed squares of gradients of scores,
+    H * strips of queries * KEY_STRIPS of them; `sums` are the gradients of the queries so far, (H, strips of queries,
+    dk, 32) float32, flat, zeros at first.
     """
 
     keys: Any
@@ -54,19 +63,18 @@ def _pack_queries(first: int, last: int, q: Any, grad: Any, group: Any, result: 
     queries_alone = Group(row, begin, end, 0, 0)
     dk, dv = q.shape[3], out.shape[3]
     strips = num_strips(end - begin)
-    words = scratch(SQUARE * max(dk, dv) // 2)
-    rows = words.view(np.uint16)
+    rows, words = scratch(square_rows(q) * max(dk, dv)).view(q.dtype), square_words(q)
     for task in range(first, last):
         h, start = task // strips, task % strips * SQUARE
         strip = start // SQUARE
         read_rows(q, q, queries_alone, h, start, rows)
-        pack_transposed(words, dk, q_transposed, task * (dk // SQUARE) * SQUARE_WORDS, SQUARE_WORDS)
-        to = (h * (dk // SQUARE) * strips + strip) * SQUARE_WORDS
-        pack(rows, 0, dk, dk, q_pairs, to, strips * SQUARE_WORDS)
+        pack_transposed(rows, dk, q_transposed, task * (dk // SQUARE) * words, words)
+        to = (h * (dk // SQUARE) * strips + strip) * words
+        pack(rows, 0, dk, dk, q_pairs, to, strips * words)
         read_rows(grad, grad, queries_alone, h, start, rows)
-        pack_transposed(words, dv, grad_transposed, task * (dv // SQUARE) * SQUARE_WORDS, SQUARE_WORDS)
-        to = (h * (dv // SQUARE) * strips + strip) * SQUARE_WORDS
-        pack(rows, 0, dv, dv, grad_pairs, to, strips * SQUARE_WORDS)
+        pack_transposed(rows, dv, grad_transposed, task * (dv // SQUARE) * words, words)
+        to = (h * (dv // SQUARE) * strips + strip) * words
+        pack(rows, 0, dv, dv, grad_pairs, to, strips * words)
         for r in range(SQUARE):
             at, delta, log = task * SQUARE + r, np.float32(0), np.float32(0)
             if start + r < end - begin:
@@ -129,9 +137,9 @@ def _return_to_keys(
     strips = num_strips(end - begin)
     width = strips * SQUARE
     parts = -(-tile // TOGETHER)
-    k_rows = scratch(TOGETHER * SQUARE * dk // 2).view(np.uint16)
-    v_rows = scratch(TOGETHER * SQUARE * dv // 2).view(np.uint16)
-    weights = scratch(TOGETHER * SQUARE * width).view(np.uint16)
+    words, height = square_words(k), TOGETHER * square_rows(k)
+    k_rows, v_rows = scratch(height * dk).view(k.dtype), scratch(height * dv).view(k.dtype)
+    weights = scratch(2 * height * width).view(k.dtype)
     left, right = scratch(SQUARE * SQUARE).view(np.float32), scratch(SQUARE * SQUARE).view(np.float32)
     bounds = np.empty((TOGETHER, SQUARE, 2), np.int64)
     seen = np.empty((TOGETHER, 2), np.int64)  # first strip of queries that sees a strip of keys, and the one after
@@ -156,19 +164,19 @@ def _return_to_keys(
         for j in range(seen[0, 0], strips):
             at, query = h * strips + j, j * SQUARE
             for b in range(count):
-                to = (at * tile + part + b) * SQUARE_WORDS
+                to = (at * tile + part + b) * words
                 if seen[b, 0] <= j < seen[b, 1]:
-                    words = at * dk // SQUARE * SQUARE_WORDS
-                    multiply(own, k_rows, b * SQUARE * dk, dk, q_transposed, words, SQUARE_WORDS, dk // SQUARE)
+                    place = at * dk // SQUARE * words
+                    multiply(own, k_rows, b * SQUARE * dk, dk, q_transposed, place, words, dk // SQUARE)
                     store_sums(own, left, 0, SQUARE)
-                    words = at * dv // SQUARE * SQUARE_WORDS
-                    multiply(own, v_rows, b * SQUARE * dv, dv, grad_transposed, words, SQUARE_WORDS, dv // SQUARE)
+                    place = at * dv // SQUARE * words
+                    multiply(own, v_rows, b * SQUARE * dv, dv, grad_transposed, place, words, dv // SQUARE)
                     store_sums(own, right, 0, SQUARE)
                     row = 2 * b * SQUARE * width + query
                     _weight_gradients(left, right, logs, deltas, at * SQUARE, bounds[b], query, weights, row, width)
                     pack(weights, row + SQUARE * width, width, SQUARE, packed_scores, to, 0)
                 else:
-                    for i in range(SQUARE_WORDS):
+                    for i in range(words):
                         packed_scores[to + i] = 0
         for c in range((dv + dk) // SQUARE):
             for b in range(count):
@@ -176,14 +184,14 @@ def _return_to_keys(
                 key = start + (part + b) * SQUARE
                 row = 2 * b * SQUARE * width + low * SQUARE
                 if c < dv // SQUARE:
-                    at = ((h * (dv // SQUARE) + c) * strips + low) * SQUARE_WORDS
-                    multiply(own, weights, row, width, grad_pairs, at, SQUARE_WORDS, high - low)
+                    at = ((h * (dv // SQUARE) + c) * strips + low) * words
+                    multiply(own, weights, row, width, grad_pairs, at, words, high - low)
                     store_sums(own, left, 0, SQUARE)
                     write_rows(left, scale, c * SQUARE, grad_values, grad_v, group, h, key)
                 else:
                     d = c - dv // SQUARE
-                    at = ((h * (dk // SQUARE) + d) * strips + low) * SQUARE_WORDS
-                    multiply(own, weights, row + SQUARE * width, width, q_pairs, at, SQUARE_WORDS, high - low)
+                    at = ((h * (dk // SQUARE) + d) * strips + low) * words
+                    multiply(own, weights, row + SQUARE * width, width, q_pairs, at, words, high - low)
                     store_sums(own, left, 0, SQUARE)
                     write_rows(left, scale, d * SQUARE, grad_keys, grad_k, group, h, key)
     leave_tiles(own)
@@ -194,6 +202,7 @@ def _return_to_queries(
     first: int, last: int, tiles: Any, start: int, tile: int, dk: int, group: Any, exchange: Any
 ) -> None:
     turned, packed_scores, sums = exchange
+    words = square_words(turned)
     strips = num_strips(group.end - group.begin)
     own = enter_tiles(tiles)
     for task in range(first, last):
@@ -204,7 +213,7 @@ def _return_to_queries(
                 to = (task * dk + d) * SQUARE
                 load_sums(own, sums, to, SQUARE)
                 at, stride = (h * dk + d) * tile * SQUARE, tile * SQUARE
-                add_product(own, turned, at, stride, packed_scores, task * tile * SQUARE_WORDS, SQUARE_WORDS, seen)
+                add_product(own, turned, at, stride, packed_scores, task * tile * words, words, seen)
                 store_sums(own, sums, to, SQUARE)
     leave_tiles(own)
 
@@ -244,7 +253,7 @@ def attend_backward(
     Args:
         threads: from num_threads().
         tiles: AMX, VECTORS or EMULATED.
-        grad: (B, L, H, dv) of the output, bf16 as uint16.
+        grad: (B, L, H, dv) of the output, float32 or bf16 (as uint16).
         given: Operands, as there.
         group: Group.
         ends: (before + n,) the query of the group after the last one that sees each of its keys.

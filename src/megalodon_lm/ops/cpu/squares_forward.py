@@ -7,7 +7,16 @@ import numpy as np
 from .attention_operands import Group
 from .simd import LANES, compiled, exp, highest, inner, larger, load, splat, store, total
 from .squares import SQUARE, enter_tiles, leave_tiles, multiply, store_sums
-from .squares_packing import SQUARE_WORDS, num_strips, pack, pack_transposed, read_rows, scratch, write_rows
+from .squares_packing import (
+    num_strips,
+    pack,
+    pack_transposed,
+    read_rows,
+    scratch,
+    square_rows,
+    square_words,
+    write_rows,
+)
 from .team import share
 
 TOGETHER = 2  # strips of queries for each time that the keys come from the outer caches
@@ -25,15 +34,14 @@ def _pack_keys(first: int, last: int, given: Any, group: Any, packed: Any) -> No
     _, k, v, keys, values = given
     dk, dv = k.shape[3], v.shape[3]
     strips = num_strips(group.before + group.end - group.begin)
-    words = scratch(SQUARE * max(dk, dv) // 2)
-    rows = words.view(np.uint16)
+    rows, words = scratch(square_rows(k) * max(dk, dv)).view(k.dtype), square_words(k)
     for task in range(first, last):
         h, strip = task // strips, task % strips
         read_rows(keys, k, group, h, strip * SQUARE, rows)
-        pack_transposed(words, dk, packed.keys, task * (dk // SQUARE) * SQUARE_WORDS, SQUARE_WORDS)
+        pack_transposed(rows, dk, packed.keys, task * (dk // SQUARE) * words, words)
         read_rows(values, v, group, h, strip * SQUARE, rows)
-        to = (h * (dv // SQUARE) * strips + strip) * SQUARE_WORDS
-        pack(rows, 0, dv, dv, packed.values, to, strips * SQUARE_WORDS)
+        to = (h * (dv // SQUARE) * strips + strip) * words
+        pack(rows, 0, dv, dv, packed.values, to, strips * words)
 
 
 @inner
@@ -72,9 +80,10 @@ def _attend_strips(
     parts = -(-(end - begin) // size)
     strips = num_strips(before + end - begin)
     width = strips * SQUARE
-    rows = scratch(SQUARE * dk // 2).view(np.uint16)
+    words = square_words(q)
+    rows = scratch(square_rows(q) * dk).view(q.dtype)
     scores = scratch(SQUARE * width).view(np.float32)
-    weights = scratch(size * width // 2).view(np.uint16)
+    weights = scratch(TOGETHER * square_rows(q) * width).view(q.dtype)
     mixed = scratch(SQUARE * SQUARE).view(np.float32)
     scale = np.empty((TOGETHER, SQUARE), np.float32)
     seen = np.empty((TOGETHER, 2), np.int64)  # first strip of keys that a strip of queries sees, and the one after
@@ -92,8 +101,8 @@ def _attend_strips(
             low, high = low // SQUARE, num_strips(before + query + queries)
             seen[b, 0], seen[b, 1] = low, high
             for j in range(low, high):
-                at = (h * strips + j) * dk // SQUARE * SQUARE_WORDS
-                multiply(own, rows, 0, dk, packed_k, at, SQUARE_WORDS, dk // SQUARE)
+                at = (h * strips + j) * dk // SQUARE * words
+                multiply(own, rows, 0, dk, packed_k, at, words, dk // SQUARE)
                 store_sums(own, scores, j * SQUARE, width)
             left, right = low * SQUARE, high * SQUARE
             for r in range(SQUARE):
@@ -110,8 +119,8 @@ def _attend_strips(
         for c in range(dv // SQUARE):
             for b in range(count):
                 low, high = seen[b]
-                at = ((h * (dv // SQUARE) + c) * strips + low) * SQUARE_WORDS
-                multiply(own, weights, b * SQUARE * width + low * SQUARE, width, packed_v, at, SQUARE_WORDS, high - low)
+                at = ((h * (dv // SQUARE) + c) * strips + low) * words
+                multiply(own, weights, b * SQUARE * width + low * SQUARE, width, packed_v, at, words, high - low)
                 store_sums(own, mixed, 0, SQUARE)
                 write_rows(mixed, scale[b], c * SQUARE, out, out, queries_alone, h, start + b * SQUARE)
     leave_tiles(own)
@@ -124,7 +133,7 @@ def attend(threads: int, tiles: Any, given: Any, group: Any, slots: Any, packed:
     Args:
         threads: from num_threads().
         tiles: AMX, VECTORS or EMULATED.
-        given: Operands, bf16 as uint16; d a multiple of 32.
+        given: Operands, float32 or bf16 (as uint16); d a multiple of 32.
         group: Group.
         slots: (n,) of the group, how many tokens before it a token sees.
         packed: Packed, scratch.

@@ -15,7 +15,7 @@ from ..linear import Layer
 from . import squares
 from .simd import LANES, as_numpy, compiled, fetch, inner, load, sigmoid, store
 from .squares import SQUARE, enter_tiles, leave_tiles, multiply, store_sums, sums_at_hand
-from .squares_packing import SQUARE_WORDS, empty_words, num_strips, pack_transposed, scratch
+from .squares_packing import empty_words, num_strips, pack_transposed, scratch, square_rows, square_words
 from .team import num_threads, share
 
 PANEL_BYTES = 1 << 20  # of weights: half of the second cache of processors with AMX
@@ -23,19 +23,19 @@ TASKS_PER_THREAD = 4
 
 
 def fits(x: Tensor, *weights: Tensor) -> bool:
-    """Whether rows of bf16 go through these weights in squares: without gradients, in whole ones."""
-    if x.dtype != torch.bfloat16 or torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.numel():
+    """Whether rows go through these weights in squares: without gradients, in whole ones."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.numel():
         return False
-    return squares.available() is not None and not any(n % SQUARE for weight in weights for n in weight.shape)
+    return squares.available(x.dtype) is not None and not any(n % SQUARE for weight in weights for n in weight.shape)
 
 
 @inner
 def _pack_strips(first: int, last: int, weight: Any, packed: Any) -> None:
     """One task is 32 features of the result."""
-    fan_in = 2 * weight.shape[1]  # two to a word
+    fan_in, words = weight.shape[1], square_words(weight)
     for task in range(first, last):
         rows = weight[task * SQUARE : (task + 1) * SQUARE].reshape(-1)
-        pack_transposed(rows, fan_in, packed, task * (fan_in // SQUARE) * SQUARE_WORDS, SQUARE_WORDS)
+        pack_transposed(rows, fan_in, packed, task * (fan_in // SQUARE) * words, words)
 
 
 @compiled
@@ -46,18 +46,18 @@ def _pack(threads: int, weight: Any, packed: Any) -> None:
 @inner
 def _multiply_square(own: Any, x: Any, row: int, fan_in: int, short: Any, packed: Any, j: int) -> None:
     """Products of 32 rows and the 32 features from square `j` on; of `short` where x ends before them."""
-    depth = fan_in // SQUARE
-    at = j * depth * SQUARE_WORDS
+    depth, words = fan_in // SQUARE, square_words(x)
+    at = j * depth * words
     if (row + SQUARE) * fan_in > x.size:
-        multiply(own, short, 0, fan_in, packed, at, SQUARE_WORDS, depth, x.size // fan_in - row)
+        multiply(own, short, 0, fan_in, packed, at, words, depth, x.size // fan_in - row)
     else:
-        multiply(own, x, row * fan_in, fan_in, packed, at, SQUARE_WORDS, depth)
+        multiply(own, x, row * fan_in, fan_in, packed, at, words, depth)
 
 
 @inner
 def _last_rows(x: Any, fan_in: int) -> Any:
     """The strip at the end of x, if that ends early, and no matter what after it."""
-    short = scratch(SQUARE * fan_in // 2).view(x.dtype)
+    short = scratch(square_rows(x) * fan_in).view(x.dtype)
     rest = x.size % (SQUARE * fan_in)
     short[:rest] = x[x.size - rest :]
     return short
@@ -188,13 +188,15 @@ def add_products(threads: int, num_tasks: int, args: Any) -> None:
     share(_add_strips, threads, num_tasks, args)
 
 
-def _pack_weights(weights: list[Tensor]) -> np.ndarray:
-    """Weights that fit, rounded to bf16, as the squares of their transposes, one after the other."""
-    packed, done = empty_words(sum(weight.numel() for weight in weights) // 2), 0
+def _pack_weights(weights: list[Tensor], dtype: torch.dtype) -> np.ndarray:
+    """Weights that fit, rounded, as the squares of their transposes, one after the other."""
+    per_word = 4 // dtype.itemsize
+    packed, done = empty_words(sum(weight.numel() for weight in weights) // per_word), 0
     for weight in weights:
-        rows = weight.to(torch.bfloat16, memory_format=torch.contiguous_format, copy=True)
-        _pack(num_threads(), as_numpy(rows).view(np.uint32), packed[done : done + rows.numel() // 2])
-        done += rows.numel() // 2
+        rows = weight.to(dtype, memory_format=torch.contiguous_format, copy=True)
+        words = rows.numel() // per_word
+        _pack(num_threads(), as_numpy(rows), packed[done : done + words])
+        done += words
     return packed
 
 
@@ -204,7 +206,7 @@ class Packed(NamedTuple):
     weights: np.ndarray
     """As words, one layer after the other."""
     biases: np.ndarray
-    """As one row, rounded to bf16, float32."""
+    """As one row, rounded to the type of the weights, float32."""
     ends: np.ndarray
     """The first feature of each layer, and the end of the last one, in squares."""
     widths: list[int]
@@ -212,19 +214,19 @@ class Packed(NamedTuple):
 
 
 def _lay_out(*given: Any) -> Packed:
-    """Weights, and as many biases or none; the last argument counts weights."""
-    *tensors, count = given
+    """Weights, and as many biases or none; the last arguments count weights and say what they are rounded to."""
+    *tensors, count, dtype = given
     weights, biases = tensors[:count], tensors[count:]
     widths = list(map(len, weights))
-    added = [bias.to(torch.bfloat16).float() for bias in biases] or [torch.zeros(sum(widths))]
+    added = [bias.to(dtype).float() for bias in biases] or [torch.zeros(sum(widths))]
     ends = np.array([0, *np.cumsum(widths)]) // SQUARE
-    return Packed(_pack_weights(weights), as_numpy(torch.cat(added)), ends, widths)
+    return Packed(_pack_weights(weights, dtype), as_numpy(torch.cat(added)), ends, widths)
 
 
-def pack_layers(layers: tuple[Layer, ...]) -> Packed:
-    """Layers of one x that fit, kept until they change."""
+def pack_layers(layers: tuple[Layer, ...], dtype: torch.dtype) -> Packed:
+    """Layers of one x of some type that fit, kept until they change."""
     weights, biases = zip(*layers, strict=True)
-    return derived(_lay_out, *weights, *(() if biases[0] is None else biases), arguments=(len(weights),))
+    return derived(_lay_out, *weights, *(() if biases[0] is None else biases), arguments=(len(weights), dtype))
 
 
 def divide(threads: int, rows: int, weight_bytes: int, columns: int) -> tuple[int, int]:
@@ -236,10 +238,17 @@ def divide(threads: int, rows: int, weight_bytes: int, columns: int) -> tuple[in
 
 
 def _run(kernel: Any, x: Tensor, packed: Packed, columns: int, *after: Any) -> None:
-    """Call a kernel for rows of bf16; a task of it is a strip of them and some of the columns, counted in squares."""
+    """Call a kernel for rows of x; a task of it is a strip of them and some of the columns, counted in squares."""
     fan_in, threads = x.shape[-1], num_threads()
     tasks, width = divide(threads, x.numel() // fan_in, packed.weights.nbytes, columns)
-    given = squares.available(), as_numpy(x.contiguous()).reshape(-1), fan_in, packed.weights, packed.biases, width
+    given = (
+        squares.available(x.dtype),
+        as_numpy(x.contiguous()).reshape(-1),
+        fan_in,
+        packed.weights,
+        packed.biases,
+        width,
+    )
     kernel(threads, tasks, (*given, *after))
 
 
@@ -247,14 +256,14 @@ def linears(x: Tensor, layers: tuple[Layer, ...], silu: bool = False) -> list[Te
     """x @ weight.T + bias, or SiLU of that, for each layer.
 
     Args:
-        x: (..., fan_in), bf16, not empty.
-        layers: those that fit, with biases all or none; both are rounded to bf16.
+        x: (..., fan_in), float32 or bf16, not empty.
+        layers: those that fit, with biases all or none; both are rounded to the type of x.
         silu: whether it is applied.
 
     Returns:
-        (..., fan_out) of each, bf16; each row bit for bit the same whatever rows are beside it.
+        (..., fan_out) of each, of the type of x; each row bit for bit the same whatever rows are beside it.
     """
-    packed, rows = pack_layers(layers), x.shape[:-1]
+    packed, rows = pack_layers(layers, x.dtype), x.shape[:-1]
     if len(layers) == 1:
         out = x.new_empty(*rows, packed.widths[0])
         results, memory = [out], as_numpy(out).reshape(-1)
@@ -270,17 +279,17 @@ def linears(x: Tensor, layers: tuple[Layer, ...], silu: bool = False) -> list[Te
 
 def linear_gate(x: Tensor, layers: tuple[Layer, ...]) -> Tensor:
     """SiLU of the first layer times the second one; see linears."""
-    packed = pack_layers(layers)
+    packed = pack_layers(layers, x.dtype)
     out = x.new_empty(*x.shape[:-1], packed.widths[0])
     _run(gate_products, x, packed, packed.widths[0] // SQUARE, as_numpy(out).reshape(-1))
     return out
 
 
 def linear_add(x: Tensor, layer: Layer, residual: Tensor, other: Tensor | None) -> Tensor:
-    """The residual, float32 or bf16, plus the layer, plus `other` of bf16; see linears."""
+    """The residual, float32 or bf16, plus the layer, plus `other` of the type of x; see linears."""
     out = residual.new_empty(residual.shape)
     second = x if other is None else other.contiguous()
     added = (as_numpy(t).reshape(-1) for t in (residual.contiguous(), second))
     memory = as_numpy(out).reshape(-1)
-    _run(add_products, x, pack_layers((layer,)), out.shape[-1] // SQUARE, *added, other is not None, memory)
+    _run(add_products, x, pack_layers((layer,), x.dtype), out.shape[-1] // SQUARE, *added, other is not None, memory)
     return out

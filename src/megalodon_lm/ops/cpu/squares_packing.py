@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 from .emulated_tiles import TILE
 from .simd import LANES, inner, load, splat, store
 from .squares import SQUARE, address_of
 
 LINE = 64  # bytes of a cache line: tiles are read fastest from its start
-SQUARE_WORDS = SQUARE * SQUARE // 2  # 32-bit words of a packed square
 
 
 class Result(NamedTuple):
@@ -27,6 +26,23 @@ class Result(NamedTuple):
     sums: Any
 
 
+def square_rows(rows):  # type: ignore[no-untyped-def]
+    """Rows of 32 words that a packed square has, by the type of an array: 16 of pairs of bf16, or 32 of float32."""
+    raise NotImplementedError
+
+
+@overload(square_rows)
+def _(rows):  # type: ignore[no-untyped-def]
+    count = SQUARE if rows.dtype == types.float32 else TILE
+    return lambda rows: count
+
+
+@inner
+def square_words(rows: Any) -> int:
+    """32-bit words of a packed square of elements of an array."""
+    return SQUARE * square_rows(rows)
+
+
 @inner
 def num_strips(length: int) -> int:
     """Strips of so many rows."""
@@ -34,19 +50,27 @@ def num_strips(length: int) -> int:
 
 
 @intrinsic
-def store_pairs(typingctx: Any, b: Any, b_at: Any, rows: Any, upper: Any, lower: Any) -> Any:
-    """Pack 16 columns of two rows, which start at `upper` and `lower` of a uint16 array, into 16 words of B."""
+def store_words(typingctx: Any, b: Any, b_at: Any, rows: Any, upper: Any, lower: Any) -> Any:
+    """Pack 16 columns of two rows, which start at `upper` and `lower` of a uint16 array, into 16 words of B.
+
+    Of float32 a column of the upper row is a word.
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         b, b_at, rows, *starts = args
         kind_b, _, kind_rows, _, _ = signature.args
         halves, words = (ir.VectorType(ir.IntType(bits), TILE) for bits in (16, 32))
+        target = builder.bitcast(address_of(context, builder, kind_b, b, b_at), words.as_pointer())
+        if kind_rows.dtype == types.float32:
+            whole = builder.bitcast(address_of(context, builder, kind_rows, rows, starts[0]), words.as_pointer())
+            builder.store(builder.load(whole, align=4), target, align=4)
+            return context.get_dummy_value()
         addresses = (
             builder.bitcast(address_of(context, builder, kind_rows, rows, at), halves.as_pointer()) for at in starts
         )
         first, second = (builder.zext(builder.load(address, align=2), words) for address in addresses)
         both = builder.or_(first, builder.shl(second, ir.Constant(words, [16] * TILE)))
-        builder.store(both, builder.bitcast(address_of(context, builder, kind_b, b, b_at), words.as_pointer()), align=4)
+        builder.store(both, target, align=4)
         return context.get_dummy_value()
 
     return types.void(b, types.intp, rows, types.intp, types.intp), codegen
@@ -66,24 +90,29 @@ def scratch(words: int) -> Any:
 
 
 @inner
-def pack_transposed(words: Any, width: int, packed: Any, to: int, step: int) -> None:
+def pack_transposed(rows: Any, width: int, packed: Any, to: int, step: int) -> None:
     """Pack the transpose of 32 rows of `width` elements: one square for each 32 columns, `step` words apart."""
-    for i in range(width // 2):
-        at = to + i // TILE * step + i % TILE * TILE
+    words, height = rows.view(np.uint32), square_rows(rows)
+    across = width * height // SQUARE
+    for i in range(across):
+        at = to + i // height * step + i % height * SQUARE
         for j in range(TILE):
-            packed[at + j] = words[j * width // 2 + i]
+            packed[at + j] = words[j * across + i]
         for j in range(TILE):
-            packed[at + TILE * TILE + j] = words[(j + TILE) * width // 2 + i]
+            packed[at + TILE + j] = words[(j + TILE) * across + i]
 
 
 @inner
 def pack(rows: Any, at: int, stride: int, width: int, packed: Any, to: int, step: int) -> None:
     """Pack 32 rows of `width` elements: one square for each 32 columns, `step` words apart."""
-    for i in range(TILE):
-        upper, lower = at + 2 * i * stride, at + (2 * i + 1) * stride
+    height = square_rows(rows)
+    together = SQUARE // height
+    for i in range(height):
+        upper = at + i * together * stride
+        lower = upper + (together - 1) * stride
         for c in range(0, width, TILE):
-            tile = to + c // SQUARE * step + c % SQUARE * TILE + i * TILE
-            store_pairs(packed, tile, rows, upper + c, lower + c)
+            tile = to + c // SQUARE * step + i * SQUARE + c % SQUARE
+            store_words(packed, tile, rows, upper + c, lower + c)
 
 
 @inner
