@@ -7,7 +7,7 @@ import torch
 from ..architectures import ARCHITECTURES, config_class
 from ..config import GECKO, ModelConfig
 from ..ops import backend
-from ..pairs import Timer
+from ..pairs import Timer, least
 from .floor import floor_timer
 from .library_model import LibraryModel
 from .measures import STEPS, Contender, Measure, Numbers
@@ -54,14 +54,13 @@ class Fastest:
 
     def settle(self, measure: Measure, batch: int, length: int) -> str:
         """See Contender."""
-        found: dict[str, tuple[float, str]] = {}
-        tried = length if measure == "decode" else min(length, TRIAL_LENGTH)
-        for name, form in self.forms.items():
-            note = form.settle(measure, batch, length)
-            timer = form.timer(measure, batch, tried)
-            found[name] = (min(timer(), timer()) if len(self.forms) > 1 else 0.0), f"{note}, {name}"
-        self.chosen = min(found, key=lambda name: found[name][0])
-        return found[self.chosen][1]
+        notes = {name: form.settle(measure, batch, length) for name, form in self.forms.items()}
+        if len(self.forms) > 1:
+            tried = length if measure == "decode" else min(length, TRIAL_LENGTH)
+            timers = [form.timer(measure, batch, tried) for form in self.forms.values()]
+            seconds = dict(zip(self.forms, least(timers), strict=True))
+            self.chosen = min(seconds, key=lambda name: seconds[name])
+        return f"{notes[self.chosen]}, {self.chosen}"
 
     def timer(self, measure: Measure, batch: int, length: int) -> Timer:
         """See Contender."""
