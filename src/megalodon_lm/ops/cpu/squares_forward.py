@@ -9,7 +9,7 @@ from .simd import LANES, compiled, exp, highest, inner, larger, load, splat, sto
 from .squares import SQUARE, enter_tiles, leave_tiles, multiply, store_sums
 from .squares_packing import (
     num_strips,
-    pack,
+    pack_head,
     pack_transposed,
     read_rows,
     scratch,
@@ -39,9 +39,8 @@ def _pack_keys(first: int, last: int, given: Any, group: Any, packed: Any) -> No
         h, strip = task // strips, task % strips
         read_rows(keys, k, group, h, strip * SQUARE, rows)
         pack_transposed(rows, dk, packed.keys, task * (dk // SQUARE) * words, words)
-        read_rows(values, v, group, h, strip * SQUARE, rows)
         to = (h * (dv // SQUARE) * strips + strip) * words
-        pack(rows, 0, dv, dv, packed.values, to, strips * words)
+        pack_head(values, v, group, h, strip * SQUARE, rows, packed.values, to, strips * words)
 
 
 @inner

@@ -134,6 +134,28 @@ def read_rows(cached: Any, piece: Any, group: Any, h: int, start: int, rows: Any
 
 
 @inner
+def pack_head(
+    cached: Any, piece: Any, group: Any, h: int, start: int, rows: Any, packed: Any, to: int, step: int
+) -> None:
+    """Pack the rows that `read_rows` reads: as they lie, if all are tokens of the piece, or else out of `rows`."""
+    token, width = group.begin - group.before + start, piece.shape[3]
+    if group.begin <= token and token + SQUARE <= group.end:
+        stride = piece.shape[2] * width
+        pack(
+            piece.reshape(-1),
+            (group.row * piece.shape[1] + token) * stride + h * width,
+            stride,
+            width,
+            packed,
+            to,
+            step,
+        )
+    else:
+        read_rows(cached, piece, group, h, start, rows)
+        pack(rows, 0, width, width, packed, to, step)
+
+
+@inner
 def write_rows(sums: Any, scale: Any, columns: int, cached: Any, piece: Any, group: Any, h: int, start: int) -> None:
     """Write 32 x 32 sums, scaled by rows, to 32 columns of the rows that `read_rows` reads.
 
