@@ -18,7 +18,7 @@ from megalodon_lm.benchmark.suite import LENGTHS, LINEAR, MEASURES, PEERS, QUICK
 from megalodon_lm.benchmark.worker import ContenderFailed, Worker
 from megalodon_lm.benchmark.workloads import Fastest, contender
 from megalodon_lm.config import NUM_TAPS
-from megalodon_lm.pairs import alternate, rate_ratio, rounds_within
+from megalodon_lm.pairs import alternate, least, rate_ratio, rounds_within
 from megalodon_lm.training.memory import resident
 
 from .processes import megalodon
@@ -109,6 +109,26 @@ def test_rivals_run_at_their_fastest_settings(name, monkeypatch):
         count = int(note.split(" parameters")[0].replace(",", ""))
         assert count == pytest.approx(TINY.num_parameters, rel=0.01)
         assert competitor.timer(measure, 1, 24)() > 0
+
+
+def test_the_least_of_several_runs_in_turns():
+    """After one that does not count; work that takes long runs three times in all."""
+    order = []
+
+    def timer(name, *seconds):
+        left = iter(seconds)
+
+        def run():
+            order.append(name)
+            return next(left)
+
+        return run
+
+    assert least([timer("a", 9, 0.3, 0.1, 0.2), timer("b", 9, 0.2, 0.2, 0.3)], budget=1) == [0.1, 0.2]
+    assert order == [*"ab", *"ab", *"ba"]
+    order.clear()
+    assert least([timer("a", 0.1, *[0.5] * 8, 0.4)], budget=9) == [0.4]
+    assert len(order) == 10
 
 
 def test_of_two_forms_the_faster_one_runs():

@@ -246,18 +246,9 @@ def _leave(threads: int, shape: Any, piece: Any, width: int, cached: Any, places
 
 @part
 def _attend(
-    threads: int,
-    tiles: Any,
-    shape: Any,
-    exponents: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    entry: Any,
-    leaving: Any,
-    scratch: Any,
-    out: Any,
-) -> bool:
+    threads: int, tiles: Any, shape: Any, exponents: Any, q: Any, k: Any, v: Any, entry: Any, leaving: Any,
+    scratch: Any, out: Any,
+) -> bool:  # fmt: skip
     """Attention of each chunk, and what is left of the last one; whether all of it is finite."""
     batch, length, heads, dk, dv = shape.batch, shape.length, shape.heads, shape.z_head_dim, shape.value_head_dim
     places = scratch.places.reshape((batch, 3))

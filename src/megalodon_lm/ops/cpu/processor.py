@@ -16,14 +16,8 @@ def has_bf16_vectors() -> bool:
 
 
 @functools.cache
-def guesses_reciprocals() -> bool:
-    """Whether one instruction guesses the reciprocals of sixteen float32."""
-    return _has("avx512f")
-
-
-@functools.cache
 def has_wide_vectors() -> bool:
-    """Whether there are 32 registers of sixteen float32."""
+    """Whether there are 32 registers of sixteen float32, whose reciprocals one instruction guesses."""
     return _has("avx512f")
 
 

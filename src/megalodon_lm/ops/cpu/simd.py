@@ -23,7 +23,7 @@ from torch import Tensor
 from ..backend import KernelError
 from .kernel_cache import keep
 from .own_code import OwnCode
-from .processor import guesses_reciprocals, has_bf16_vectors
+from .processor import has_bf16_vectors, has_wide_vectors
 
 LANES = 16
 _FLAGS = ("contract", "reassoc", "nsz", "arcp")
@@ -303,7 +303,7 @@ def _reciprocal(builder: Any, x: Any) -> Any:
     Processors that guess by an instruction do it to 14 bits; from the bits of a float, three steps are needed. Either
     takes less time than a division.
     """
-    if guesses_reciprocals():
+    if has_wide_vectors():
         kind = ir.FunctionType(_FLOATS, [_FLOATS, _FLOATS, ir.IntType(LANES)])
         guess = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.rcp14.ps.512")
         y, steps = builder.call(guess, [x, _constant(0.0), ir.IntType(LANES)(-1)]), 1

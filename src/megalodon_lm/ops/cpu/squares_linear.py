@@ -241,14 +241,8 @@ def _run(kernel: Any, x: Tensor, packed: Packed, columns: int, *after: Any) -> N
     """Call a kernel for rows of x; a task of it is a strip of them and some of the columns, counted in squares."""
     fan_in, threads = x.shape[-1], num_threads()
     tasks, width = divide(threads, x.numel() // fan_in, packed.weights.nbytes, columns)
-    given = (
-        squares.available(x.dtype),
-        as_numpy(x.contiguous()).reshape(-1),
-        fan_in,
-        packed.weights,
-        packed.biases,
-        width,
-    )
+    rows = as_numpy(x.contiguous()).reshape(-1)
+    given = squares.available(x.dtype), rows, fan_in, packed.weights, packed.biases, width
     kernel(threads, tasks, (*given, *after))
 
 

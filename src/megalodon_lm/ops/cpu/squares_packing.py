@@ -28,7 +28,7 @@ class Result(NamedTuple):
 
 def square_rows(rows):  # type: ignore[no-untyped-def]
     """Rows of 32 words that a packed square has, by the type of an array: 16 of pairs of bf16, or 32 of float32."""
-    raise NotImplementedError
+    return SQUARE * rows.itemsize // 4
 
 
 @overload(square_rows)
@@ -139,17 +139,10 @@ def pack_head(
 ) -> None:
     """Pack the rows that `read_rows` reads: as they lie, if all are tokens of the piece, or else out of `rows`."""
     token, width = group.begin - group.before + start, piece.shape[3]
-    if group.begin <= token and token + SQUARE <= group.end:
+    if token >= 0 and token + SQUARE <= group.end:
         stride = piece.shape[2] * width
-        pack(
-            piece.reshape(-1),
-            (group.row * piece.shape[1] + token) * stride + h * width,
-            stride,
-            width,
-            packed,
-            to,
-            step,
-        )
+        at = (group.row * piece.shape[1] + token) * stride + h * width
+        pack(piece.reshape(-1), at, stride, width, packed, to, step)
     else:
         read_rows(cached, piece, group, h, start, rows)
         pack(rows, 0, width, width, packed, to, step)

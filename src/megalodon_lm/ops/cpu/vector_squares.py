@@ -98,15 +98,9 @@ def multiply(
 
 
 def _multiply_block(
-    builder: Any,
-    form: _Form,
-    fresh: bool,
-    places: list[Any],
-    lefts: list[Any],
-    rights: list[Any],
-    step: Any,
+    builder: Any, form: _Form, fresh: bool, places: list[Any], lefts: list[Any], rights: list[Any], step: Any,
     squares: Any,
-) -> None:
+) -> None:  # fmt: skip
     """Emits: sums at some places become the product of rows, from `lefts` on, with columns, from `rights` on."""
     parts = form.depth // _AT_ONCE
     none = ir.Constant(_FLOATS, [0.0] * TILE)
